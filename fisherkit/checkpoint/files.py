@@ -1,0 +1,36 @@
+"""File descriptors that several threads share."""
+
+import os
+import threading
+from pathlib import Path
+
+
+class OpenFiles:
+    """Descriptors opened on first use and closed together; positioned reads and writes need no lock of their own."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+        self._closed = False
+
+    def descriptor(self, path: Path) -> int:
+        """The descriptor of ``path``; raises ValueError once closed, OSError if the file cannot be opened."""
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{path}: already closed")
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, self._flags)
+            return self._descriptors[path]
+
+    @property
+    def closed(self) -> bool:
+        """Whether close was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close all; a second call does nothing. No other thread may be reading or writing."""
+        with self._lock:
+            self._closed = True
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])

@@ -1,0 +1,118 @@
+"""Tensors of a checkpoint, one at a time and only when asked for.
+
+Bytes of `.safetensors` go straight into the memory of a fresh tensor, with positioned reads: a map of the file would
+count as resident memory of ours, and models are larger than that. Torch files are mapped, since only torch
+knows their inside.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fisherkit.checkpoint.dtypes import torch_dtype
+from fisherkit.checkpoint.files import OpenFiles
+from fisherkit.checkpoint.headers import TensorInfo
+from fisherkit.checkpoint.index import CheckpointIndex
+from fisherkit.checkpoint.pickles import load_torch_file
+from fisherkit.errors import CheckpointError
+
+_READ_BYTES = 1 << 30  # the kernel moves at most 2 GiB per call
+
+
+class Reader:
+    """Reads tensors of ``index`` on the CPU, in the type they have on disk; any number of threads may read at once.
+
+    Close it after the last read only. Tensors stay valid after that.
+    """
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self._files = OpenFiles(os.O_RDONLY | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self._loaded: dict[Path, dict[str, Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors in file order, each read when it is reached."""
+        return ((name, self.read(name)) for name in self._index.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor.
+
+        Raises:
+            CheckpointError: no such tensor, a type that torch lacks, or the file ends early.
+        """
+        info = self._info(name)
+        if self._index.kind == "torch":
+            return self._load(info.file)[name]
+        return self._read_bytes(info, info.shape, info.start)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` (exclusive) of the first dimension; no other byte is read.
+
+        Raises:
+            IndexError: the tensor is a scalar or does not have these rows.
+            CheckpointError: as for read.
+        """
+        info = self._info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {name!r}, whose shape is {list(info.shape)}")
+        if self._index.kind == "torch":
+            return self._load(info.file)[name][start:stop]
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        return self._read_bytes(info, (stop - start, *info.shape[1:]), info.start + start * row_bytes)
+
+    def close(self) -> None:
+        """Close the files; reading afterwards raises ValueError."""
+        self._files.close()
+        self._loaded.clear()
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self._index.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self._index.path}: has no tensor {name!r}")
+        return info
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
+        with self._lock:
+            if self._files.closed:
+                raise ValueError(f"{file}: already closed")
+            if file not in self._loaded:
+                self._loaded[file] = load_torch_file(file)
+            return self._loaded[file]
+
+    def _read_bytes(self, info: TensorInfo, shape: tuple[int, ...], offset: int) -> Tensor:
+        dtype = torch_dtype(info.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} has type {info.dtype}, which this torch cannot hold"
+            )
+        tensor = torch.empty(shape, dtype=dtype)
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            self._fill(info, view, offset)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from None
+        return tensor
+
+    def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        descriptor, done = self._files.descriptor(info.file), 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done : done + _READ_BYTES]], offset + done)
+            if count == 0:
+                early = len(view) - done
+                raise CheckpointError(
+                    f"{info.file}: ends {early} bytes before tensor {info.name!r} does; fetch it again"
+                )
+            done += count

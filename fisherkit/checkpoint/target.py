@@ -1,0 +1,90 @@
+"""Where an output goes: which names are possible, what may be replaced, and the rename at the end."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from fisherkit.errors import OutputError
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a target that could not be made in the end; called before hours of work.
+
+    An empty folder is as good as none. With ``force`` a file may be replaced, and a folder that holds
+    nothing but an earlier output: shards, their index, its sidecars and a README.
+
+    Raises:
+        OutputError: unknown suffix, parent missing or not writable, or something is there that must not be replaced.
+    """
+    as_folder = is_folder(target)
+    parent = target.parent
+    if target.name in ("", ".."):
+        raise OutputError(f"{target}: not a name for an output; add one")
+    if not parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {parent}; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: the folder {parent} cannot be written")
+    if not os.path.lexists(target) or (as_folder and target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise OutputError(f"{target}: exists already; choose another name, or --force to replace it")
+    if as_folder != target.is_dir() or not (target.is_dir() or target.is_file() or target.is_symlink()):
+        wanted = "a folder" if as_folder else "a file"
+        raise OutputError(
+            f"{target}: what is there is not {wanted}, so --force does not replace it; choose another name"
+        )
+    if as_folder and (foreign := _foreign_file(target)):
+        raise OutputError(f"{target}: holds {foreign!r}, so --force does not replace this folder; choose another name")
+
+
+def is_folder(target: Path) -> bool:
+    """Whether the target is a folder, by its suffix: letters alone name a format (or are a typo), digits a version.
+
+    Raises:
+        OutputError: a suffix such as ``.bin`` or ``.safetensor``.
+    """
+    suffix = target.suffix.lower()
+    if suffix in (".pt", ".safetensors"):
+        return False
+    if re.fullmatch(r"\.[a-z]+", suffix):
+        raise OutputError(f"{target}: unknown suffix {target.suffix!r}; use .pt, .safetensors, or none for a folder")
+    return True
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """The first entry of a folder that is not part of an output of ours."""
+    ending = ".safetensors.index.json"
+    stems = [re.escape(entry.name.removesuffix(ending)) for entry in folder.iterdir() if entry.name.endswith(ending)]
+    ours = "|".join(
+        rf"{stem}(-\d{{5}}-of-\d{{5}}\.safetensors|\.safetensors\.index\.json|\.json)" for stem in stems[:1]
+    )
+    known = re.compile(rf"{ours}|layer_importance\.json|README\.md" if ours else r"(?!)")
+    names = sorted(entry.name for entry in folder.iterdir())
+    return next((n for n in names if not known.fullmatch(n) or not (folder / n).is_file()), None)
+
+
+def swap_in(staged: Path, target: Path) -> None:
+    """Rename ``staged`` to ``target`` and make that last through a crash.
+
+    A full folder at the target steps aside first, and comes back if the new one cannot be put there.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if target.is_dir() and (target.is_symlink() or any(target.iterdir())):
+        aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+        target.rename(aside)
+        try:
+            staged.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+    else:
+        staged.replace(target)
+    parent = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)

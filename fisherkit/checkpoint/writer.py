@@ -1,0 +1,290 @@
+"""A checkpoint written tensor by tensor, in any order, in constant memory; it appears only when it is whole.
+
+The target is laid out in a work folder beside it, filled with positioned writes (no map: its dirty pages
+would count as ours), and renamed. The suffix chooses the format: `.pt`, `.safetensors`, or none for a folder
+of shards with an index.
+"""
+
+import errno
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fisherkit.checkpoint.files import OpenFiles
+from fisherkit.checkpoint.layout import Slot, TensorSpec, checksum, find_layout, lay_out, write_checksums
+from fisherkit.checkpoint.target import check_target, is_folder, swap_in
+from fisherkit.errors import OutputError
+
+__all__ = ["StreamedWriter", "TensorSpec", "check_target"]
+
+_BLOCK_ELEMENTS = 1 << 20  # rounded, summed and written while still in cache
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class StreamedWriter:
+    """Lays a target out in a work folder, is filled tensor by tensor in any order and from any thread.
+
+    Made by ``create`` or ``reopen``; nothing is at ``target`` before ``finish``.
+    """
+
+    def __init__(self, target: Path, stem: str, slots: Sequence[Slot], work: Path) -> None:
+        self._target = target
+        self._stem = stem
+        self._staged = work / target.name
+        self._slots = {slot.spec.name: slot for slot in slots}
+        self._total = sum(slot.spec.nbytes for slot in slots)
+        self._files = OpenFiles(os.O_RDWR | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self._written: set[str] = set()
+        self._checksums: dict[str, int] = {}
+
+    @classmethod
+    def create(
+        cls,
+        target: Path,
+        specs: Sequence[TensorSpec],
+        *,
+        work: Path,
+        stem: str = "model",
+        shard_bytes: int = 5_000_000_000,
+    ) -> Self:
+        """Lay the target out afresh; what an earlier run laid out in ``work`` is dropped.
+
+        Args:
+            target: what ``finish`` will make.
+            specs: the tensors, in the order they should have.
+            work: folder on the target's filesystem; made if need be.
+            stem: shards are named ``<stem>-00001-of-0000N.safetensors``.
+            shard_bytes: largest shard; a larger tensor gets a shard of its own.
+
+        Raises:
+            OutputError: unknown suffix, no room on the disk, or ``work`` cannot be written.
+            ValueError: no tensors, or two of one name.
+        """
+        plan = _plan_files(target, specs, work, stem, shard_bytes)
+        total = sum(spec.nbytes for spec in specs)
+        with _disk_errors(target, total):
+            _make_room(target, work, total)
+            slots = [slot for path, part in plan for slot in lay_out(path, part)]
+        return cls(target, stem, slots, work)
+
+    @classmethod
+    def reopen(
+        cls,
+        target: Path,
+        specs: Sequence[TensorSpec],
+        *,
+        work: Path,
+        stem: str = "model",
+        shard_bytes: int = 5_000_000_000,
+    ) -> Self:
+        """Continue to fill what ``create`` laid out in an earlier process, with the same arguments.
+
+        Which tensors that process wrote is for the caller to know; see ``mark_written``.
+
+        Raises:
+            ResumeError: the files in ``work`` are missing, or of another layout.
+            OutputError: unknown suffix.
+            ValueError: no tensors, or two of one name.
+        """
+        plan = _plan_files(target, specs, work, stem, shard_bytes)
+        slots = [slot for path, part in plan for slot in find_layout(path, part)]
+        return cls(target, stem, slots, work)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; a second time overwrites.
+
+        A floating tensor is rounded to the floating type of its spec (to nearest, NaN stays NaN), block by
+        block; other differences are mistakes of the caller.
+
+        Raises:
+            OutputError: the disk is full or cannot be written; what was written before is kept.
+            ValueError: not a tensor of this layout, or of another shape or kind; or the writer is closed.
+        """
+        slot = self._slot(name, tensor)
+        crc, at = 0, slot.offset
+        with _disk_errors(self._target, self._total):
+            descriptor = self._files.descriptor(slot.file)
+            for block in _blocks(tensor, slot.spec.torch_dtype):
+                if slot.file.suffix.lower() == ".pt":
+                    crc = zlib.crc32(block, crc)
+                _write_all(descriptor, block, at)
+                at += len(block)
+        with self._lock:
+            self._written.add(name)
+            self._checksums[name] = crc
+
+    def mark_written(self, names: Iterable[str]) -> None:
+        """Count tensors as written that an earlier process wrote and synced.
+
+        Raises:
+            ValueError: a name that is not in this layout.
+        """
+        names = set(names)
+        unknown = sorted(names - self._slots.keys())
+        if unknown:
+            raise ValueError(f"{self._target}: has no tensor {unknown[0]!r}")
+        with self._lock:
+            self._written |= names
+
+    def sync(self) -> None:
+        """Return when everything written so far is on the disk.
+
+        Raises:
+            OutputError: the disk is full or failed.
+        """
+        with _disk_errors(self._target, self._total):
+            for file in self._paths():
+                os.fsync(self._files.descriptor(file))
+
+    def finish(self, *, force: bool = False) -> tuple[Path, ...]:
+        """Sync, and rename into place; the writer is closed then. Returns the files made.
+
+        Args:
+            force: replace what is at the target; it is there until the new one is.
+
+        Raises:
+            OutputError: the target exists, the disk is full or failed. The work folder is kept.
+            RuntimeError: a tensor was never written.
+        """
+        absent = self._slots.keys() - self._written
+        if absent:
+            raise RuntimeError(f"{self._target}: {len(absent)} tensors were never written, such as {min(absent)!r}")
+        check_target(self._target, force=force)
+        names = [path.name for path in self._paths()]
+        with _disk_errors(self._target, self._total):
+            self._complete_checksums()
+            self.sync()
+            if self._staged.is_dir():
+                names.append(self._write_index())
+            self.close()
+            swap_in(self._staged, self._target)
+        return tuple(self._target / name for name in names) if self._target.is_dir() else (self._target,)
+
+    def close(self) -> None:
+        """Close the files; what is in the work folder stays, for ``reopen``."""
+        self._files.close()
+
+    def _slot(self, name: str, tensor: Tensor) -> Slot:
+        slot = self._slots.get(name)
+        if slot is None:
+            raise ValueError(f"{self._target}: has no tensor {name!r}")
+        same_kind = tensor.dtype.is_floating_point and slot.spec.torch_dtype.is_floating_point
+        if tuple(tensor.shape) != slot.spec.shape or not (tensor.dtype == slot.spec.torch_dtype or same_kind):
+            raise ValueError(
+                f"tensor {name!r}: laid out as {slot.spec.dtype} {list(slot.spec.shape)}, "
+                f"given {tensor.dtype} {list(tensor.shape)}"
+            )
+        return slot
+
+    def _paths(self) -> list[Path]:
+        return list(dict.fromkeys(slot.file for slot in self._slots.values()))
+
+    def _complete_checksums(self) -> None:
+        """Read back only what an earlier process wrote."""
+        if self._staged.suffix.lower() != ".pt":
+            return
+        slots = list(self._slots.values())
+        for slot in slots:
+            if slot.spec.name not in self._checksums:
+                self._checksums[slot.spec.name] = checksum(slot.file, slot.offset, slot.spec.nbytes)
+        write_checksums(slots, self._checksums)
+
+    def _write_index(self) -> str:
+        weight_map = {name: slot.file.name for name, slot in self._slots.items()}
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        path = self._staged / f"{self._stem}.safetensors.index.json"
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return path.name
+
+
+def _plan_files(
+    target: Path, specs: Sequence[TensorSpec], work: Path, stem: str, shard_bytes: int
+) -> list[tuple[Path, list[TensorSpec]]]:
+    """The files of the target inside ``work``, and the tensors of each."""
+    names = [spec.name for spec in specs]
+    if not specs or len(set(names)) < len(names) or "__metadata__" in names:
+        raise ValueError(f"{target}: needs tensors, each with a name of its own")
+    if not is_folder(target):
+        return [(work / target.name, list(specs))]
+    shards: list[list[TensorSpec]] = [[]]
+    room = shard_bytes
+    for spec in specs:
+        if shards[-1] and spec.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    folder, count = work / target.name, len(shards)
+    return [(folder / f"{stem}-{n:05d}-of-{count:05d}.safetensors", shard) for n, shard in enumerate(shards, start=1)]
+
+
+def _make_room(target: Path, work: Path, total: int) -> None:
+    """A work folder on the target's filesystem, without leftovers, with space for ``total`` bytes."""
+    work.mkdir(parents=True, exist_ok=True)
+    if work.stat().st_dev != target.absolute().parent.stat().st_dev:
+        raise OutputError(f"{work}: not on the filesystem of {target}, so it could not be renamed")
+    staged = work / target.name
+    if staged.is_dir():
+        shutil.rmtree(staged)
+    staged.unlink(missing_ok=True)
+    if is_folder(target):
+        staged.mkdir()
+    free = shutil.disk_usage(work).free
+    if free < total:
+        raise OutputError(f"{target}: needs {_size(total)}, and {_size(free)} are free on this disk")
+
+
+def _blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The tensor's bytes in ``dtype``, a few MB at a time; rounded where it lives, then moved to the host."""
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
+        block = flat[start : start + _BLOCK_ELEMENTS].to(dtype).cpu()
+        yield block.view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, block: memoryview, offset: int) -> None:
+    while block:
+        count = os.pwrite(descriptor, block, offset)
+        block, offset = block[count:], offset + count
+
+
+@contextmanager
+def _disk_errors(target: Path, total: int) -> Iterator[None]:
+    """What the system says about the disk, as one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise OutputError(
+                f"disk full while writing {target}: {_size(total)} needed; free space and run again with --resume"
+            ) from None
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def _size(nbytes: int) -> str:
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

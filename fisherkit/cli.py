@@ -1,0 +1,253 @@
+"""The commands. Each turns its options into a dataclass, calls one function of the library, and shows what it returns.
+
+torch, transformers and the methods that need them are imported inside the commands: ``--help`` is instant.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fisherkit import __version__, console
+from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
+
+app = typer.Typer(
+    name="fisherkit",
+    help="Which weights of a language model carry what it can do? Works on checkpoint files, also when they are "
+    "larger than memory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PROMPTS, MEASURE, MACHINE, OUTPUT = "What is read", "What is measured", "How it runs", "What comes out"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
+
+
+def _run(command: Callable[[], object], *, debug: bool, hint: str = "") -> None:
+    raise typer.Exit(console.guard(command, debug=debug, hint=hint))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fisherkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="A checkpoint: folder, file, or org/name[@revision].")],
+    prompts: Annotated[
+        str, typer.Argument(help="txt, jsonl, json, csv, tsv, parquet, a hub data set, - for stdin, or builtin.")
+    ] = "builtin",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help=".pt, .safetensors, or no suffix for a folder.", rich_help_panel=OUTPUT)
+    ] = Path("fisher.pt"),
+    field: Annotated[
+        str | None, typer.Option(help="Column with the prompt; found by itself otherwise.", rich_help_panel=PROMPTS)
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Use the first so many rows; 0 for all.", rich_help_panel=PROMPTS)] = 200,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens per sample; longer ones are cut on the right.", rich_help_panel=PROMPTS)
+    ] = 256,
+    chat_template: Annotated[
+        str, typer.Option(help="auto (when the tokenizer has one), on, off.", rich_help_panel=PROMPTS)
+    ] = "auto",
+    chat_template_kwargs: Annotated[
+        str, typer.Option(help="JSON passed to the template.", rich_help_panel=PROMPTS)
+    ] = "{}",
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="Tokens that count: all, completion (the answer), assistant (all its turns); auto is completion "
+            "where the set has answers.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = "auto",
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="matrices (of the blocks), all (norms, biases, embeddings, head too), or a regular expression on "
+            "tensor names.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = "matrices",
+    layers: Annotated[str | None, typer.Option(help="Only these, such as 0-7,12.", rich_help_panel=MEASURE)] = None,
+    labels: Annotated[
+        str,
+        typer.Option(help="data (empirical Fisher) or sampled from the model (true Fisher).", rich_help_panel=MEASURE),
+    ] = "data",
+    reduction: Annotated[
+        str, typer.Option(help="A sample's loss is the mean or the sum over its tokens.", rich_help_panel=MEASURE)
+    ] = "mean",
+    seed: Annotated[int, typer.Option(help="Of sampled labels.", rich_help_panel=MEASURE)] = 0,
+    group_size: Annotated[
+        int, typer.Option(help="Layers in memory at a time; lowered if they do not fit.", rich_help_panel=MACHINE)
+    ] = 8,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens per batch; never changes the result.", rich_help_panel=MACHINE)
+    ] = 2048,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=MACHINE)
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=MACHINE)] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(help="stream (group by group), resident (whole model in memory), auto.", rich_help_panel=MACHINE),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in OUT.partial/.", rich_help_panel=MACHINE)
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that ships with the model.", rich_help_panel="Danger"),
+    ] = False,
+    store: Annotated[
+        str, typer.Option(help="bf16, or fp32 for parts to be combined.", rich_help_panel=OUTPUT)
+    ] = "bf16",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest shard of a folder, such as 5GB.", rich_help_panel=OUTPUT)
+    ] = "5GB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done; needs just the config.", rich_help_panel=OUTPUT)
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the diagonal Fisher of a model on a prompt set.
+
+    Example: fisherkit extract Qwen/Qwen3-0.6B prompts.jsonl -o fisher.pt
+    """
+
+    def command() -> None:
+        options = ExtractOptions(
+            field=field,
+            limit=limit or None,
+            max_length=max_length,
+            chat_template=chat_template,  # type: ignore[arg-type]  # checked by the dataclass
+            chat_template_kwargs=parse_json("chat-template-kwargs", chat_template_kwargs),
+            loss=loss,  # type: ignore[arg-type]
+            targets=targets,
+            layers=parse_layers(layers) if layers is not None else None,
+            labels=labels,  # type: ignore[arg-type]
+            reduction=reduction,  # type: ignore[arg-type]
+            seed=seed,
+            group_size=group_size,
+            batch_tokens=batch_tokens,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,
+            engine=engine,  # type: ignore[arg-type]
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            store=store,  # type: ignore[arg-type]
+            shard_bytes=parse_bytes("max-shard-size", max_shard_size),
+            force=force,
+        )
+        from fisherkit.methods import fisher
+
+        say = console.say if not quiet else _silence
+        if dry_run:
+            console.show_facts(fisher.plan_extract(model, prompts, options, say=say), as_json=as_json)
+            return
+        report = fisher.extract(
+            model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say
+        )
+        typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
+
+    _run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A Fisher, mask, checkpoint, or layer_importance.json.")],
+    other: Annotated[Path | None, typer.Argument(help="A second one, to compare.")] = None,
+    by: Annotated[str, typer.Option(help="A row per layer, module or tensor.")] = "layer",
+    sort: Annotated[str | None, typer.Option(help="Column, largest first; -COLUMN smallest first.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="auto (table on a terminal, else tsv), table, tsv, csv, json, jsonl.")
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a report: .html, .svg, .png, .csv or .json.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show where the Fisher information lies: per layer, module or tensor.
+
+    Example: fisherkit inspect fisher.pt --by module --sort share | head -3
+    """
+
+    def command() -> None:
+        from fisherkit.methods import summary
+
+        found = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet))  # type: ignore[arg-type]
+        found = found.sorted(sort, top)
+        if out is None:
+            console.show(found, "json" if as_json else form)
+            return
+        from fisherkit import figures
+
+        figures.write_figure(found, out, force=force)
+        typer.echo(str(out))
+
+    _run(command, debug=debug)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--folder", help="Where its files go.")] = Path("demo"),
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small real model here in about a minute, then extract and inspect its Fisher.
+
+    Example: fisherkit demo
+    """
+
+    def command() -> None:
+        from fisherkit.methods import demo as methods_demo
+        from fisherkit.methods import fisher, summary
+
+        say = console.say if not quiet else _silence
+        made = methods_demo.make_model(folder, track=console.tracker("demo", quiet=quiet), say=say)
+        out, options = folder / "fisher.pt", ExtractOptions(force=True)
+        say(f"\n$ fisherkit extract {made} builtin -o {out}")
+        fisher.extract(made, "builtin", out, options, track=console.tracker("extract", quiet=quiet), say=say)
+        say(f"\n$ fisherkit inspect {out}")
+        console.show(summary.inspect(out))
+        say(
+            "\nWith a model and prompts of your own:\n"
+            "  fisherkit extract org/name prompts.jsonl -o fisher.pt\n"
+            "  fisherkit inspect fisher.pt -o report.html\n"
+            "  fisherkit inspect fisher.pt --by tensor --sort mean | head"
+        )
+
+    _run(command, debug=debug)
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    fields = asdict(report)
+    return fields | {"path": str(report.path), "files": [str(file) for file in report.files]}
+
+
+def _silence(_: str) -> None:
+    pass

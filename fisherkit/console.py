@@ -1,0 +1,174 @@
+"""The terminal: what goes to which stream, progress, and errors in one line.
+
+Data goes to stdout, words for people to stderr. Tables are for eyes alone: what is not a terminal gets rows of full
+names and exact numbers. How a table looks is the business of ``fisherkit.tables``.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+import typer
+from rich.console import Console
+from tqdm import tqdm
+
+from fisherkit import look, tables
+from fisherkit.errors import FisherkitError, OptionError
+from fisherkit.methods.records import FORMATS, render
+from fisherkit.methods.sources import Track
+from fisherkit.methods.summary import Summary
+
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
+
+
+def say(text: str) -> None:
+    """Print a line for people, on stderr."""
+    _write(sys.stderr, text + "\n")
+
+
+def show(summary: Summary, form: str = "auto") -> None:
+    """Print a summary on stdout as ``table``, ``tsv``, ``csv``, ``json`` or ``jsonl``, and its warnings for people.
+
+    ``auto`` is a table on a terminal and TSV anywhere else. Raises OptionError for any other name.
+    """
+    if form not in ("auto", "table", *FORMATS):
+        raise OptionError(f"--format must be one of auto, table, {', '.join(FORMATS)}, not {form!r}")
+    if form == "auto":
+        form = "table" if sys.stdout.isatty() else "tsv"
+    for note in summary.notes:
+        say(f"note: {look.printable(note)}")
+    if form == "table":
+        _never_fail(sys.stdout)
+        tables.draw(summary, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+        return
+    for warning in look.warnings(summary):
+        say(f"warning: {warning}")
+    _write(sys.stdout, render(summary.records(), summary.columns, form))
+
+
+def show_facts(facts: Mapping[str, object], *, as_json: bool = False) -> None:
+    """Print named facts on stdout: as JSON, or a name and its value per line."""
+    if as_json:
+        _write(sys.stdout, json.dumps(facts, allow_nan=False) + "\n")
+        return
+    for name, value in facts.items():
+        _write(sys.stdout, f"{name}\t{value if isinstance(value, str) else json.dumps(value)}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    _never_fail(stream)
+    stream.write(text)
+
+
+def _never_fail(stream: TextIO) -> None:
+    """Names may hold what the stream's encoding cannot: spell it out instead of failing."""
+    reconfigure = getattr(stream, "reconfigure", None)  # streams that tests put in place have none
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+# Progress
+
+
+def tracker(label: str, *, quiet: bool = False) -> Track:
+    """A progress function for the library: a bar on a terminal, else a line per stage and tenth, on stderr.
+
+    TQDM_DISABLE asks for lines on a terminal too. ``quiet`` says nothing at all.
+    """
+    if quiet:
+        return lambda stage, done, total: None
+    bars = sys.stderr.isatty() and os.environ.get("TQDM_DISABLE", "0") in ("", "0")
+    return _Bars(label) if bars else _Lines(label)
+
+
+class _Bars:
+    """A tqdm bar per stage; each is closed when its stage is done or another begins."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._stage: str | None = None
+        self._bar: tqdm | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or stage != self._stage:
+            self._close()
+            self._stage = stage
+            self._bar = tqdm(
+                total=total, desc=f"{self._label}: {stage}", file=sys.stderr, leave=False, dynamic_ncols=True
+            )
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+class _Lines:
+    """A line when a stage begins, at every tenth of it, and when it ends."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._said: tuple[str, int] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        step = (stage, 10 * done // total if total else 10)
+        if step != self._said:
+            self._said = step
+            say(f"{self._label}: {stage} {done}/{total}")
+
+
+# Errors
+
+
+def guard(function: Callable[[], object], *, debug: bool = False, hint: str = "") -> int:
+    """Run a command and return its exit code; what goes wrong becomes one line on stderr.
+
+    0 done, 1 failed, 2 usage, 130 interrupted, 141 the reader of stdout went away (said by nobody). Typer's own
+    exceptions pass. With ``debug`` all others pass as well, traceback and all, except a closed pipe.
+    ``hint`` follows the word that a run was interrupted.
+    """
+    try:
+        function()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        return EXIT_PIPE_CLOSED
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        say(f"Interrupted. {hint}".rstrip())
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        say(f"Error: {explain(error)}")
+        return error.exit_code if isinstance(error, FisherkitError) else EXIT_FAILED
+    return 0
+
+
+def explain(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = look.printable(" ".join(str(error).split()))
+    if isinstance(error, FisherkitError):
+        return text
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory; a smaller --group-size or --batch-tokens needs less ({text[:120] or 'no details'})"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{look.printable(str(error.filename))}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return f"unexpected {type(error).__name__}: {text[:200]}; run again with --debug for the whole story"
+
+
+def _forget_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain about the closed pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

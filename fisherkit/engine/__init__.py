@@ -1,0 +1,1 @@
+"""A model larger than memory, run block by block."""

@@ -1,0 +1,41 @@
+"""What every block is called with, for every batch, recorded once and kept in the work folder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fisherkit.engine.blocks import Record, Tape
+from fisherkit.engine.job import Job
+from fisherkit.engine.work import Spool
+
+
+class Arguments:
+    """Records of all batches; their tensors are spooled and come back only for the blocks that need them."""
+
+    def __init__(self, job: Job, tape: Tape) -> None:
+        self._job, self._tape = job, tape
+        self._records: list[Record] = []
+        self._spool = Spool(job.work.folder / "arguments.bin", job.budget)
+
+    def record(self, number: int) -> Tensor:
+        """Record the next batch, whose number this is; returns its first hidden states."""
+        assert number == len(self._records)
+        record, first = self._tape.record(self._job.ids(self._job.batches[number]))
+        for place, tensor in enumerate(record.tensors):
+            self._spool.put(f"{number}.{place}", [tensor])
+        self._records.append(Record(record.calls, [], record.mappings))
+        return first
+
+    def get(self, number: int, blocks: Sequence[int]) -> Record:
+        """The record of a batch with just the tensors that these blocks are called with, on the device."""
+        record = self._records[number]
+        needed = record.needs(blocks)
+        tensors: list[Any] = [None] * (max(needed, default=-1) + 1)
+        for place in needed:
+            tensors[place] = self._spool.get(f"{number}.{place}")[0][0].to(self._job.device)
+        return Record(record.calls, tensors, record.mappings)
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        self._spool.remove()

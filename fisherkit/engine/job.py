@@ -1,0 +1,99 @@
+"""What an engine is asked to do: samples, targets, and where finished values go."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fisherkit.engine.plan import Plan
+from fisherkit.engine.prompts import Sample
+from fisherkit.engine.skeleton import Skeleton
+from fisherkit.engine.work import Budget, Work
+from fisherkit.errors import FisherkitError
+from fisherkit.kernels.loss import sample_labels, sample_loss
+
+Track = Callable[[str, int, int], None]
+
+
+class Sink(Protocol):
+    """Takes finished Fisher values; keeps them for good once synced."""
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Mean squared gradients by parameter name, float32; all measured parameters of a block come together."""
+
+    def sync(self) -> dict[str, Any]:
+        """Bring everything so far onto the disk; returns JSON that restores the sink's own state."""
+
+
+@dataclass
+class Job:
+    """A measurement: of which model, on which samples, to where.
+
+    Attributes:
+        batches: numbers of the samples that are padded together.
+        general: parameters to leave to autograd although a linear layer holds them.
+        keep_weights: leave weights on the device between the two sweeps.
+    """
+
+    skeleton: Skeleton
+    plan: Plan
+    samples: Sequence[Sample]
+    batches: Sequence[Sequence[int]]
+    device: torch.device
+    work: Work
+    sink: Sink
+    budget: Budget
+    track: Track
+    reduction: str = "mean"
+    labels: str = "data"
+    seed: int = 0
+    keep_weights: bool = False
+    general: frozenset[str] = field(default_factory=frozenset)
+
+    def ids(self, batch: Sequence[int]) -> Tensor:
+        """Token ids [B, T] on the device, short samples filled up on the right with their own last token.
+
+        No padding mask is needed: a causal model never looks to the right, and pads have no loss.
+        """
+        rows = [self.samples[number].ids for number in batch]
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=self.device)
+
+    def lengths(self, batch: Sequence[int]) -> list[int]:
+        """Real tokens of each sample of a batch."""
+        return [len(self.samples[number].ids) for number in batch]
+
+    def loss(self, number: int, logits: Tensor) -> Tensor:
+        """l_n of one sample from its logits [T, V]; labels from the data, or drawn from the model.
+
+        Raises:
+            FisherkitError: the loss is not finite.
+        """
+        sample = self.samples[number]
+        labels = torch.tensor(sample.ids, device=logits.device)
+        if self.labels == "sampled":
+            labels = sample_labels(logits.detach(), labels, self.seed * 1_000_003 + sample.row)
+        loss = sample_loss(logits, labels, torch.tensor(sample.counts, device=logits.device), self.reduction)
+        if not torch.isfinite(loss):
+            raise FisherkitError(
+                f"row {sample.row}: the loss is {loss.item()}; the model overflows in {self.skeleton.dtype}, "
+                "try --dtype float32 (or bfloat16 instead of float16)"
+            )
+        return loss
+
+    def accumulators(self, blocks: Sequence[int | None]) -> dict[str, Tensor]:
+        """Zeros, float32, for every parameter measured in these blocks."""
+        return {
+            name: torch.zeros(self.skeleton.model.get_parameter(name).shape, device=self.device)
+            for name in self.plan.names(blocks)
+        }
+
+    def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor]) -> dict[str, Any]:
+        """Hand sums of squares to the sink as means over the samples, block by block; the sink's state."""
+        for block in blocks:
+            own = {name: sums.pop(name).div_(len(self.samples)) for name in self.plan.names([block])}
+            if own:
+                self.sink.add(own)
+        return self.sink.sync()

@@ -1,0 +1,66 @@
+"""How much memory there is, and what a run will need of it."""
+
+import resource
+from pathlib import Path
+
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: on the device, or on the host within its cgroup and its ulimit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_machine(), _cgroup(), _ulimit())
+
+
+def _machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 << 30  # not Linux: a guess that any machine meets
+
+
+def _cgroup() -> int:
+    """Room left in this process's memory cgroup (v2, or v1), file pages counted as room."""
+    limits = [1 << 62]
+    for folder in _cgroup_folders():
+        try:
+            limit = next((folder / name).read_text() for name in ("memory.max", "memory.limit_in_bytes") if (folder / name).is_file())
+            used = next((folder / name).read_text() for name in ("memory.current", "memory.usage_in_bytes") if (folder / name).is_file())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, StopIteration, ValueError):
+            continue
+        if limit.strip() != "max":
+            files = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+            limits.append(max(0, int(limit) - int(used) + files))
+    return min(limits)
+
+
+def _cgroup_folders() -> list[Path]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text("ascii").splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = CGROUP / controllers if controllers else CGROUP
+            own = root / path.lstrip("/")
+            folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    return folders
+
+
+def _ulimit() -> int:
+    """Room left under RLIMIT_AS (``ulimit -v``)."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 62
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    except OSError:
+        return limit
+    return max(0, limit - pages * resource.getpagesize())

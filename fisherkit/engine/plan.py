@@ -1,0 +1,142 @@
+"""What a run will measure, in which groups, and what it needs: pure functions of model, options and memory."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fisherkit.engine.capture import split_targets
+from fisherkit.engine.skeleton import Skeleton, TargetTensor, blocks_in_groups
+from fisherkit.errors import OptionError
+
+BASE_BYTES = 600 << 20  # Python, torch and transformers themselves
+HEADROOM = 0.85  # of the memory that is there
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Targets per block (None: around the blocks) and parameter, and the groups of blocks that share the memory."""
+
+    groups: tuple[tuple[int, ...], ...]
+    targets: Mapping[int | None, Mapping[str, tuple[TargetTensor, ...]]]
+
+    @property
+    def tensors(self) -> tuple[TargetTensor, ...]:
+        """All tensors of the Fisher, in model order."""
+        return tuple(tensor for own in self.targets.values() for tensors in own.values() for tensor in tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights measured."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    def names(self, blocks: Sequence[int | None]) -> list[str]:
+        """Names of the parameters measured in the given blocks."""
+        return [name for block in blocks for name in self.targets.get(block, {})]
+
+
+def choose_targets(
+    skeleton: Skeleton, targets: str, layers: Sequence[int] | None
+) -> dict[int | None, dict[str, tuple[TargetTensor, ...]]]:
+    """Parameters and checkpoint tensors to measure.
+
+    Args:
+        skeleton: the model.
+        targets: ``matrices`` (two or more axes, inside the blocks), ``all``, or a regular expression that is searched
+            in checkpoint tensor names of the whole text model.
+        layers: block numbers, or None for all of them (and, unless ``matrices``, what lies around them).
+
+    Raises:
+        OptionError: no such layer, or nothing matches.
+    """
+    count = len(skeleton.blocks)
+    beyond = [layer for layer in layers or () if layer >= count]
+    if beyond:
+        raise OptionError(f"--layers {beyond[0]}: the model has {count} layers, 0 to {count - 1}")
+    blocks: list[int | None] = list(layers) if layers is not None else list(range(count))
+    if targets != "matrices" and layers is None:
+        blocks.append(None)
+    chosen: dict[int | None, dict[str, tuple[TargetTensor, ...]]] = {}
+    for block in blocks:
+        own = skeleton.parameters(block)
+        wanted = [name for name, parameter in own.items() if targets != "matrices" or parameter.ndim >= 2]
+        described = skeleton.describe(wanted, block)
+        if targets not in ("matrices", "all"):
+            described = {
+                name: tuple(tensor for tensor in tensors if re.search(targets, tensor.name))
+                for name, tensors in described.items()
+            }
+        kept = {name: tensors for name, tensors in described.items() if tensors}
+        if kept:
+            chosen[block] = kept
+    if not chosen:
+        raise OptionError(f"--targets {targets}: no tensor of the text model matches")
+    return chosen
+
+
+def only_batches_of_one(skeleton: Skeleton, plan: Plan) -> bool:
+    """Whether a target is no linear layer inside a block: autograd sums over a batch, so it must be of one sample."""
+    inside = [name for block in plan.targets if block is not None for name in plan.targets[block]]
+    return None in plan.targets or bool(split_targets(skeleton.model, inside, frozenset())[1])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Peak bytes of a run."""
+
+    host: int
+    device: int
+
+
+def needs(skeleton: Skeleton, plan: Plan, *, batch_tokens: int, longest: int, on_host: bool) -> Needs:
+    """Peak memory of a streamed run: one group's weights twice (one group is read ahead), its accumulators, one batch.
+
+    Args:
+        skeleton: the model on the meta device.
+        plan: targets and groups.
+        batch_tokens: padded tokens of a batch.
+        longest: tokens of the longest sample, which the head sees alone.
+        on_host: whether the device's memory is the host's.
+    """
+    size = torch.empty((), dtype=skeleton.dtype).element_size()
+    group = max(_group_bytes(skeleton, plan, group, size, batch_tokens) for group in plan.groups)
+    ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
+    around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
+    outer = sum(tensor.numel for own in (plan.targets.get(None, {}),) for ts in own.values() for tensor in ts)
+    head = skeleton.model.get_output_embeddings()
+    vocabulary = head.weight.shape[0] if head is not None and hasattr(head, "weight") else 0
+    logits = longest * vocabulary * (2 * size + 12)
+    device = around * size + max(group, logits + outer * (4 + size))
+    host = BASE_BYTES + ahead + (device if on_host else 0)
+    return Needs(host=host, device=device)
+
+
+def fit_groups(
+    skeleton: Skeleton, plan: Plan, group_size: int, room: int, *, batch_tokens: int, longest: int, on_host: bool
+) -> Plan:
+    """The plan with the largest group size up to ``group_size`` whose needs fit ``room`` bytes (at least 1)."""
+    for size in range(min(group_size, len(skeleton.blocks)), 0, -1):
+        plan = Plan(blocks_in_groups(len(skeleton.blocks), size), plan.targets)
+        need = needs(skeleton, plan, batch_tokens=batch_tokens, longest=longest, on_host=on_host)
+        if (need.host if on_host else need.device) <= HEADROOM * room:
+            break
+    return plan
+
+
+def _group_bytes(skeleton: Skeleton, plan: Plan, group: Sequence[int], size: int, batch_tokens: int) -> int:
+    weights = sum(_weights(skeleton, block) for block in group) * size
+    accumulators = 4 * sum(tensor.numel for block in group for ts in plan.targets.get(block, {}).values() for tensor in ts)
+    kept = sum(_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
+    return weights + accumulators + kept
+
+
+def _weights(skeleton: Skeleton, block: int) -> int:
+    return sum(parameter.numel() for parameter in skeleton.parameters(block).values())
+
+
+def _activations(block: nn.Module) -> int:
+    """Numbers per token that a replay of the block keeps: inputs and outputs of its linear layers, twice."""
+    sides = (module.weight.shape for module in block.modules() if getattr(module, "weight", None) is not None)
+    return 2 * sum(sum(shape) for shape in sides if len(shape) == 2)

@@ -1,0 +1,44 @@
+"""The published recipe: the whole model resident, the parameters of one group unfrozen at a time, one sample at a time.
+
+It is the oracle of the streaming engine, the baseline of the benchmarks, and the fallback for models whose blocks
+cannot be replayed one by one.
+"""
+
+import torch
+
+from fisherkit.engine.capture import add_squared_parameters_, trainable
+from fisherkit.engine.job import Job
+from fisherkit.engine.weights import Weights
+
+
+def resident(job: Job) -> None:
+    """Measure every target of the plan; values go to ``job.sink``, progress to ``job.work``.
+
+    Raises:
+        CheckpointError: damaged or missing weights.
+        FisherkitError: a loss that is not finite.
+    """
+    with Weights(job.skeleton, job.device, keep=True) as weights:
+        weights.load_outer()
+        for block in range(len(job.skeleton.blocks)):
+            weights.enter([block], [block + 1] if block + 1 < len(job.skeleton.blocks) else [])
+        groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
+        groups += [(None,)] if job.plan.names([None]) else []
+        for number in range(job.work.progress.get("resident", 0), len(groups)):
+            _measure(job, groups[number], number, len(groups))
+
+
+def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -> None:
+    sums = job.accumulators(group)
+    losses = []
+    with trainable(job.skeleton.model, sums) as parameters:
+        for sample in range(len(job.samples)):
+            with torch.enable_grad():
+                logits = job.skeleton.model(input_ids=job.ids([sample]), use_cache=False).logits[0]
+                loss = job.loss(sample, logits)
+            losses.append(loss.item())
+            loss.backward()  # type: ignore[no-untyped-call]
+            add_squared_parameters_(sums, parameters)
+            job.track("resident", number * len(job.samples) + sample + 1, count * len(job.samples))
+    state = job.deliver(group, sums)
+    job.work.commit(resident=number + 1, sink=state, loss=sum(losses) / len(losses))

@@ -1,0 +1,81 @@
+"""Before a long run: does replaying blocks give the Fisher that plain autograd gives?
+
+One short sample goes both ways through the model cut down to its first group of blocks (the others pass their input
+on), which needs no more weights than the run itself. What an architecture does in ways that the streaming engine does
+not foresee shows here, before it costs hours.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisherkit.engine.blocks import Boundary, Tape, Unreplayable, differentiate_blocks, run_blocks
+from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.job import Job
+from fisherkit.kernels.loss import sample_loss
+
+PROBE_TOKENS = 16
+TOLERANCE = {torch.float32: 1e-3}  # rounding may differ between the two ways, the quantity may not
+COARSE_TOLERANCE = 0.1
+
+
+def check_replay(job: Job, tape: Tape, blocks: Sequence[int]) -> None:
+    """Compare the targets of the first and the last of ``blocks``, which hold their weights.
+
+    Raises:
+        Unreplayable: the two ways differ, or these blocks cannot be run alone.
+        NeedsSingles: a linear layer's weight is used in another way than by calling the layer.
+    """
+    names = job.plan.names(sorted({blocks[0], blocks[-1]}))
+    if not names:
+        return
+    ids = _probe(job)
+    replayed, plain = _zeros(job, names), _zeros(job, names)
+    _replay(job, tape, blocks, ids, replayed)
+    with trainable(job.skeleton.model, names) as parameters, torch.enable_grad():
+        _loss(job, tape.logits(ids, real=blocks), ids).backward()  # type: ignore[no-untyped-call]
+        add_squared_parameters_(plain, parameters)
+    tolerance = TOLERANCE.get(job.skeleton.dtype, COARSE_TOLERANCE)
+    for name in names:
+        difference = float((replayed[name] - plain[name]).norm())
+        if not difference <= tolerance * float(plain[name].norm()):
+            raise Unreplayable(f"a replayed sample gives {name} another Fisher than plain autograd")
+
+
+def _replay(job: Job, tape: Tape, blocks: Sequence[int], ids: Tensor, sums: dict[str, Tensor]) -> None:
+    """The streamed way, a boundary around every block."""
+    skeleton = job.skeleton
+    record, first = tape.record(ids)
+    boundaries = [Boundary(first)]
+    with torch.no_grad(), Census(skeleton.model, sums, job.general) as census:
+        for block in blocks:
+            boundaries.append(run_blocks(skeleton, [block], record, _copy(boundaries[-1])))
+    census.check(ids)
+    final = boundaries.pop().hidden.requires_grad_()
+    with torch.enable_grad():
+        (hidden,) = torch.autograd.grad(_loss(job, tape.logits(ids, final=final), ids), final)
+    gradient = Boundary(hidden)
+    with Capture(skeleton.model, sums, job.general) as capture:
+        for block, entering in zip(reversed(blocks), reversed(boundaries), strict=True):
+            capture.begin([ids.shape[1]])
+            gradient = differentiate_blocks(skeleton, [block], record, _copy(entering), gradient)
+            capture.finish()
+
+
+def _probe(job: Job) -> Tensor:
+    shortest = min(job.samples, key=lambda sample: len(sample.ids))
+    return torch.tensor([shortest.ids[:PROBE_TOKENS]], device=job.device)
+
+
+def _loss(job: Job, logits: Tensor, ids: Tensor) -> Tensor:
+    return sample_loss(logits[0], ids[0], torch.ones_like(ids[0], dtype=torch.bool), job.reduction)
+
+
+def _zeros(job: Job, names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: torch.zeros(job.skeleton.model.get_parameter(name).shape, device=job.device) for name in names}
+
+
+def _copy(boundary: Boundary) -> Boundary:
+    side = {key: tuple(tensor.detach().clone() for tensor in value) for key, value in boundary.side.items()}
+    return Boundary(boundary.hidden.detach().clone(), side)

@@ -1,0 +1,85 @@
+"""Where finished Fisher values go: rounded into the output file, their statistics kept for the sidecar."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherkit.checkpoint.writer import StreamedWriter
+from fisherkit.engine.skeleton import Skeleton, TargetTensor
+from fisherkit.errors import FisherkitError
+from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
+
+TOPS = (0.01, 0.1, 0.3)
+"""Fractions of the largest entries whose share of the sum (mass) is noted per tensor."""
+
+
+class FisherSink:
+    """Writes means of squared gradients under checkpoint names. Statistics are of the float32 values, before rounding."""
+
+    def __init__(self, skeleton: Skeleton, writer: StreamedWriter, tensors: Iterable[TargetTensor]) -> None:
+        self._skeleton, self._writer = skeleton, writer
+        self._wanted = {tensor.name: tensor for tensor in tensors}
+        self.figures: dict[str, dict[str, Any]] = {}
+        self._histograms: dict[str, Histogram] = {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``sync`` returned in an earlier process."""
+        self.figures = dict(state["tensors"])
+        self._histograms = {"": Histogram.from_json(state["histogram"])}
+        self._writer.mark_written(self.figures)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Write what one block's parameters stand for on disk.
+
+        Raises:
+            FisherkitError: a value is NaN or infinite.
+        """
+        for name, value in self._skeleton.tensors_of(values).items():
+            if name in self._wanted:
+                self._keep(name, value)
+
+    def sync(self) -> dict[str, Any]:
+        """Everything added so far is on the disk when this returns."""
+        self._writer.sync()
+        return {"tensors": self.figures, "histogram": self.histogram().to_json()}
+
+    def histogram(self) -> Histogram:
+        """Of all entries of all tensors so far."""
+        merged = sum(self._histograms.values(), Histogram())
+        self._histograms = {"": merged}
+        return merged
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        stats = tensor_stats(value)
+        if stats.nonfinite:
+            raise FisherkitError(
+                f"{name}: {stats.nonfinite:,} squared gradients overflow float32; try --reduction mean, "
+                "a shorter --max-length, or --dtype float32"
+            )
+        self._writer.write(name, value.to("cpu"))
+        self.figures[name] = _figures(stats, tuple(value.shape))
+        self._histograms[name] = stats.histogram
+
+
+def _figures(stats: TensorStats, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "shape": list(shape),
+        "sum": stats.sum,
+        "mean": stats.mean,
+        "max": stats.max,
+        "zeros": stats.zeros,
+        "nonfinite": stats.nonfinite,
+        "mass": {str(top): stats.histogram.mass(top) for top in TOPS},
+    }
+
+
+def store_code(store: str) -> str:
+    """The safetensors code of ``--store``."""
+    return {"bf16": "BF16", "fp32": "F32"}[store]
+
+
+def store_bytes(store: str) -> int:
+    """Bytes per weight of ``--store``."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[store].itemsize

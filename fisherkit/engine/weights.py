@@ -1,0 +1,98 @@
+"""Weights of groups of blocks: read ahead from the shards, put on the device, dropped again."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fisherkit.checkpoint.reader import Reader
+from fisherkit.engine.skeleton import Skeleton
+from fisherkit.errors import CheckpointError
+
+
+class Weights:
+    """One group of blocks holds its weights at a time; the next one's are read while it computes.
+
+    The page cache is what keeps weights in host memory between the sweeps, as far as they fit. ``keep`` leaves them
+    on the device instead, for accelerators that have room for the whole model.
+    """
+
+    def __init__(self, skeleton: Skeleton, device: torch.device, *, keep: bool = False) -> None:
+        assert skeleton.index is not None
+        self._skeleton = skeleton
+        self._reader = Reader(skeleton.index)
+        self._device = device
+        self._keep = keep
+        self._checked: set[str] = set()
+        self._held: set[int] = set()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._ahead: tuple[tuple[int, ...], Future[dict[str, Tensor]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def load_outer(self) -> None:
+        """Embeddings, norms, head and computed buffers; tied weights are tied afterwards."""
+        skeleton = self._skeleton
+        skeleton.load(self._read(skeleton.outer_tensors()), self._device)
+        for module in skeleton.model.modules():
+            for name in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(name)
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self._device)
+        skeleton.model.tie_weights()
+        skeleton.check_loaded(None)
+
+    def enter(self, blocks: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Blocks hold their weights when this returns; those of ``then`` are being read."""
+        group = tuple(blocks)
+        if not self._held.issuperset(group):
+            self._skeleton.load(self._take(group), self._device)
+            for block in group:
+                self._skeleton.check_loaded(block)
+            self._held.update(group)
+        if then and not self._held.issuperset(then):
+            self._ahead = (tuple(then), self._pool.submit(self._read, self._skeleton.block_tensors(then)))
+
+    def leave(self, blocks: Sequence[int]) -> None:
+        """These blocks are not needed before the next enter()."""
+        if not self._keep:
+            for block in blocks:
+                self._skeleton.unload(block)
+            self._held.difference_update(blocks)
+
+    def _take(self, group: tuple[int, ...]) -> dict[str, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == group:
+            return ahead[1].result()
+        return self._read(self._skeleton.block_tensors(group))
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._checked_read(name) for name in names}
+
+    def _checked_read(self, name: str) -> Tensor:
+        """The tensor, looked through for NaN and Inf the first time it is read."""
+        tensor = self._reader.read(name)
+        if name not in self._checked:
+            self._checked.add(name)
+            if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
+                count = int((~tensor.isfinite()).sum())
+                index = self._skeleton.index
+                where = index.tensors[name].file if index is not None else "checkpoint"
+                raise CheckpointError(
+                    f"{where}: {name} holds {count:,} weights that are NaN or infinite; "
+                    "the checkpoint is damaged, a Fisher of it would mean nothing"
+                )
+        return tensor
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())

@@ -1,0 +1,52 @@
+"""Everything that fisherkit raises on purpose.
+
+    FisherkitError                one line: what is wrong, where, what to do
+    ├── OptionError               an option outside its range (also a ValueError); exit code 2
+    ├── CheckpointError           a model, Fisher or mask file that cannot be trusted or read
+    ├── PromptError               a prompt set that cannot be read, or that has nothing to learn from
+    ├── UnsupportedModelError     an architecture or a quantisation that extract cannot do
+    ├── OutputError               a target that exists, cannot be written, or a disk that is full
+    ├── ResumeError               a work folder that belongs to another run
+    └── MissingLibraryError       an optional library that is not installed
+
+Only ``fisherkit.console`` catches the root of this tree; it prints the message and exits with 1 (or 2).
+"""
+
+
+class FisherkitError(Exception):
+    """Root of the tree. The message is meant for the person at the terminal and fits one line."""
+
+    exit_code = 1
+
+
+class OptionError(FisherkitError, ValueError):
+    """An option's value is outside its range, or two options contradict each other."""
+
+    exit_code = 2
+
+
+class CheckpointError(FisherkitError):
+    """A tensor file or folder is missing, truncated, inconsistent, or holds values that are not finite."""
+
+
+class PromptError(FisherkitError):
+    """A prompt set is empty, unreadable, lacks the field, or has no loss token."""
+
+
+class UnsupportedModelError(FisherkitError):
+    """The model is not a causal language model that can be measured as it is."""
+
+
+class OutputError(FisherkitError):
+    """The target exists already, cannot be written, or the disk is full."""
+
+
+class ResumeError(FisherkitError):
+    """The work folder does not belong to this model, these prompts and these options."""
+
+
+class MissingLibraryError(FisherkitError):
+    """An optional library is needed for what was asked."""
+
+    def __init__(self, library: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the library {library!r}: pip install {library}")

@@ -1,0 +1,189 @@
+"""A summary as a file to look at or to keep: ``.html``, ``.svg``, ``.png``, or its rows as ``.csv``, ``.json``, ...
+
+The page is one file without scripts or outside references, so it opens anywhere and years from now. Files are written
+aside and renamed when whole.
+"""
+
+import html
+import importlib.util
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fisherkit import look, svg
+from fisherkit.errors import MissingLibraryError, OptionError, OutputError
+from fisherkit.methods.records import render
+from fisherkit.methods.summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PAGE_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --dim: #68707a; --line: #d5d9de; --paper: #ffffff; --alarm: #c62828; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --dim: #9aa3ad; --line: #3a4048; --paper: #16191d;
+  --alarm: #ff7b72; } }
+body { font: 14px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.35rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin-top: 2.2rem; } p.dim { color: var(--dim); }
+p.alarm { color: var(--alarm); font-weight: 600; } figure { margin: 0; overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } table.made td { text-align: left; white-space: normal;
+  overflow-wrap: anywhere; } div.wide { overflow-x: auto; }
+"""
+
+
+def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None:
+    """Write a summary to ``target``; its suffix says as what.
+
+    Raises:
+        OptionError: a suffix that is not one of those above.
+        OutputError: ``target`` exists (unless ``force``), belongs to what was inspected, or cannot be written.
+        MissingLibraryError: ``.png`` without matplotlib.
+    """
+    draw = _WRITERS.get(target.suffix.lower())
+    if draw is None:
+        raise OptionError(f"{target}: a report ends in {', '.join(_WRITERS)}, not {target.suffix or 'nothing'!r}")
+    if target.resolve() in {path.resolve() for path in _inputs(summary.path)}:
+        raise OutputError(f"{target}: belongs to what is being inspected; choose another name")
+    if target.is_dir() or (target.exists() and not force):
+        raise OutputError(f"{target}: exists already; choose another name or add --force")
+    _replace(target, draw(summary))
+
+
+def _inputs(path: Path) -> Iterable[Path]:
+    """The inspected file and what extract wrote beside it."""
+    beside = (path / "fisher.json", path) if path.is_dir() else (path.with_suffix(".json"), path.parent)
+    return (path, beside[0], beside[1] / "layer_importance.json")
+
+
+def _replace(target: Path, content: bytes) -> None:
+    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        aside.write_bytes(content)
+        aside.replace(target)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+# The page
+
+
+def page(summary: Summary) -> str:
+    """One self-contained HTML page."""
+    sections = [
+        f"<h1>{_safe(look.headline(summary))}</h1>",
+        f'<p class="dim">{_safe(summary.path)}</p>',
+        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in look.warnings(summary)),
+        *(f'<p class="dim">{_safe(note)}</p>' for note in summary.notes),
+        *(f"<p>{_safe(sentence)}</p>" for sentence in look.sentences(summary)),
+        f"<h2>Where it lies</h2><figure>{svg.layers(summary).standalone()}</figure>",
+        f"<h2>How concentrated it is</h2><figure>{svg.mass_curve(summary).standalone()}</figure>"
+        if summary.mass()
+        else "",
+        f"<h2>By {summary.by}</h2>{_rows_table(summary)}",
+        f"<h2>How it was made</h2>{_made_table(summary.provenance)}" if summary.provenance else "",
+    ]
+    head = (
+        f'<meta charset="utf-8"><title>{_safe(look.headline(summary))}</title><style>{_PAGE_STYLE}{svg.STYLE}</style>'
+    )
+    size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}{size}</head>\n<body>\n'
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+
+
+def _safe(text: object) -> str:
+    return html.escape(look.printable(str(text)))
+
+
+def _rows_table(summary: Summary) -> str:
+    heads = "".join(f"<th>{_safe(column.replace('_', ' '))}</th>" for column in summary.columns)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{_figure(column, value)}</td>" for column, value in record.items()) + "</tr>"
+        for record in summary.records()
+    )
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _figure(column: str, value: str | int | float | None) -> str:
+    if column == "share" and isinstance(value, float):
+        return look.percent(value)
+    return f"{value:,}" if isinstance(value, int) else _safe(look.number(value))
+
+
+def _made_table(provenance: Mapping[str, object]) -> str:
+    rows = look.provenance_rows(provenance)
+    lines = "".join(f"<tr><td>{_safe(field)}</td><td>{_safe(text)}</td></tr>" for field, text in rows)
+    return f'<table class="made">{lines}</table>'
+
+
+# The bitmap
+
+
+def _png(summary: Summary) -> bytes:
+    """The heat map, the bars and the mass curve as a PNG, through matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingLibraryError("matplotlib", "a .png report")
+    from matplotlib.figure import Figure
+
+    height = max(4.0, 1.6 + 0.17 * len(summary.layers))
+    figure = Figure(figsize=(13, height), layout="constrained")
+    heat, bars, curve = figure.subplots(1, 3, width_ratios=(2, 1.5, 1.5))
+    figure.suptitle(look.headline(summary))
+    _png_heat(heat, summary)
+    labels = [look.row_label(row, "layer") for row in summary.layers]
+    bars.barh(labels, [row.share if math.isfinite(row.share) else 0.0 for row in summary.layers], color="#31688e")
+    bars.invert_yaxis()
+    bars.margins(y=0.005)
+    bars.tick_params(axis="y", labelsize=7)
+    bars.set_title("share of the total")
+    tops = [10 ** (-4 + step / 30) for step in range(121)]
+    curve.semilogx(tops, [summary.histogram.mass(top) for top in tops], color="#31688e")
+    curve.set(title="share held by the largest weights", xlabel="fraction of all weights", ylim=(0, 1))
+    curve.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _png_heat(axes: "Axes", summary: Summary) -> None:
+    heat = summary.heat
+    if not heat.means:
+        axes.set_axis_off()
+        return
+    levels = [[_or_nan(heat.level(layer, module)) for module in heat.modules] for layer in heat.layers]
+    image = axes.imshow(levels, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    names = look.short_names(heat.modules)
+    axes.set_xticks(range(len(heat.modules)), [names[module] for module in heat.modules], rotation=60)
+    axes.set_yticks(range(len(heat.layers)), [str(layer) for layer in heat.layers], fontsize=7)
+    axes.set_title("density" if heat.linear else "mean per weight, log scale (blank: none or zero)")
+    if heat.bounds:
+        scale = axes.figure.colorbar(image, ax=axes, ticks=[0, 1], aspect=50)
+        scale.ax.set_yticklabels([look.number(end) for end in heat.bounds])
+
+
+def _or_nan(level: float | None) -> float:
+    return math.nan if level is None else level
+
+
+def _rows(form: str) -> Callable[[Summary], bytes]:
+    return lambda summary: _encode(render(summary.records(), summary.columns, form))
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+_WRITERS: Mapping[str, Callable[[Summary], bytes]] = {
+    ".html": lambda summary: _encode(page(summary)),
+    ".svg": lambda summary: _encode(svg.picture(summary)),
+    ".png": _png,
+    **{f".{form}": _rows(form) for form in ("csv", "tsv", "json", "jsonl")},
+}

@@ -1,0 +1,67 @@
+"""Diagonal Fisher of a linear layer y = x @ W.T + b, from what its backward pass already has.
+
+Axes: T tokens, I inputs, O outputs. Tensors in, tensors out: no files, no state.
+The square is taken per sample, so a caller hands over one sample at a time; how samples were batched can't matter.
+
+On a CPU the squaring, not the GEMM, decides the speed: a whole O x I gradient leaves the cache before it is squared.
+So the gradient is made in tiles, for all samples of a batch in turn, and neither it nor the tile of the Fisher goes
+back to memory in between (3 to 4 times faster than the plain expression on a 8192 x 2048 weight).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# 1024 x 2048 won or came within 5 % of the winner for fp32 and bf16 weights of 0.5 to 16 million entries.
+TILE_ROWS, TILE_COLUMNS = 1024, 2048
+# An accelerator has no cache to stay in, but launches to save.
+DEVICE_TILE_ROWS, DEVICE_TILE_COLUMNS = 8192, 8192
+BLOCK_ENTRIES = 1 << 20
+
+
+def add_squared_linear_grads_(fisher: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """fisher[O,I] += sum_n (dl_n/dW)^2 with dl_n/dW = sum_t g_n[t] x_n[t]^T (arXiv 1612.00796; DESIGN section 4).
+
+    Args:
+        fisher: float32 accumulator [O, I], changed in place.
+        inputs: per sample the layer's input x_n [T_n, I].
+        grads: per sample the gradient g_n [T_n, O] of its loss at the layer's output, same dtype as the input.
+    """
+    rows, columns = _tile(fisher)
+    product = torch.empty(rows * columns, dtype=inputs[0].dtype, device=fisher.device)
+    exact = product if product.dtype == fisher.dtype else torch.empty_like(product, dtype=fisher.dtype)
+    for top in range(0, fisher.shape[0], rows):
+        for left in range(0, fisher.shape[1], columns):
+            tile = fisher[top : top + rows, left : left + columns]
+            grad, square = _shaped(product, tile), _shaped(exact, tile)
+            for x, g in zip(inputs, grads, strict=True):
+                torch.mm(g[:, top : top + rows].mT, x[:, left : left + columns], out=grad)
+                if square is not grad:
+                    square.copy_(grad)
+                tile.addcmul_(square, square)
+
+
+def add_squared_bias_grads_(fisher: Tensor, grads: Sequence[Tensor]) -> None:
+    """fisher[O] += sum_n (sum_t g_n[t])^2; ``grads`` as in add_squared_linear_grads_, summed in float32."""
+    for g in grads:
+        fisher.add_(g.sum(0, dtype=fisher.dtype).square_())
+
+
+def add_squares_(fisher: Tensor, grad: Tensor) -> None:
+    """fisher += grad^2 for one sample's gradient of any shape and float dtype, in blocks, float32."""
+    into, source = fisher.view(-1), grad.reshape(-1)
+    for start in range(0, into.numel(), BLOCK_ENTRIES):
+        block = source[start : start + BLOCK_ENTRIES].to(fisher.dtype)
+        into[start : start + BLOCK_ENTRIES].addcmul_(block, block)
+
+
+def _tile(fisher: Tensor) -> tuple[int, int]:
+    rows, columns = (
+        (TILE_ROWS, TILE_COLUMNS) if fisher.device.type == "cpu" else (DEVICE_TILE_ROWS, DEVICE_TILE_COLUMNS)
+    )
+    return min(rows, fisher.shape[0]), min(columns, fisher.shape[1])
+
+
+def _shaped(buffer: Tensor, tile: Tensor) -> Tensor:
+    return buffer[: tile.numel()].view(tile.shape)

@@ -1,0 +1,40 @@
+"""The loss of one sample, l_n = -log p of its counted tokens, their mean or their sum.
+
+Axes: T tokens, V vocabulary. The token at position t is predicted by the logits at t-1.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sample_loss(logits: Tensor, labels: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """Negative log-likelihood of the counted tokens, float32 whatever the logits are.
+
+    Args:
+        logits: [T, V], any float dtype.
+        labels: [T] token ids.
+        counts: [T] bool, True where the token counts; the first never does.
+        reduction: ``mean`` over the counted tokens, or ``sum``.
+    """
+    at = counts[1:].nonzero().squeeze(1)
+    return F.cross_entropy(logits[at].float(), labels[1:][at], reduction=reduction)
+
+
+@torch.no_grad()
+def sample_labels(logits: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """Labels [T] drawn from the model's own distribution at every position (true Fisher, one draw).
+
+    The draw inverts the cumulative distribution at uniforms from a generator on the CPU, so that a sample's labels
+    depend on the seed alone and not on the device or on its neighbours.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(labels) - 1, 1, generator=generator, dtype=torch.float64).to(logits.device)
+    drawn = labels.clone()
+    for start in range(0, len(labels) - 1, 64):  # float64 of a few rows at a time: vocabularies are large
+        rows = slice(start, min(start + 64, len(labels) - 1))
+        cumulative = logits[rows].double().softmax(-1).cumsum(-1)
+        drawn[rows.start + 1 : rows.stop + 1] = torch.searchsorted(cumulative, uniform[rows]).squeeze(1).clamp_max(
+            logits.shape[-1] - 1
+        )
+    return drawn

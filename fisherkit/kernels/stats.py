@@ -1,0 +1,96 @@
+"""Statistics of one tensor in one pass: sum, maximum, zeros, what is not finite, and a histogram of magnitudes.
+
+Entries are taken in float32 and added in float64, a few megabytes at a time, so that a tensor of any size costs the
+same memory. All figures are of magnitudes ``|x|``: for a Fisher that is the Fisher, for plain weights their size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fisherkit.kernels.histogram import BINS, BINS_PER_OCTAVE, MANTISSA_SHIFT, Histogram
+
+__all__ = ["BINS_PER_OCTAVE", "Histogram", "TensorStats", "tensor_stats"]
+
+_PATTERNS = 2048  # bins of a float32 without its sign, infinities and NaN included
+_BLOCK = {"cpu": 1 << 20}  # entries at a time; stays in cache on a CPU
+_BLOCK_ON_DEVICE = 1 << 24  # few launches on an accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorStats:
+    """What a pass over a tensor found; ``a + b`` describes both parts of a tensor that was read in pieces.
+
+    Attributes:
+        numel: number of entries.
+        sum: sum of the finite magnitudes, in float64.
+        max: largest finite magnitude; 0.0 when there is none.
+        zeros: entries that are exactly zero.
+        negative: finite entries below zero: none in a Fisher, about half in a weight matrix.
+        nonfinite: infinities and NaN; they count in ``numel`` and nowhere else.
+        histogram: of the finite magnitudes.
+    """
+
+    numel: int = 0
+    sum: float = 0.0
+    max: float = 0.0
+    zeros: int = 0
+    negative: int = 0
+    nonfinite: int = 0
+    histogram: Histogram = field(default_factory=Histogram)
+
+    @property
+    def mean(self) -> float:
+        """``sum / numel``; 0.0 for an empty tensor."""
+        return self.sum / self.numel if self.numel else 0.0
+
+    def __add__(self, other: "TensorStats") -> "TensorStats":
+        return TensorStats(
+            numel=self.numel + other.numel,
+            sum=self.sum + other.sum,
+            max=max(self.max, other.max),
+            zeros=self.zeros + other.zeros,
+            negative=self.negative + other.negative,
+            nonfinite=self.nonfinite + other.nonfinite,
+            histogram=self.histogram + other.histogram,
+        )
+
+
+def tensor_stats(tensor: Tensor) -> TensorStats:
+    """Statistics of a tensor of any shape, dtype and device, in constant memory where it is contiguous.
+
+    What does not fit a float32 counts as not finite.
+    """
+    counts = torch.zeros(_PATTERNS, dtype=torch.int64, device=tensor.device)
+    sums = torch.zeros(_PATTERNS, dtype=torch.float64, device=tensor.device)
+    others = torch.zeros(3, dtype=torch.float64, device=tensor.device)  # zeros, negative, max
+    flat, step = tensor.detach().reshape(-1), _BLOCK.get(tensor.device.type, _BLOCK_ON_DEVICE)
+    for start in range(0, flat.numel(), step):
+        _add_block_(counts, sums, others, flat[start : start + step].float())
+    zeros, negative, largest = others.tolist()
+    return TensorStats(
+        numel=tensor.numel(),
+        sum=float(sums[:BINS].sum()),
+        max=largest,
+        zeros=int(zeros),
+        negative=int(negative),
+        nonfinite=int(counts[BINS:].sum()),
+        histogram=_histogram(counts[:BINS].tolist(), sums[:BINS].tolist()),
+    )
+
+
+def _add_block_(counts: Tensor, sums: Tensor, others: Tensor, block: Tensor) -> None:
+    """Add a flat float32 block to counts[2048], sums[2048] and (zeros, negative, max)."""
+    size = block.abs()
+    # The sign is gone, so the bits order as the numbers do, and patterns from BINS up are infinities and NaN.
+    bins = size.view(torch.int32) >> MANTISSA_SHIFT
+    counts += torch.bincount(bins, minlength=_PATTERNS)
+    sums += torch.bincount(bins, weights=size.double(), minlength=_PATTERNS)
+    others[0] += (size == 0).sum()
+    others[1] += ((block < 0) & (bins < BINS)).sum()
+    others[2] = torch.maximum(others[2], torch.where(bins < BINS, size, 0.0).amax().double())
+
+
+def _histogram(counts: list[int], sums: list[float]) -> Histogram:
+    return Histogram(tuple((i, n, s) for i, (n, s) in enumerate(zip(counts, sums, strict=True)) if n))

@@ -1,0 +1,102 @@
+"""Small real checkpoints, made here from configs: every architecture that extract is promised for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from fisherkit.engine.prompts import Sample
+
+VOCABULARY = 97
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+_GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4, "global_head_dim": 16}
+
+
+def _make(config: str, **changes: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, config)(**{**_BASE, **changes})
+
+
+def _gemma4_multimodal() -> Any:
+    text = {key: value for key, value in _BASE.items()} | _GEMMA4 | {
+        "num_hidden_layers": 4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1, "vocab_size_per_layer_input": VOCABULARY,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+              "num_key_value_heads": 2}
+    return transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": _make("LlamaConfig"),
+    "llama-tied": _make("LlamaConfig", tie_word_embeddings=True),
+    "qwen2": _make("Qwen2Config"),
+    "qwen3": _make("Qwen3Config"),
+    "qwen3-moe": _make("Qwen3MoeConfig", **_EXPERTS),
+    "mixtral": _make("MixtralConfig", num_local_experts=4),
+    "mistral": _make("MistralConfig", sliding_window=4),
+    "phi3": _make("Phi3Config"),
+    "gemma2": _make("Gemma2Config", sliding_window=4, query_pre_attn_scalar=8, tie_word_embeddings=True),
+    "gemma3": _make("Gemma3TextConfig", sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4),
+    "gemma4-31b": _gemma4_multimodal,
+    "gemma4-e2b": _make(
+        "Gemma4TextConfig", **_GEMMA4, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY, tie_word_embeddings=True, use_double_wide_mlp=True,
+    ),
+    "gemma4-moe": _make(
+        "Gemma4TextConfig", **_GEMMA4, num_hidden_layers=4, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCABULARY, tie_word_embeddings=True, enable_moe_block=True, num_experts=4,
+        top_k_experts=2, moe_intermediate_size=16,
+    ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt-neox": _make("GPTNeoXConfig"),
+    "olmo2": _make("Olmo2Config"),
+    "granite": _make("GraniteConfig", residual_multiplier=0.5, logits_scaling=2.0),
+    "cohere": _make("CohereConfig", tie_word_embeddings=True),
+    "glm4": _make("Glm4Config"),
+    "smollm3": _make("SmolLM3Config"),
+    "starcoder2": _make("Starcoder2Config"),
+}
+
+
+def build(architecture: str, seed: int = 0) -> Any:
+    """A model with random weights, norms and biases included, so that no gradient is zero by accident."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.ndim == 1 else 0.0))
+    return model
+
+
+def save(architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "20KB", seed: int = 0) -> Path:
+    """Save it as users have it: sharded, with index and config."""
+    build(architecture, seed).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def samples(count: int = 5, longest: int = 14, seed: int = 0) -> tuple[Sample, ...]:
+    """Token ids of different lengths, all of them counted but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for row in range(count):
+        length = int(torch.randint(2, longest + 1, (1,), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        made.append(Sample(row, tuple(ids), (False,) + (True,) * (length - 1)))
+    return tuple(made)
