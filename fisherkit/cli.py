@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Which weights of a language model carry what it can do? Works on checkpoint files, also when they are "
     "larger than memory.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,7 +44,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
 ) -> None: ...
 
 
@@ -114,7 +116,9 @@ def extract(
     ] = False,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Run Python code that ships with the model.", rich_help_panel="Danger"),
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that ships with the model.", rich_help_panel="Danger"
+        ),
     ] = False,
     store: Annotated[
         str, typer.Option(help="bf16, or fp32 for parts to be combined.", rich_help_panel=OUTPUT)
@@ -123,7 +127,8 @@ def extract(
         str, typer.Option(help="Largest shard of a folder, such as 5GB.", rich_help_panel=OUTPUT)
     ] = "5GB",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done; needs just the config.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--dry-run", help="Only say what would be done; needs just the config.", rich_help_panel=OUTPUT),
     ] = False,
     force: Force = False,
     as_json: Json = False,
@@ -165,9 +170,7 @@ def extract(
         if dry_run:
             console.show_facts(fisher.plan_extract(model, prompts, options, say=say), as_json=as_json)
             return
-        report = fisher.extract(
-            model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say
-        )
+        report = fisher.extract(model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 
     _run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")

@@ -56,8 +56,10 @@ def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None
 
 def _inputs(path: Path) -> Iterable[Path]:
     """The inspected file and what extract wrote beside it."""
-    beside = (path / "fisher.json", path) if path.is_dir() else (path.with_suffix(".json"), path.parent)
-    return (path, beside[0], beside[1] / "layer_importance.json")
+    if path.is_dir():
+        return (path, path / "fisher.json", path / "layer_importance.json")
+    importance = (path.with_name("layer_importance.json"), path.with_name(f"{path.stem}.layer_importance.json"))
+    return (path, path.with_suffix(".json"), *importance)
 
 
 def _replace(target: Path, content: bytes) -> None:

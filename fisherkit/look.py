@@ -49,7 +49,7 @@ def number(value: float | int | str | None) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return "-"
-        return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+        return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e4 else f"{value:#.4g}" if value else "0"
     return "-" if value is None else str(value)
 
 

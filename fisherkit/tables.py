@@ -10,6 +10,7 @@ from itertools import accumulate
 
 from rich.cells import cell_len
 from rich.color import Color
+from rich.columns import Columns
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
@@ -58,7 +59,7 @@ def draw(summary: Summary, console: Console) -> None:
     if len(summary.heat.means) > 1:
         console.print()
         for line in _heat_map(summary.heat, marks, console.width, coloured=_has_colour(console)):
-            console.print(line, soft_wrap=True)
+            console.print(line, soft_wrap=isinstance(line, Text))  # a map is for the terminal to wrap
     for warning in look.warnings(summary):
         console.print(Text(f"\nwarning: {warning}", style="bold red"))
 
@@ -96,12 +97,12 @@ def _made(summary: Summary) -> str:
 def _table(summary: Summary, marks: _Marks, width: int) -> Table:
     labels = [Text(look.row_label(row, summary.by), style="red" if row.nonfinite else "") for row in summary.rows]
     columns = _columns(summary)
-    named = max((label.cell_len for label in labels), default=0) + 2
+    named = max([len(summary.by), *(label.cell_len for label in labels)]) + 2
     for heading in _DISPENSABLE:
         if named + _width(columns) > width:
             columns.pop(heading, None)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(summary.by, overflow="fold", style="cyan")
+    table.add_column(summary.by, overflow="fold", style="cyan", min_width=len(summary.by))
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     bars = _bars(summary, marks, width - named - _width(columns))
@@ -160,7 +161,7 @@ def _bars(summary: Summary, marks: _Marks, room: int) -> list[Text]:
 # The heat map
 
 
-def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> Iterator[Text]:
+def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> Iterator[Text | Columns]:
     """A line per layer, modules side by side; in several panels where they do not fit, then the legend."""
     margin = max(len(str(layer)) for layer in heat.layers) + 1
     cell, per_panel = _cells(heat, width - margin)
@@ -176,9 +177,8 @@ def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> It
                 line.append_text(_cell(heat, layer, module, cell, marks, coloured=coloured))
             yield line
     if keyed:
-        yield Text(
-            "  ".join(f"{number} {look.printable(name)}" for number, name in zip(headings, heat.modules, strict=True))
-        )
+        key = (f"{number} {look.printable(name)}" for number, name in zip(headings, heat.modules, strict=True))
+        yield Columns(map(Text, key), padding=(0, 2))
     yield _legend(heat, marks, coloured=coloured)
 
 

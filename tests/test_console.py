@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from fisher_files import MODULES, fisher_tensors, write_fisher
 from rich.console import Console
 
 from fisherkit import console, look, tables
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.methods.summary import Summary, inspect
-from tests.fisher_files import MODULES, fisher_tensors, write_fisher
 
 WEIRD = "model.layers.0.[bold]\x1b[31mé\n.weight"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fisher_files import fisher_tensors, write_fisher
 from safetensors.torch import save_file
 
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.ranks import mean_ranks, rank_correlation, top_overlap
 from fisherkit.methods.records import render
 from fisherkit.methods.summary import HeatMap, inspect
-from tests.fisher_files import fisher_tensors, write_fisher
 
 KINDS_OF_FILE = ["fisher.pt", "fisher.safetensors", "fisher"]
 

@@ -34,12 +34,26 @@ def _make(config: str, **changes: Any) -> Callable[[], Any]:
 
 
 def _gemma4_multimodal() -> Any:
-    text = {key: value for key, value in _BASE.items()} | _GEMMA4 | {
-        "num_hidden_layers": 4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1, "vocab_size_per_layer_input": VOCABULARY,
+    text = (
+        _BASE
+        | _GEMMA4
+        | {
+            "num_hidden_layers": 4,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "vocab_size_per_layer_input": VOCABULARY,
+        }
+    )
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
     }
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
-              "num_key_value_heads": 2}
     return transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
 
 
@@ -53,18 +67,39 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": _make("MistralConfig", sliding_window=4),
     "phi3": _make("Phi3Config"),
     "gemma2": _make("Gemma2Config", sliding_window=4, query_pre_attn_scalar=8, tie_word_embeddings=True),
-    "gemma3": _make("Gemma3TextConfig", sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4),
+    "gemma3": _make(
+        "Gemma3TextConfig",
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=4,
+    ),
     "gemma4-31b": _gemma4_multimodal,
     "gemma4-e2b": _make(
-        "Gemma4TextConfig", **_GEMMA4, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY, tie_word_embeddings=True, use_double_wide_mlp=True,
+        "Gemma4TextConfig",
+        **_GEMMA4,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        tie_word_embeddings=True,
+        use_double_wide_mlp=True,
     ),
     "gemma4-moe": _make(
-        "Gemma4TextConfig", **_GEMMA4, num_hidden_layers=4, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
-        vocab_size_per_layer_input=VOCABULARY, tie_word_embeddings=True, enable_moe_block=True, num_experts=4,
-        top_k_experts=2, moe_intermediate_size=16,
+        "Gemma4TextConfig",
+        **_GEMMA4,
+        num_hidden_layers=4,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCABULARY,
+        tie_word_embeddings=True,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
     ),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
     "gpt-neox": _make("GPTNeoXConfig"),
     "olmo2": _make("Olmo2Config"),
     "granite": _make("GraniteConfig", residual_multiplier=0.5, logits_scaling=2.0),
@@ -85,7 +120,9 @@ def build(architecture: str, seed: int = 0) -> Any:
     return model
 
 
-def save(architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "20KB", seed: int = 0) -> Path:
+def save(
+    architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "20KB", seed: int = 0
+) -> Path:
     """Save it as users have it: sharded, with index and config."""
     build(architecture, seed).to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fisherkit.engine.blocks import Record, Tape
 from fisherkit.engine.job import Job
+from fisherkit.engine.tape import Record, Tape
 from fisherkit.engine.work import Spool
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fisherkit.engine.blocks import Unreplayable
+from fisherkit.engine.tape import Unreplayable
 from fisherkit.kernels.fisher import add_squared_bias_grads_, add_squared_linear_grads_, add_squares_
 
 
@@ -134,7 +134,7 @@ class Capture:
                     call.grad = None
                     call.inputs = call.inputs.new_empty(0)
 
-            output.register_hook(receive)
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
 
         return hook
 

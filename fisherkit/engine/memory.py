@@ -28,8 +28,16 @@ def _cgroup() -> int:
     limits = [1 << 62]
     for folder in _cgroup_folders():
         try:
-            limit = next((folder / name).read_text() for name in ("memory.max", "memory.limit_in_bytes") if (folder / name).is_file())
-            used = next((folder / name).read_text() for name in ("memory.current", "memory.usage_in_bytes") if (folder / name).is_file())
+            limit = next(
+                (folder / name).read_text()
+                for name in ("memory.max", "memory.limit_in_bytes")
+                if (folder / name).is_file()
+            )
+            used = next(
+                (folder / name).read_text()
+                for name in ("memory.current", "memory.usage_in_bytes")
+                if (folder / name).is_file()
+            )
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, StopIteration, ValueError):
             continue

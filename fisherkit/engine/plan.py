@@ -127,7 +127,9 @@ def fit_groups(
 
 def _group_bytes(skeleton: Skeleton, plan: Plan, group: Sequence[int], size: int, batch_tokens: int) -> int:
     weights = sum(_weights(skeleton, block) for block in group) * size
-    accumulators = 4 * sum(tensor.numel for block in group for ts in plan.targets.get(block, {}).values() for tensor in ts)
+    accumulators = 4 * sum(
+        tensor.numel for block in group for ts in plan.targets.get(block, {}).values() for tensor in ts
+    )
     kept = sum(_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
     return weights + accumulators + kept
 
@@ -138,5 +140,5 @@ def _weights(skeleton: Skeleton, block: int) -> int:
 
 def _activations(block: nn.Module) -> int:
     """Numbers per token that a replay of the block keeps: inputs and outputs of its linear layers, twice."""
-    sides = (module.weight.shape for module in block.modules() if getattr(module, "weight", None) is not None)
-    return 2 * sum(sum(shape) for shape in sides if len(shape) == 2)
+    matrices = (parameter.shape for parameter in block.parameters() if parameter.ndim == 2)
+    return 2 * sum(sum(shape) for shape in matrices)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisherkit.engine.blocks import Boundary, Tape, Unreplayable, differentiate_blocks, run_blocks
+from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
 from fisherkit.engine.job import Job
+from fisherkit.engine.tape import Tape, Unreplayable
 from fisherkit.kernels.loss import sample_loss
 
 PROBE_TOKENS = 16

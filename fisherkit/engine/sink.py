@@ -16,7 +16,7 @@ TOPS = (0.01, 0.1, 0.3)
 
 
 class FisherSink:
-    """Writes means of squared gradients under checkpoint names. Statistics are of the float32 values, before rounding."""
+    """Writes means of squared gradients under checkpoint names; statistics are of the values before rounding."""
 
     def __init__(self, skeleton: Skeleton, writer: StreamedWriter, tensors: Iterable[TargetTensor]) -> None:
         self._skeleton, self._writer = skeleton, writer

@@ -13,7 +13,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +22,13 @@ from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fisherkit.checkpoint.index import CheckpointIndex
+from fisherkit.engine.config import refuse_quantised
 from fisherkit.errors import CheckpointError, UnsupportedModelError
-
-QUANTISED_MARKS = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "weight_packed", "_blocks", "_scales", "SCB")
-DEQUANTISE = (
-    "dequantise it first: AutoModelForCausalLM.from_pretrained(ID, dtype='bfloat16', "
-    "quantization_config=<its config with dequantize=True>).save_pretrained(FOLDER), or take the bf16 release"
-)
 
 
 @dataclass(frozen=True)
 class TargetTensor:
-    """One tensor of the Fisher file: its checkpoint name, shape [like the weight], and the block it lies in (or None)."""
+    """A tensor of the Fisher: its checkpoint name, the shape of the weight, and the block it lies in (or None)."""
 
     name: str
     shape: tuple[int, ...]
@@ -211,43 +205,6 @@ class Skeleton:
         return f"{self.index.tensors[sources[0]].file}: {sources[0]}" if known and self.index else name
 
 
-def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config, after refusing what extract cannot measure.
-
-    Raises:
-        CheckpointError: no config.json, or one that cannot be read.
-        UnsupportedModelError: an encoder-decoder, a quantised checkpoint, or no language model at all.
-    """
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json; MODEL is a folder as save_pretrained writes it, or org/name")
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{folder}: {config.model_type} is an encoder-decoder; extract measures causal language models"
-        )
-    if getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None):
-        raise UnsupportedModelError(f"{folder}: the checkpoint is quantised; {DEQUANTISE}")
-    return config
-
-
-def choose_dtype(config: Any, index: CheckpointIndex | None, wanted: str) -> torch.dtype:
-    """``--dtype``; ``auto`` is what most bytes of the checkpoint are stored in, else what its config says."""
-    if wanted != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
-    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    if index is not None:
-        sizes: dict[str, int] = defaultdict(int)
-        for info in index.tensors.values():
-            sizes[info.dtype] += info.nbytes
-        most = max(sizes, key=lambda code: sizes[code], default="F32")
-        return stored.get(most, torch.float32)
-    return getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
-
-
 def build_skeleton(
     config: Any, index: CheckpointIndex | None, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> Skeleton:
@@ -258,7 +215,7 @@ def build_skeleton(
     """
     transformers.utils.logging.disable_progress_bar()
     if index is not None:
-        _refuse_quantised(index)
+        refuse_quantised(index)
     model = _model_on_meta(config, dtype, trust_remote_code)
     model.eval()
     decoder = model.get_decoder()
@@ -326,19 +283,8 @@ def _build_computed_buffers(model: Any) -> None:
                 model._init_weights(module)
 
 
-def _refuse_quantised(index: CheckpointIndex) -> None:
-    for name, info in index.tensors.items():
-        if info.dtype.startswith(("F8", "F4", "F6")) or name.rpartition(".")[2] in QUANTISED_MARKS:
-            raise UnsupportedModelError(f"{info.file}: {name} ({info.dtype}): the checkpoint is quantised; {DEQUANTISE}")
-
-
 def _has_towers(config: Any) -> bool:
     return config.get_text_config() is not config
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def blocks_in_groups(count: int, size: int) -> tuple[tuple[int, ...], ...]:

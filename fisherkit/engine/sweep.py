@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fisherkit.engine.arguments import Arguments
-from fisherkit.engine.blocks import Boundary, Tape, differentiate_blocks, run_blocks
+from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
 from fisherkit.engine.job import Job
 from fisherkit.engine.selfcheck import check_replay
+from fisherkit.engine.tape import Tape
 from fisherkit.engine.weights import Weights
 from fisherkit.engine.work import Spool
 
@@ -159,7 +160,10 @@ class _Sweep:
         with Capture(job.skeleton.model, sums, job.general) as capture:
             for batch, members in enumerate(job.batches):
                 capture.begin(job.lengths(members))
-                entering, gradient = self._load(f"boundary-{number}", batch), self._load(f"gradient-{number + 1}", batch)
+                entering, gradient = (
+                    self._load(f"boundary-{number}", batch),
+                    self._load(f"gradient-{number + 1}", batch),
+                )
                 record = self.arguments.get(batch, group)
                 below = differentiate_blocks(job.skeleton, group, record, entering, gradient, self.live)
                 passed.put(str(batch), *below.pack())
@@ -202,4 +206,3 @@ class _Sweep:
     @property
     def _steps(self) -> int:
         return len(self.groups) * len(self.job.batches)
-

@@ -5,14 +5,14 @@ mention never happened.
 """
 
 import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +58,9 @@ class Work:
             progress = json.loads((folder / PROGRESS).read_text("utf-8"))
             found = dict(progress["fingerprint"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ResumeError(f"{folder / PROGRESS}: not the progress of a run; delete {folder} and start again") from error
+            raise ResumeError(
+                f"{folder / PROGRESS}: not the progress of a run; delete {folder} and start again"
+            ) from error
         differing = [key for key in fingerprint.keys() | found.keys() if fingerprint.get(key) != found.get(key)]
         if differing:
             raise ResumeError(
@@ -95,7 +97,7 @@ class Spool:
         self._budget = budget
         self._kept: dict[str, list[Tensor]] = {}
         self._index: dict[str, dict[str, Any]] = {}
-        self._file: BinaryIO | None = None
+        self._file: io.BufferedIOBase | None = None
 
     @classmethod
     def reopen(cls, path: Path, budget: "Budget") -> "Spool":
@@ -181,14 +183,14 @@ class disk:  # noqa: N801 - reads as a statement: with disk(path)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _read(file: BinaryIO, dtype: str, shape: list[int], start: int) -> Tensor:
+def _read(file: io.BufferedReader, dtype: str, shape: list[int], start: int) -> Tensor:
     tensor = torch.empty(shape, dtype=getattr(torch, dtype))
     if tensor.numel():
         file.seek(start)
-        view: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
-        if file.readinto(memoryview(view)) != view.nbytes:  # type: ignore[attr-defined]
+        view = tensor.reshape(-1).view(torch.uint8).numpy()
+        if file.readinto(view.data) != view.nbytes:
             raise ResumeError(f"{file.name}: shorter than its index; start again without --resume")
     return tensor

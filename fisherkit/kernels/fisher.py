@@ -49,7 +49,7 @@ def add_squared_bias_grads_(fisher: Tensor, grads: Sequence[Tensor]) -> None:
 
 
 def add_squares_(fisher: Tensor, grad: Tensor) -> None:
-    """fisher += grad^2 for one sample's gradient of any shape and float dtype, in blocks, float32."""
+    """Fisher += grad^2 for one sample's gradient of any shape and float dtype, in blocks, float32."""
     into, source = fisher.view(-1), grad.reshape(-1)
     for start in range(0, into.numel(), BLOCK_ENTRIES):
         block = source[start : start + BLOCK_ENTRIES].to(fisher.dtype)

@@ -34,7 +34,7 @@ def sample_labels(logits: Tensor, labels: Tensor, seed: int) -> Tensor:
     for start in range(0, len(labels) - 1, 64):  # float64 of a few rows at a time: vocabularies are large
         rows = slice(start, min(start + 64, len(labels) - 1))
         cumulative = logits[rows].double().softmax(-1).cumsum(-1)
-        drawn[rows.start + 1 : rows.stop + 1] = torch.searchsorted(cumulative, uniform[rows]).squeeze(1).clamp_max(
-            logits.shape[-1] - 1
+        drawn[rows.start + 1 : rows.stop + 1] = (
+            torch.searchsorted(cumulative, uniform[rows]).squeeze(1).clamp_max(logits.shape[-1] - 1)
         )
     return drawn

@@ -1,0 +1,77 @@
+"""A model's config: what extract can measure, what it refuses by name, and in which dtype it computes."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fisherkit.checkpoint.index import CheckpointIndex
+from fisherkit.errors import CheckpointError, UnsupportedModelError
+
+QUANTISED_MARKS = (
+    "weight_scale_inv",
+    "weight_scale",
+    "qweight",
+    "qzeros",
+    "weight_packed",
+    "_blocks",
+    "_scales",
+    "SCB",
+)
+DEQUANTISE = (
+    "dequantise it first: AutoModelForCausalLM.from_pretrained(ID, dtype='bfloat16', "
+    "quantization_config=<its config with dequantize=True>).save_pretrained(FOLDER), or take the bf16 release"
+)
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config, after refusing what extract cannot measure.
+
+    Raises:
+        CheckpointError: no config.json, or one that cannot be read.
+        UnsupportedModelError: an encoder-decoder, a quantised checkpoint, or no language model at all.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json; MODEL is a folder as save_pretrained writes it, or org/name")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{folder}: {config.model_type} is an encoder-decoder; extract measures causal language models"
+        )
+    if getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None):
+        raise UnsupportedModelError(f"{folder}: the checkpoint is quantised; {DEQUANTISE}")
+    return config
+
+
+def choose_dtype(config: Any, index: CheckpointIndex | None, wanted: str) -> torch.dtype:
+    """``--dtype``; ``auto`` is what most bytes of the checkpoint are stored in, else what its config says."""
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    if index is not None:
+        sizes: dict[str, int] = defaultdict(int)
+        for info in index.tensors.values():
+            sizes[info.dtype] += info.nbytes
+        most = max(sizes, key=lambda code: sizes[code], default="F32")
+        return stored.get(most, torch.float32)
+    return getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+
+
+def refuse_quantised(index: CheckpointIndex) -> None:
+    """Raise UnsupportedModelError if tensors of the checkpoint are quantised weights or their scales."""
+    for name, info in index.tensors.items():
+        if info.dtype.startswith(("F8", "F4", "F6")) or name.rpartition(".")[2] in QUANTISED_MARKS:
+            raise UnsupportedModelError(
+                f"{info.file}: {name} ({info.dtype}): the checkpoint is quantised; {DEQUANTISE}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,239 @@
+"""What a model hands its decoder blocks, recorded by stubs that stand in for them.
+
+A stub notes the arguments that the model's own forward passes to its block, and returns the hidden states untouched.
+No architecture is re-implemented: what a model does around its blocks, it does itself.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.engine.skeleton import Skeleton
+
+
+class Unreplayable(Exception):  # noqa: N818 - a finding that chooses another engine, not an error
+    """The blocks of this model cannot be run one by one; the message says why."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Place of a recorded tensor among the arguments."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class MappingPlace:
+    """Place of a mapping that blocks may share among the arguments."""
+
+    number: int
+
+
+@dataclass
+class Record:
+    """The arguments of every block for one batch, hidden states left out, every tensor kept once."""
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    mappings: list[tuple[type, dict[Any, Any]]] = field(default_factory=list)
+
+    def needs(self, blocks: Sequence[int]) -> set[int]:
+        """Numbers of the tensors that the given blocks are called with."""
+        return set(_numbers([self.calls[block] for block in blocks] + [content for _, content in self.mappings]))
+
+
+class HiddenPlace:
+    """Place of the hidden states among the arguments."""
+
+
+HIDDEN = HiddenPlace()
+
+
+class _Reached(Exception):  # noqa: N818 - leaves the model's forward at the last stub
+    pass
+
+
+class Stub(nn.Module):
+    """Stands in for a block; reads of its attributes (``layer.attention_type``) reach the block itself."""
+
+    def __init__(self, block: nn.Module, number: int, tape: "Tape") -> None:
+        super().__init__()
+        self.__dict__.update(_block=block, _number=number, _tape=tape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand the call to the tape instead of computing anything."""
+        return self.__dict__["_tape"].take(self.__dict__["_number"], args, kwargs)
+
+
+class Tape:
+    """Runs the model's own forward with stubs for blocks: to record the blocks' arguments, or to run head and loss."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.as_tuple = False
+        parent, _, self._attribute = skeleton.blocks_path.rpartition(".")
+        self._parent = skeleton.model.get_submodule(parent)
+        self._own = getattr(self._parent, self._attribute)
+        self._stubs = nn.ModuleList(Stub(block, number, self) for number, block in enumerate(skeleton.blocks))
+        self._handle: Callable[..., Tensor] = self._pass_on
+        self._real: frozenset[int] = frozenset()
+        self._final: Tensor | None = None
+        self._first: Tensor | None = None
+
+    def record(self, ids: Tensor) -> tuple[Record, Tensor]:
+        """The arguments that the model passes to each block for token ids [B, T], and the first hidden states.
+
+        Raises:
+            Unreplayable: the model computes something between its blocks, or hands them a cache.
+        """
+        try:
+            return self._recorded(ids)
+        except Unreplayable:
+            if self.as_tuple:
+                raise
+        self.as_tuple = True  # blocks of older models return tuples
+        return self._recorded(ids)
+
+    def logits(self, ids: Tensor, *, final: Tensor | None = None, real: Sequence[int] = ()) -> Tensor:
+        """Logits [B, T, V] of the model, under autograd when it is on.
+
+        Args:
+            ids: token ids [B, T].
+            final: hidden states to put where the last block's output would be.
+            real: blocks that run for real inside the model; all others pass their input on.
+        """
+        self._handle, self._final, self._real = self._pass_on, final, frozenset(real)
+        with self._installed():
+            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+        self._first = self._final = None
+        return logits
+
+    def outer(self, ids: Tensor, final: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Everything but the blocks, under autograd: logits, first hidden states, and the recorded tensors."""
+        recorder = _Recorder(len(self._stubs), final=final)
+        self._handle, self._real = recorder.note, frozenset()
+        with self._installed():
+            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+        assert self._first is not None
+        first, self._first = self._first, None
+        return logits, first, recorder.record.tensors
+
+    def take(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of a stub: note its arguments, or pass the hidden states on."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise Unreplayable("its blocks do not take hidden states first")
+        if number == 0:
+            self._first = hidden
+        if number in self._real:
+            return self.skeleton.blocks[number](*args, **kwargs)
+        out = self._handle(number, hidden, args, kwargs)
+        return (out,) if self.as_tuple else out
+
+    def _pass_on(self, number: int, hidden: Tensor, *_: Any) -> Tensor:
+        last = number == len(self._stubs) - 1
+        return self._final if last and self._final is not None else hidden.view_as(hidden)
+
+    def _recorded(self, ids: Tensor) -> tuple[Record, Tensor]:
+        recorder = _Recorder(len(self._stubs))
+        self._handle, self._real = recorder.note, frozenset()
+        try:
+            with self._installed(), torch.no_grad(), contextlib.suppress(_Reached):
+                self.skeleton.model(input_ids=ids, use_cache=False)
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise Unreplayable(f"its forward does not run with stubs ({error})") from error
+        if len(recorder.record.calls) != len(self._stubs):
+            raise Unreplayable(f"its forward calls {len(recorder.record.calls)} of its {len(self._stubs)} blocks")
+        assert self._first is not None
+        first, self._first = self._first, None
+        return recorder.record, first
+
+    @contextlib.contextmanager
+    def _installed(self) -> Iterator[None]:
+        setattr(self._parent, self._attribute, self._stubs)
+        try:
+            yield
+        finally:
+            setattr(self._parent, self._attribute, self._own)
+
+
+class _Recorder:
+    """Notes one batch's calls. Each call gets hidden states of its own identity, so that they can be told apart."""
+
+    def __init__(self, count: int, final: Tensor | None = None) -> None:
+        self.record = Record()
+        self._count = count
+        self._final = final
+        self._passed: list[Tensor] = []
+        self._places: dict[int, tuple[Any, Any]] = {}  # id -> (object kept alive so that the id stays taken, place)
+        self._hiddens = 0
+
+    def note(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if number != len(self.record.calls):
+            raise Unreplayable("its blocks are not called once each, in order")
+        if self._passed and not _same(hidden, self._passed[-1]):
+            raise Unreplayable("it computes something between its blocks")
+        self._hiddens = 0
+        packed_args = tuple(self._pack(item, hidden) for item in args)
+        packed_kwargs = {key: self._pack(item, hidden) for key, item in kwargs.items()}
+        if self._hiddens != 1:
+            raise Unreplayable("it hands its blocks the hidden states twice")
+        self.record.calls.append((packed_args, packed_kwargs))
+        if number == self._count - 1:
+            if self._final is None:
+                raise _Reached
+            return self._final
+        self._passed.append(hidden.view_as(hidden))
+        return self._passed[-1]
+
+    def _pack(self, value: Any, hidden: Tensor) -> Any:
+        """An argument with tensors and shared mappings replaced by their places in the record."""
+        if value is hidden:
+            self._hiddens += 1
+            return HIDDEN
+        if isinstance(value, Tensor):
+            if any(value is passed for passed in self._passed):
+                raise Unreplayable("it hands its blocks the hidden states of earlier blocks")
+            return self._place(value, self.record.tensors, TensorPlace, lambda: value)
+        if isinstance(value, MutableMapping):
+            return self._place(
+                value,
+                self.record.mappings,
+                MappingPlace,
+                lambda: (type(value), {key: self._pack(item, hidden) for key, item in value.items()}),
+            )
+        if type(value) in (tuple, list):
+            return type(value)(self._pack(item, hidden) for item in value)
+        if hasattr(value, "get_seq_length"):
+            raise Unreplayable("it hands its blocks a cache")
+        return value
+
+    def _place(self, value: Any, kept: list[Any], kind: type, content: Callable[[], Any]) -> Any:
+        if id(value) not in self._places:
+            kept.append(content())
+            self._places[id(value)] = (value, kind(len(kept) - 1))
+        return self._places[id(value)][1]
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, TensorPlace):
+        yield value.number
+    elif isinstance(value, dict):
+        yield from _numbers(tuple(value.values()))
+    elif type(value) in (tuple, list):
+        for item in value:
+            yield from _numbers(item)
+
+
+def _same(value: Tensor, passed: Tensor) -> bool:
+    """The same object, or a view that changes nothing (``hidden[:, 0:]``)."""
+    return value is passed or (
+        value.data_ptr() == passed.data_ptr() and value.shape == passed.shape and value.stride() == passed.stride()
+    )
