@@ -1,16 +1,16 @@
 """Small real checkpoints, made here from configs: every architecture that extract is promised for."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tiny_tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from fisherkit.engine.prompts import Sample
-
-VOCABULARY = 97
+VOCABULARY = 400  # that of tiny_tokenizers
 _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -121,19 +121,24 @@ def build(architecture: str, seed: int = 0) -> Any:
 
 
 def save(
-    architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "20KB", seed: int = 0
+    architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "40KB", seed: int = 0
 ) -> Path:
-    """Save it as users have it: sharded, with index and config."""
+    """Save it as users have it: sharded, with index, config and tokenizer."""
     build(architecture, seed).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-def samples(count: int = 5, longest: int = 14, seed: int = 0) -> tuple[Sample, ...]:
-    """Token ids of different lengths, all of them counted but the first."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for row in range(count):
-        length = int(torch.randint(2, longest + 1, (1,), generator=generator))
-        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        made.append(Sample(row, tuple(ids), (False,) + (True,) * (length - 1)))
-    return tuple(made)
+PROMPTS = (
+    "Name three rivers.",
+    "What is two plus two?",
+    "Yes.",
+    "Good morning to you all, what is the capital?",
+    "No!",
+)
+
+
+def write_prompts(path: Path, prompts: Sequence[str] = PROMPTS) -> Path:
+    """A prompt set of different lengths."""
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    return path

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fisherkit.engine.capture import trainable
 from fisherkit.engine.job import Job
 from fisherkit.engine.tape import Record, Tape
 from fisherkit.engine.work import Spool
@@ -21,11 +23,14 @@ class Arguments:
     def record(self, number: int) -> Tensor:
         """Record the next batch, whose number this is; returns its first hidden states."""
         assert number == len(self._records)
-        record, first = self._tape.record(self._job.ids(self._job.batches[number]))
+        outer = self._job.plan.names([None])
+        with trainable(self._job.skeleton.model, outer), torch.set_grad_enabled(bool(outer)):
+            record, first = self._tape.record(self._job.ids(self._job.batches[number]))
+        live = frozenset(place for place, tensor in enumerate(record.tensors) if tensor.requires_grad)
         for place, tensor in enumerate(record.tensors):
             self._spool.put(f"{number}.{place}", [tensor])
-        self._records.append(Record(record.calls, [], record.mappings))
-        return first
+        self._records.append(Record(record.calls, [], record.mappings, live))
+        return first.detach()
 
     def get(self, number: int, blocks: Sequence[int]) -> Record:
         """The record of a batch with just the tensors that these blocks are called with, on the device."""
@@ -34,7 +39,7 @@ class Arguments:
         tensors: list[Any] = [None] * (max(needed, default=-1) + 1)
         for place in needed:
             tensors[place] = self._spool.get(f"{number}.{place}")[0][0].to(self._job.device)
-        return Record(record.calls, tensors, record.mappings)
+        return Record(record.calls, tensors, record.mappings, record.live)
 
     def close(self) -> None:
         """Give memory and disk back."""

@@ -4,7 +4,7 @@ What blocks hand each other beside the hidden states (a mutable mapping among th
 keys and values) travels as part of the boundary between two groups of blocks.
 """
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,6 @@ def differentiate_blocks(
     record: Record,
     entering: Boundary,
     gradient: Boundary,
-    live: Collection[int] = (),
 ) -> Boundary:
     """Replay blocks from the boundary that enters them, and pass the gradient at their exit down to it.
 
@@ -85,11 +84,10 @@ def differentiate_blocks(
         record: what they are called with; not used again by the caller.
         entering: the boundary that enters them; not used again by the caller.
         gradient: the gradient with respect to the boundary at their exit.
-        live: recorded tensors whose gradient is wanted too.
     """
     hidden = _leaf(entering.hidden)
     side = {key: tuple(map(_leaf, value)) for key, value in entering.side.items()}
-    inputs = {place: _leaf(record.tensors[place]) for place in record.needs(blocks) & set(live)}
+    inputs = {place: _leaf(record.tensors[place]) for place in record.needs(blocks) & record.live}
     with torch.enable_grad():
         # A block may change its input in place (Gemma scales it), which autograd forbids on a leaf: it gets a copy.
         leaving = run_blocks(skeleton, blocks, record, Boundary(hidden.clone(), side))

@@ -39,6 +39,10 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
+        if "custom code" in str(error):
+            raise UnsupportedModelError(
+                f"{folder}: runs Python code of its own; read it, then allow it with --trust-remote-code"
+            ) from error
         raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

@@ -47,7 +47,8 @@ def check_replay(job: Job, tape: Tape, blocks: Sequence[int]) -> None:
 def _replay(job: Job, tape: Tape, blocks: Sequence[int], ids: Tensor, sums: dict[str, Tensor]) -> None:
     """The streamed way, a boundary around every block."""
     skeleton = job.skeleton
-    record, first = tape.record(ids)
+    with torch.no_grad():
+        record, first = tape.record(ids)
     boundaries = [Boundary(first)]
     with torch.no_grad(), Census(skeleton.model, sums, job.general) as census:
         for block in blocks:

@@ -143,10 +143,7 @@ class Skeleton:
         """Raise CheckpointError if a parameter is still on the meta device: the checkpoint lacks it."""
         for name, parameter in self.parameters(block).items():
             if parameter.is_meta:
-                raise CheckpointError(
-                    f"{self.index.path if self.index else 'checkpoint'}: no tensor for the parameter {name}; "
-                    "the checkpoint is incomplete or its config.json belongs to another model"
-                )
+                raise CheckpointError(self._incomplete(name))
 
     def tensors_of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values per parameter -> values per checkpoint tensor (fused experts are split, prefixes restored)."""
@@ -194,9 +191,13 @@ class Skeleton:
         for candidate in (name.removeprefix(prefix), prefix + name):
             if candidate in self.index.tensors:
                 return candidate
-        raise UnsupportedModelError(
-            f"{self.index.path}: a Fisher named {name} has no tensor of that name in the checkpoint, "
-            "which is laid out in a way that transformers can read but not write"
+        raise CheckpointError(self._incomplete(name))
+
+    def _incomplete(self, parameter: str) -> str:
+        where = self.index.path if self.index else "checkpoint"
+        return (
+            f"{where}: no tensor for the parameter {parameter}; "
+            "the checkpoint is incomplete or its config.json belongs to another model"
         )
 
     def _where(self, name: str) -> str:

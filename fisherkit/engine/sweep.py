@@ -35,7 +35,7 @@ def stream(job: Job) -> None:
         try:
             sweep.run()
         finally:
-            sweep.arguments.close()
+            sweep.close()
 
 
 class _Sweep:
@@ -45,7 +45,6 @@ class _Sweep:
         self.tape = Tape(job.skeleton)
         self.arguments = Arguments(job, self.tape)
         self.has_outer = bool(job.plan.names([None]))
-        self.live: frozenset[int] = frozenset()  # recorded arguments that depend on outer targets
         self.spools: dict[str, Spool] = {}
 
     def run(self) -> None:
@@ -62,6 +61,11 @@ class _Sweep:
             self._backward(number, then=self.groups[number - 1] if number > lowest else ())
         if self.has_outer and "outer" not in progress:
             self._outer()
+
+    def close(self) -> None:
+        self.arguments.close()
+        for spool in self.spools.values():
+            spool.close()
 
     # The work folder names what crosses group borders: boundary-0 enters group 0, boundary-N leaves the last one;
     # gradient-N is the gradient with respect to boundary-N.
@@ -90,8 +94,6 @@ class _Sweep:
         if fresh:
             self._spool("boundary-0").finish()
             self.job.work.commit(forward=0)
-        if self.has_outer:
-            self.live = self._find_live()
 
     def _forward(self, done: int) -> None:
         """Boundaries 1 to N; the last group keeps its weights for the backward sweep."""
@@ -165,7 +167,7 @@ class _Sweep:
                     self._load(f"gradient-{number + 1}", batch),
                 )
                 record = self.arguments.get(batch, group)
-                below = differentiate_blocks(job.skeleton, group, record, entering, gradient, self.live)
+                below = differentiate_blocks(job.skeleton, group, record, entering, gradient)
                 passed.put(str(batch), *below.pack())
                 capture.finish()
                 step = (len(self.groups) - 1 - number) * len(job.batches) + batch + 1
@@ -177,13 +179,6 @@ class _Sweep:
         self._drop(f"gradient-{number + 1}")
         if number or not self.has_outer:
             self._drop(f"boundary-{number}")
-
-    def _find_live(self) -> frozenset[int]:
-        """Numbers of recorded arguments that depend on parameters outside the blocks (Gemma's per-layer inputs)."""
-        with trainable(self.job.skeleton.model, self.job.plan.names([None])), torch.enable_grad():
-            first = self._load("boundary-0", 0).hidden
-            _, _, tensors = self.tape.outer(self.job.ids(self.job.batches[0]), first)
-        return frozenset(place for place, tensor in enumerate(tensors) if tensor.requires_grad)
 
     def _outer(self) -> None:
         """Targets around the blocks, sample by sample: a tied embedding gets the sum of both its gradients squared."""

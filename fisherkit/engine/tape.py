@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fisherkit.engine.skeleton import Skeleton
@@ -35,11 +34,15 @@ class MappingPlace:
 
 @dataclass
 class Record:
-    """The arguments of every block for one batch, hidden states left out, every tensor kept once."""
+    """The arguments of every block for one batch, hidden states left out, every tensor kept once.
+
+    ``live`` numbers the tensors that depend on parameters outside the blocks that are being measured.
+    """
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     mappings: list[tuple[type, dict[Any, Any]]] = field(default_factory=list)
+    live: frozenset[int] = frozenset()
 
     def needs(self, blocks: Sequence[int]) -> set[int]:
         """Numbers of the tensors that the given blocks are called with."""
@@ -89,6 +92,8 @@ class Tape:
 
     def record(self, ids: Tensor) -> tuple[Record, Tensor]:
         """The arguments that the model passes to each block for token ids [B, T], and the first hidden states.
+
+        Under autograd when it is on, so that a caller can tell what depends on which parameters.
 
         Raises:
             Unreplayable: the model computes something between its blocks, or hands them a cache.
@@ -145,7 +150,7 @@ class Tape:
         recorder = _Recorder(len(self._stubs))
         self._handle, self._real = recorder.note, frozenset()
         try:
-            with self._installed(), torch.no_grad(), contextlib.suppress(_Reached):
+            with self._installed(), contextlib.suppress(_Reached):
                 self.skeleton.model(input_ids=ids, use_cache=False)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise Unreplayable(f"its forward does not run with stubs ({error})") from error

@@ -4,6 +4,7 @@
 mention never happened.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -125,6 +126,8 @@ class Spool:
         entry = self._index[name]
         if name in self._kept:
             return [tensor.clone() for tensor in self._kept[name]], entry["note"]
+        if self._file is not None:
+            self._file.flush()
         with self.path.open("rb") as file:
             return [_read(file, *place) for place in entry["tensors"]], entry["note"]
 
@@ -138,10 +141,16 @@ class Spool:
                 self._file = None
             self.path.with_suffix(".json").write_text(json.dumps(self._index), "utf-8")
 
+    def close(self) -> None:
+        """Let go of the file; what was not finished does not count."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk has been reported already
+                self._file.close()
+            self._file = None
+
     def remove(self) -> None:
         """Give back memory and disk."""
-        if self._file is not None:
-            self._file.close()
+        self.close()
         self._budget.give(sum(tensor.nbytes for tensors in self._kept.values() for tensor in tensors))
         self._kept.clear()
         self.path.unlink(missing_ok=True)

@@ -79,6 +79,7 @@ def extract(
     options = options or ExtractOptions()
     out = Path(out)
     check_target(out, force=options.force)
+    sidecar.check_sidecar(out)
     run = prepare(os.fspath(model), os.fspath(prompts), options, say)
     partial = out.with_name(out.name + ".partial")
     work = _open_work(partial, run.fingerprint(), options, say)

@@ -21,12 +21,23 @@ def sidecar_path(target: Path) -> Path:
     return target / "fisher.json" if is_folder(target) else target.with_suffix(".json")
 
 
+def check_sidecar(target: Path) -> None:
+    """Refuse a target whose sidecar would replace a file of another kind; called before hours of work.
+
+    Raises:
+        OutputError: there is a file of that name that is no sidecar of this target.
+    """
+    path = sidecar_path(target)
+    if path.exists() and _entry(path, "file") != target.name:
+        raise OutputError(f"{path}: exists already, and the statistics of {target.name} go there; choose another name")
+
+
 def importance_path(target: Path) -> Path:
     """``layer_importance.json`` beside the Fisher; under the Fisher's own name if another Fisher's lies there."""
     if is_folder(target):
         return target / IMPORTANCE
     common = target.parent / IMPORTANCE
-    if not common.exists() or _owner(common) == target.name:
+    if not common.exists() or _entry(common, "fisher") == target.name:
         return common
     return target.with_name(f"{target.stem}.{IMPORTANCE}")
 
@@ -91,9 +102,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def _owner(path: Path) -> str | None:
+def _entry(path: Path, key: str) -> object:
+    """What a JSON file says under ``key``; None if it is no such file."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return content.get("fisher") if isinstance(content, dict) else None
+    return content.get(key) if isinstance(content, dict) else None

@@ -1,0 +1,41 @@
+# Every target sets itself up: all it takes is a Python 3.11 or newer, under whatever name (make PYTHON=python3.12 demo).
+
+PYTHON ?= python3
+BIN = .venv/bin
+STAMP = .venv/installed
+
+# Only what pyproject.toml asks for may be found.
+unexport PYTHONPATH
+
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    train a small model here, measure its Fisher, look at it (two minutes after installing)"
+	@echo "make test    run the tests; ARGS='-k name' goes to pytest"
+	@echo "make check   ruff, mypy and import-linter"
+	@echo "make clean   remove .venv, the demo's files and caches"
+
+demo: $(STAMP)
+	@$(BIN)/fisherkit demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean:
+	@rm -rf .venv demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make: $(PYTHON) is not a Python 3.11 or newer; name one, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into .venv (torch is large: the first time takes minutes) ..." >&2
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --upgrade -c constraints.txt pip
+	@$(BIN)/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt -e . --group dev
+	@touch $@

@@ -1,0 +1,34 @@
+"""What several test files share: checkpoints and prompt sets that are made once, offline."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+
+import tiny
+import transformers
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small sharded checkpoint of an architecture, float32; tests must not change it."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tiny.save(architecture, tmp_path_factory.mktemp(architecture))
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five prompts of different lengths."""
+    return tiny.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
