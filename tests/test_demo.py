@@ -1,20 +1,31 @@
 """The demo model: a real checkpoint, made once, never half there."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fisherkit.errors import OutputError
 from fisherkit.methods import demo
 from fisherkit.methods.demo import Recipe, make_model
-from fisherkit.methods.demo_text import read_corpus
+from fisherkit.methods.demo_text import Corpus, read_corpus
 
-SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=40, window=64)
+SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=60, window=64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_text() -> Iterator[None]:
+    corpus = read_corpus(100_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "read_corpus", lambda: Corpus(corpus.talks[::5], corpus.plain))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], lis
 
 
 def write_whole(folder: Path) -> Path:
-    return make_model(folder, seconds=0.01, recipe=SMALL)
+    return make_model(folder, recipe=replace(SMALL, steps=2))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -44,6 +55,7 @@ def test_the_checkpoint_is_sharded_bf16_and_loads_as_any_other(made: Any) -> Non
     assert model.dtype == torch.bfloat16
     assert not any(loading.values())
     assert len(model.model.layers) == SMALL.layers
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -98,7 +110,18 @@ def test_a_second_run_uses_what_is_there(made: Any) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_time_ends_training_and_the_callers_random_state_is_its_own(tmp_path: Path) -> None:
+def test_saving_draws_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_whole(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_time_ends_training(tmp_path: Path) -> None:
+    said: list[str] = []
+    make_model(tmp_path, seconds=1e-9, recipe=SMALL, say=said.append)
+    assert any(line.endswith(f" after {SMALL.window} tokens") for line in said)
+
+
+def test_the_callers_random_state_is_its_own(tmp_path: Path) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -148,9 +171,22 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, config: str | N
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file.model: cannot be written: "):
-        write_whole(tmp_path / "file")
+    (tmp_path / "file").write_text("mine")
+    said: list[str] = []
+    with pytest.raises(OutputError, match=r"file.model: cannot be written: Not a directory$"):
+        make_model(tmp_path / "file", recipe=SMALL, say=said.append)
+    assert said == []  # known before the training, not after
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(demo.LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(OutputError, match=r"model: cannot be written: I/O error: No space left"):
+        write_whole(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_text_is_bounded_and_the_same_each_time() -> None:

@@ -60,7 +60,8 @@ def _parts(text: str) -> Iterator[str]:
             yield part
             part = ""
         part = f"{part}\n\n{paragraph}" if part else paragraph
-    yield part
+    if part:
+        yield part
 
 
 def _modules(most_bytes: int) -> Iterator[tuple[str, str]]:
@@ -80,7 +81,7 @@ def _function_talks(module: str, source: str) -> Iterator[Talk]:
     lines = source.splitlines()
     for name, node in _functions(ast.parse(source), module):
         described, code = ast.get_docstring(node), "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        if described is None:
+        if not described:
             continue
         talk = _talk(f"What does {name} do?", described[:_LONGEST])
         if len(code) <= _LONGEST:
