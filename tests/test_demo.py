@@ -121,11 +121,17 @@ def test_time_ends_training(tmp_path: Path) -> None:
     assert any(line.endswith(f" after {SMALL.window} tokens") for line in said)
 
 
-def test_the_callers_random_state_is_its_own(tmp_path: Path) -> None:
+def test_the_callers_random_state_and_threads_stay_as_they_are(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    write_whole(tmp_path)
+    torch.set_num_threads(2)
+    try:
+        write_whole(tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert torch.rand(3).equal(expected)
 
 

@@ -111,7 +111,8 @@ def _make(recipe: Recipe, seconds: float, track: Track, say: Say) -> tuple[Llama
         f"Training a Llama of {model.num_parameters() / 1e6:.1f} million weights on Python's documentation and sources "
         f"({windows.numel() / 1e6:.1f} million tokens, {seconds:.0f} seconds at most)"
     )
-    _train(model, windows, recipe, seconds, track, say)
+    with _one_thread():
+        _train(model, windows, recipe, seconds, track, say)
     return model, tokenizer
 
 
@@ -232,6 +233,21 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
     ends = tokenizer.convert_tokens_to_ids([_EOS, _END])
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends)
     return model
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one core: the matrices are too small to gain much from more.
+
+    Two quiet cores are 1.4 times as fast; two cores that others use as well were over ten times slower, threads waiting
+    for each other at the end of each small product.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(model: LlamaForCausalLM, windows: Tensor, recipe: Recipe, seconds: float, track: Track, say: Say) -> None:
