@@ -4,7 +4,7 @@ What blocks hand each other beside the hidden states (a mutable mapping among th
 keys and values) travels as part of the boundary between two groups of blocks.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ def differentiate_blocks(
     blocks: Sequence[int],
     record: Record,
     entering: Boundary,
-    gradient: Boundary,
+    gradient_at: Callable[[Boundary], Boundary],
 ) -> Boundary:
     """Replay blocks from the boundary that enters them, and pass the gradient at their exit down to it.
 
@@ -83,7 +83,7 @@ def differentiate_blocks(
         blocks: consecutive block numbers.
         record: what they are called with; not used again by the caller.
         entering: the boundary that enters them; not used again by the caller.
-        gradient: the gradient with respect to the boundary at their exit.
+        gradient_at: gives the gradient with respect to the boundary at their exit, which it is called with.
     """
     hidden = _leaf(entering.hidden)
     side = {key: tuple(map(_leaf, value)) for key, value in entering.side.items()}
@@ -91,6 +91,7 @@ def differentiate_blocks(
     with torch.enable_grad():
         # A block may change its input in place (Gemma scales it), which autograd forbids on a leaf: it gets a copy.
         leaving = run_blocks(skeleton, blocks, record, Boundary(hidden.clone(), side))
+    gradient = gradient_at(leaving)
     roots, grads = [leaving.hidden], [gradient.hidden]
     for key, value in gradient.side.items():
         roots += leaving.side[key]

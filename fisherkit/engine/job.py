@@ -23,8 +23,11 @@ class Sink(Protocol):
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Mean squared gradients by parameter name, float32; all measured parameters of a block come together."""
 
-    def sync(self) -> dict[str, Any]:
-        """Bring everything so far onto the disk; returns JSON that restores the sink's own state."""
+    def state(self) -> dict[str, Any]:
+        """JSON that restores the sink as it is now, in another process; a copy."""
+
+    def sync(self) -> None:
+        """Everything added so far is on the disk when this returns; may run beside later adds."""
 
 
 @dataclass
@@ -90,10 +93,9 @@ class Job:
             for name in self.plan.names(blocks)
         }
 
-    def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor]) -> dict[str, Any]:
-        """Hand sums of squares to the sink as means over the samples, block by block; the sink's state."""
+    def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor]) -> None:
+        """Hand sums of squares to the sink as means over the samples, block by block."""
         for block in blocks:
             own = {name: sums.pop(name).div_(len(self.samples)) for name in self.plan.names([block])}
             if own:
                 self.sink.add(own)
-        return self.sink.sync()

@@ -40,5 +40,6 @@ def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -
             loss.backward()  # type: ignore[no-untyped-call]
             add_squared_parameters_(sums, parameters)
             job.track("resident", number * len(job.samples) + sample + 1, count * len(job.samples))
-    state = job.deliver(group, sums)
-    job.work.commit(resident=number + 1, sink=state, loss=sum(losses) / len(losses))
+    job.deliver(group, sums)
+    job.sink.sync()
+    job.work.commit(resident=number + 1, sink=job.sink.state(), loss=sum(losses) / len(losses))

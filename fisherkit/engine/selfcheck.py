@@ -5,7 +5,7 @@ on), which needs no more weights than the run itself. What an architecture does 
 not foresee shows here, before it costs hours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def _replay(job: Job, tape: Tape, blocks: Sequence[int], ids: Tensor, sums: dict
     with Capture(skeleton.model, sums, job.general) as capture:
         for block, entering in zip(reversed(blocks), reversed(boundaries), strict=True):
             capture.begin([ids.shape[1]])
-            gradient = differentiate_blocks(skeleton, [block], record, _copy(entering), gradient)
+            gradient = differentiate_blocks(skeleton, [block], record, _copy(entering), _given(gradient))
             capture.finish()
 
 
@@ -76,6 +76,10 @@ def _loss(job: Job, logits: Tensor, ids: Tensor) -> Tensor:
 
 def _zeros(job: Job, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: torch.zeros(job.skeleton.model.get_parameter(name).shape, device=job.device) for name in names}
+
+
+def _given(gradient: Boundary) -> Callable[[Boundary], Boundary]:
+    return lambda leaving: gradient
 
 
 def _copy(boundary: Boundary) -> Boundary:

@@ -25,7 +25,7 @@ class FisherSink:
         self._histograms: dict[str, Histogram] = {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``sync`` returned in an earlier process."""
+        """Go on from a state of an earlier process."""
         self.figures = dict(state["tensors"])
         self._histograms = {"": Histogram.from_json(state["histogram"])}
         self._writer.mark_written(self.figures)
@@ -40,10 +40,13 @@ class FisherSink:
             if name in self._wanted:
                 self._keep(name, value)
 
-    def sync(self) -> dict[str, Any]:
-        """Everything added so far is on the disk when this returns."""
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` takes in another process, once all that was added is synced."""
+        return {"tensors": dict(self.figures), "histogram": self.histogram().to_json()}
+
+    def sync(self) -> None:
+        """Everything added before the call is on the disk when this returns."""
         self._writer.sync()
-        return {"tensors": self.figures, "histogram": self.histogram().to_json()}
 
     def histogram(self) -> Histogram:
         """Of all entries of all tensors so far."""

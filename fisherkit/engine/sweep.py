@@ -1,11 +1,14 @@
 """The streaming engine: one forward sweep and one backward sweep over a model of any size, group by group of blocks.
 
-Let F be the cost of one forward of everything. Forward sweep: F. Backward sweep: replay F, input gradients F, squared
-weight gradients F. Together 4F and two reads of the weights, however many groups there are; resident are one group's
-weights, its float32 accumulators and one batch (DESIGN section 3).
+Let F be the cost of one forward of everything and G the number of groups. Forward sweep: F without the last group.
+Backward sweep: replay F, input gradients F, squared weight gradients F. Together (4 - 1/G) F and two reads of the
+weights, however many groups there are; resident are one group's weights (the next one's are read ahead), its float32
+accumulators and one batch (DESIGN section 3).
 """
 
-from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,21 +34,37 @@ def stream(job: Job) -> None:
     """
     with Weights(job.skeleton, job.device, keep=job.keep_weights) as weights:
         weights.load_outer()
-        sweep = _Sweep(job, weights)
-        try:
+        with _Sweep(job, weights) as sweep:
             sweep.run()
-        finally:
-            sweep.close()
 
 
 class _Sweep:
+    """The state of a run.
+
+    The work folder names what crosses group borders: boundary-0 enters group 0, boundary-N leaves the last one;
+    gradient-N is the gradient with respect to boundary-N.
+    """
+
     def __init__(self, job: Job, weights: Weights) -> None:
         self.job, self.weights = job, weights
         self.groups = job.plan.groups
+        self.top = len(self.groups) - 1
         self.tape = Tape(job.skeleton)
         self.arguments = Arguments(job, self.tape)
         self.has_outer = bool(job.plan.names([None]))
+        self.losses: list[float] = []
         self.spools: dict[str, Spool] = {}
+        self.disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self.committing: tuple[Future[None], list[str]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.disk.shutdown(wait=True)
+        self.arguments.close()
+        for spool in self.spools.values():
+            spool.close()
 
     def run(self) -> None:
         progress = self.job.work.progress
@@ -53,140 +72,113 @@ class _Sweep:
         lowest = 0 if self.has_outer else measured[0]
         if "forward" not in progress:
             self.weights.enter(self.groups[0])
-            check_replay(job=self.job, tape=self.tape, blocks=self.groups[0])
+            check_replay(self.job, self.tape, self.groups[0])
         self._record()
-        self._forward(progress["forward"])
-        self._head()
-        for number in range(progress["backward"] - 1, lowest - 1, -1):
-            self._backward(number, then=self.groups[number - 1] if number > lowest else ())
+        if "backward" not in progress:
+            self._forward(progress["forward"])
+        for number in range(progress.get("backward", self.top + 1) - 1, lowest - 1, -1):
+            self._backward(number, lowest)
         if self.has_outer and "outer" not in progress:
+            self._settle()
             self._outer()
-
-    def close(self) -> None:
-        self.arguments.close()
-        for spool in self.spools.values():
-            spool.close()
-
-    # The work folder names what crosses group borders: boundary-0 enters group 0, boundary-N leaves the last one;
-    # gradient-N is the gradient with respect to boundary-N.
-
-    def _spool(self, name: str, *, fresh: bool = False) -> Spool:
-        path = self.job.work.folder / f"{name}.bin"
-        if name not in self.spools:
-            self.spools[name] = Spool(path, self.job.budget) if fresh else Spool.reopen(path, self.job.budget)
-        return self.spools[name]
-
-    def _drop(self, name: str) -> None:
-        self._spool(name).remove()
-        del self.spools[name]
-
-    def _load(self, name: str, batch: int) -> Boundary:
-        return Boundary.unpack(*self._spool(name).get(str(batch)), self.job.device)
+        self._settle()
 
     def _record(self) -> None:
         """What all blocks are called with, and boundary 0."""
         fresh = "forward" not in self.job.work.progress
-        for number in range(len(self.job.batches)):
-            first = self.arguments.record(number)
+        for batch in range(len(self.job.batches)):
+            first = self.arguments.record(batch)
             if fresh:
-                self._spool("boundary-0", fresh=True).put(str(number), *Boundary(first).pack())
-            self.job.track("prompts", number + 1, len(self.job.batches))
+                self._spool("boundary-0", fresh=True).put(str(batch), *Boundary(first).pack())
+            self.job.track("prompts", batch + 1, len(self.job.batches))
         if fresh:
             self._spool("boundary-0").finish()
             self.job.work.commit(forward=0)
 
     def _forward(self, done: int) -> None:
-        """Boundaries 1 to N; the last group keeps its weights for the backward sweep."""
-        if "backward" in self.job.work.progress:
-            return
-        for number in range(done, len(self.groups)):
-            last = number == len(self.groups) - 1
-            then = self.groups[number - 1] if last and number else self.groups[min(number + 1, len(self.groups) - 1)]
-            self.weights.enter(self.groups[number], then)
+        """The boundaries between the groups."""
+        for number in range(done, self.top):
+            self.weights.enter(self.groups[number], self.groups[number + 1])
             leaving = self._spool(f"boundary-{number + 1}", fresh=True)
             for batch in range(len(self.job.batches)):
                 leaving.put(str(batch), *self._push(number, batch).pack())
-                self.job.track("forward", number * len(self.job.batches) + batch + 1, self._steps)
+                self.job.track("forward", number * len(self.job.batches) + batch + 1, self.top * len(self.job.batches))
             leaving.finish()
             self.job.work.commit(forward=number + 1)
-            if not last:
-                self.weights.leave(self.groups[number])
+            self.weights.leave(self.groups[number])
 
     @torch.no_grad()
     def _push(self, number: int, batch: int) -> Boundary:
-        group, general = self.groups[number], self.job.general
+        """A batch through a group; the first batch also tells whether batches may hold several samples."""
+        job, group = self.job, self.groups[number]
         record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
         if batch:
-            return run_blocks(self.job.skeleton, group, record, entering)
-        with Census(self.job.skeleton.model, self.job.plan.names(group), general) as census:
-            leaving = run_blocks(self.job.skeleton, group, record, entering)
-        census.check(self.job.ids(self.job.batches[batch]))
+            return run_blocks(job.skeleton, group, record, entering)
+        with Census(job.skeleton.model, job.plan.names(group), job.general) as census:
+            leaving = run_blocks(job.skeleton, group, record, entering)
+        census.check(job.ids(job.batches[batch]))
         return leaving
 
-    def _head(self) -> None:
-        """Losses, and the gradient at the last boundary, sample by sample."""
-        top = len(self.groups)
-        if "backward" in self.job.work.progress:
-            return
-        gradients = self._spool(f"gradient-{top}", fresh=True)
-        done, losses = 0, []
-        for number, batch in enumerate(self.job.batches):
-            hidden = self._load(f"boundary-{top}", number).hidden
-            gradient = torch.zeros_like(hidden)
-            for row, sample in enumerate(batch):
-                length = len(self.job.samples[sample].ids)
-                gradient[row, :length], loss = self._head_of(sample, hidden[row : row + 1, :length])
-                losses.append(loss)
-            gradients.put(str(number), *Boundary(gradient).pack())
-            done += len(batch)
-            self.job.track("head", done, len(self.job.samples))
-        gradients.finish()
-        self.job.work.commit(backward=top, loss=sum(losses) / len(losses))
-        if not self.has_outer:
-            self._drop(f"boundary-{top}")
-
-    def _head_of(self, sample: int, hidden: Tensor) -> tuple[Tensor, float]:
-        final = hidden.detach().clone().requires_grad_()
-        ids = self.job.ids([sample])
-        with torch.enable_grad():
-            loss = self.job.loss(sample, self.tape.logits(ids, final=final)[0])
-            (gradient,) = torch.autograd.grad(loss, final)
-        return gradient[0], loss.item()
-
-    def _backward(self, number: int, then: Sequence[int]) -> None:
-        """Replay a group, add up its targets' squares, and pass the gradient down to its lower boundary."""
+    def _backward(self, number: int, lowest: int) -> None:
+        """Replay a group, add up its targets' squares, and pass the gradient down to the boundary that enters it."""
         job, group = self.job, self.groups[number]
-        self.weights.enter(group, then)
+        self.weights.enter(group, self.groups[number - 1] if number > lowest else ())
+        if number == self.top:
+            self._push(number, 0)  # the forward sweep left this group out; its census is due
         sums = job.accumulators(group)
         passed = self._spool(f"gradient-{number}", fresh=True)
         with Capture(job.skeleton.model, sums, job.general) as capture:
             for batch, members in enumerate(job.batches):
                 capture.begin(job.lengths(members))
-                entering, gradient = (
-                    self._load(f"boundary-{number}", batch),
-                    self._load(f"gradient-{number + 1}", batch),
-                )
-                record = self.arguments.get(batch, group)
-                below = differentiate_blocks(job.skeleton, group, record, entering, gradient)
-                passed.put(str(batch), *below.pack())
+                passed.put(str(batch), *self._replay(number, batch).pack())
                 capture.finish()
-                step = (len(self.groups) - 1 - number) * len(job.batches) + batch + 1
-                job.track("backward", step, self._steps)
+                step = (self.top - number) * len(job.batches) + batch + 1
+                job.track("backward", step, (self.top + 1 - lowest) * len(job.batches))
         self.weights.leave(group)
-        state = job.deliver(group, sums)
+        job.deliver(group, sums)
         passed.finish()
-        job.work.commit(backward=number, sink=state)
-        self._drop(f"gradient-{number + 1}")
-        if number or not self.has_outer:
-            self._drop(f"boundary-{number}")
+        spent = [] if number == self.top else [f"gradient-{number + 1}"]
+        loss = {"loss": sum(self.losses) / len(self.losses)} if number == self.top else {}
+        self._commit([*spent, f"boundary-{number}"], backward=number, **loss)
+
+    def _replay(self, number: int, batch: int) -> Boundary:
+        record = self.arguments.get(batch, self.groups[number])
+        entering = self._load(f"boundary-{number}", batch)
+        if number == self.top:
+            return differentiate_blocks(
+                self.job.skeleton, self.groups[number], record, entering, lambda leaving: self._head(batch, leaving)
+            )
+        gradient = self._load(f"gradient-{number + 1}", batch)
+        return differentiate_blocks(self.job.skeleton, self.groups[number], record, entering, lambda _: gradient)
+
+    def _head(self, batch: int, leaving: Boundary) -> Boundary:
+        """The gradient of every sample's loss with respect to the hidden states that leave the last block."""
+        hidden = leaving.hidden.detach()
+        gradient = torch.zeros_like(hidden)
+        for row, sample in enumerate(self.job.batches[batch]):
+            length = len(self.job.samples[sample].ids)
+            gradient[row, :length] = self._head_of(sample, hidden[row : row + 1, :length])
+        if self.has_outer:
+            self._spool(f"boundary-{self.top + 1}", fresh=True).put(str(batch), *Boundary(hidden).pack())
+            if batch == len(self.job.batches) - 1:
+                self._spool(f"boundary-{self.top + 1}").finish()
+        return Boundary(gradient)
+
+    def _head_of(self, sample: int, hidden: Tensor) -> Tensor:
+        final = hidden.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = self.job.loss(sample, self.tape.logits(self.job.ids([sample]), final=final)[0])
+            (gradient,) = torch.autograd.grad(loss, final)
+        self.losses.append(loss.item())
+        return gradient[0]
 
     def _outer(self) -> None:
         """Targets around the blocks, sample by sample: a tied embedding gets the sum of both its gradients squared."""
-        job, top = self.job, len(self.groups)
+        job = self.job
         sums = job.accumulators([None])
         with trainable(job.skeleton.model, sums) as parameters:
             for batch, (sample,) in enumerate(job.batches):
-                final, arrived = self._load(f"boundary-{top}", batch).hidden, self._load("gradient-0", batch)
+                final, arrived = self._load(f"boundary-{self.top + 1}", batch).hidden, self._load("gradient-0", batch)
                 with torch.enable_grad():
                     logits, first, tensors = self.tape.outer(job.ids([sample]), final)
                     loss = job.loss(sample, logits[0])
@@ -196,8 +188,37 @@ class _Sweep:
                 torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
                 add_squared_parameters_(sums, parameters)
                 job.track("outer", batch + 1, len(job.batches))
-        job.work.commit(outer=True, sink=job.deliver([None], sums))
+        job.deliver([None], sums)
+        self._commit([], outer=True)
 
-    @property
-    def _steps(self) -> int:
-        return len(self.groups) * len(self.job.batches)
+    # The work folder
+
+    def _spool(self, name: str, *, fresh: bool = False) -> Spool:
+        path = self.job.work.folder / f"{name}.bin"
+        if name not in self.spools:
+            self.spools[name] = Spool(path, self.job.budget) if fresh else Spool.reopen(path, self.job.budget)
+        return self.spools[name]
+
+    def _load(self, name: str, batch: int) -> Boundary:
+        return Boundary.unpack(*self._spool(name).get(str(batch)), self.job.device)
+
+    def _commit(self, spent: list[str], **progress: Any) -> None:
+        """Note progress once the Fisher values are on the disk, while the next group computes; then drop ``spent``."""
+        self._settle()
+        state = self.job.sink.state()
+
+        def commit() -> None:
+            self.job.sink.sync()
+            self.job.work.commit(sink=state, **progress)
+
+        self.committing = self.disk.submit(commit), spent
+
+    def _settle(self) -> None:
+        """Wait for the commit that is under way."""
+        if self.committing is not None:
+            future, spent = self.committing
+            self.committing = None
+            future.result()
+            for name in spent:
+                self._spool(name).remove()
+                del self.spools[name]
