@@ -102,7 +102,7 @@ def extract(
     ] = 8,
     batch_tokens: Annotated[
         int, typer.Option(help="Padded tokens per batch; never changes the result.", rich_help_panel=MACHINE)
-    ] = 2048,
+    ] = 1024,
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=MACHINE)
     ] = "auto",

@@ -110,7 +110,7 @@ class ExtractOptions(PromptOptions):
     """
 
     group_size: int = 8
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     dtype: DType = "auto"
     device: str = "auto"
     labels: Labels = "data"

@@ -175,3 +175,13 @@ print(peak() - before)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     assert int(done.stdout) * unit < 60e6
+
+
+def test_many_at_once_are_read_bit_for_bit(reader: Reader) -> None:
+    tensors = sample_tensors()
+    found = reader.read_many([name for name in tensors if name != "flags"])
+    assert found.keys() == tensors.keys() - {"flags"}
+    assert all(same_bits(tensor, tensors[name]) for name, tensor in found.items())
+    assert reader.read_many([]) == {}
+    with pytest.raises(CheckpointError, match="has no tensor 'nobody'"):
+        reader.read_many(["matrix", "nobody"])

@@ -87,11 +87,11 @@ class Job:
         return loss
 
     def accumulators(self, blocks: Sequence[int | None]) -> dict[str, Tensor]:
-        """Zeros, float32, for every parameter measured in these blocks."""
-        return {
-            name: torch.zeros(self.skeleton.model.get_parameter(name).shape, device=self.device)
-            for name in self.plan.names(blocks)
-        }
+        """Zeros, float32, for every parameter measured in these blocks; in one piece of memory."""
+        shapes = {name: self.skeleton.model.get_parameter(name).shape for name in self.plan.names(blocks)}
+        memory = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=self.device)
+        parts = torch.split(memory, [shape.numel() for shape in shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor]) -> None:
         """Hand sums of squares to the sink as means over the samples, block by block."""

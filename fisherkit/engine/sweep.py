@@ -123,8 +123,6 @@ class _Sweep:
         """Replay a group, add up its targets' squares, and pass the gradient down to the boundary that enters it."""
         job, group = self.job, self.groups[number]
         self.weights.enter(group, self.groups[number - 1] if number > lowest else ())
-        if number == self.top:
-            self._push(number, 0)  # the forward sweep left this group out; its census is due
         sums = job.accumulators(group)
         passed = self._spool(f"gradient-{number}", fresh=True)
         with Capture(job.skeleton.model, sums, job.general) as capture:
@@ -142,14 +140,19 @@ class _Sweep:
         self._commit([*spent, f"boundary-{number}"], backward=number, **loss)
 
     def _replay(self, number: int, batch: int) -> Boundary:
-        record = self.arguments.get(batch, self.groups[number])
-        entering = self._load(f"boundary-{number}", batch)
-        if number == self.top:
-            return differentiate_blocks(
-                self.job.skeleton, self.groups[number], record, entering, lambda leaving: self._head(batch, leaving)
-            )
-        gradient = self._load(f"gradient-{number + 1}", batch)
-        return differentiate_blocks(self.job.skeleton, self.groups[number], record, entering, lambda _: gradient)
+        job, group = self.job, self.groups[number]
+        record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
+        if number < self.top:
+            gradient = self._load(f"gradient-{number + 1}", batch)
+            return differentiate_blocks(job.skeleton, group, record, entering, lambda leaving: gradient)
+        with Census(job.skeleton.model, job.plan.names(group), job.general) as census:
+
+            def gradient_at(leaving: Boundary) -> Boundary:
+                if batch == 0:  # the forward sweep left the last group out, so its census is taken here
+                    census.check(job.ids(job.batches[batch]))
+                return self._head(batch, leaving)
+
+            return differentiate_blocks(job.skeleton, group, record, entering, gradient_at)
 
     def _head(self, batch: int, leaving: Boundary) -> Boundary:
         """The gradient of every sample's loss with respect to the hidden states that leave the last block."""

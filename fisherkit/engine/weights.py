@@ -75,22 +75,22 @@ class Weights:
         return self._read(self._skeleton.block_tensors(group))
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self._checked_read(name) for name in names}
-
-    def _checked_read(self, name: str) -> Tensor:
-        """The tensor, looked through for NaN and Inf the first time it is read."""
-        tensor = self._reader.read(name)
-        if name not in self._checked:
+        """The tensors, looked through for NaN and Inf the first time they are read."""
+        tensors = self._reader.read_many(names)
+        for name in [name for name in names if name not in self._checked]:
+            self._check(name, tensors[name])
             self._checked.add(name)
-            if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
-                count = int((~tensor.isfinite()).sum())
-                index = self._skeleton.index
-                where = index.tensors[name].file if index is not None else "checkpoint"
-                raise CheckpointError(
-                    f"{where}: {name} holds {count:,} weights that are NaN or infinite; "
-                    "the checkpoint is damaged, a Fisher of it would mean nothing"
-                )
-        return tensor
+        return tensors
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
+            count = int((~tensor.isfinite()).sum())
+            index = self._skeleton.index
+            where = index.tensors[name].file if index is not None else "checkpoint"
+            raise CheckpointError(
+                f"{where}: {name} holds {count:,} weights that are NaN or infinite; "
+                "the checkpoint is damaged, a Fisher of it would mean nothing"
+            )
 
 
 def _all_finite(tensor: Tensor) -> bool:
