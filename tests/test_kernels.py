@@ -10,7 +10,7 @@ from fisherkit.kernels.loss import sample_labels, sample_loss
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def oracle(inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
