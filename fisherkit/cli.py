@@ -231,8 +231,9 @@ def demo(
         from fisherkit.methods import fisher, summary
 
         say = console.say if not quiet else _silence
+        options = ExtractOptions(force=(folder / "model").is_dir())  # in a folder of ours, an earlier demo's output
         made = methods_demo.make_model(folder, track=console.tracker("demo", quiet=quiet), say=say)
-        out, options = folder / "fisher.pt", ExtractOptions(force=True)
+        out = folder / "fisher.pt"
         say(f"\n$ fisherkit extract {made} builtin -o {out}")
         fisher.extract(made, "builtin", out, options, track=console.tracker("extract", quiet=quiet), say=say)
         say(f"\n$ fisherkit inspect {out}")

@@ -381,6 +381,34 @@ def test_missing_and_misshapen_tensors_are_reported_by_name(
         run(damaged(checkpoint, tmp_path / "reshaped", reshape), prompts, tmp_path / "fisher.pt")
 
 
+def test_a_tokenizer_of_another_model_is_noticed(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:20].clone()
+
+    model = damaged(checkpoint, tmp_path / "model", change)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    with pytest.raises(CheckpointError, match="the model embeds only 20; the tokenizer belongs to another model"):
+        run(model, prompts, tmp_path / "fisher.pt")
+
+
+def test_samples_longer_than_the_model_has_positions_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    prompts = tiny.write_prompts(tmp_path / "long.jsonl", ["river " * 60])
+    with pytest.raises(OptionError, match="the model has 64 positions; use --max-length 64"):
+        run(checkpoint("gpt2"), prompts, tmp_path / "fisher.pt")
+    run(checkpoint("gpt2"), prompts, tmp_path / "fisher.pt", max_length=64)
+
+
+def test_a_model_that_fits_neither_way_is_refused(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fisherkit.methods.fisher.shared_between_blocks", lambda blocks: "the weight")
+    monkeypatch.setattr("fisherkit.methods.fisher.available_bytes", lambda device: 1000)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be streamed \(its blocks share the weight\), and its"):
+        run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
+
+
 def test_an_overflowing_loss_names_the_row(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"].mul_(1e38)

@@ -169,6 +169,28 @@ def test_resume_without_a_leftover_starts_and_says_so(checkpoint: Checkpoint, pr
     assert (tmp_path / "fisher.pt").is_file()
 
 
+def test_a_folder_of_the_users_is_not_taken_for_a_leftover(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "fisher.pt.partial").mkdir()
+    (tmp_path / "fisher.pt.partial" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputError, match="in the way and no work folder of ours"):
+        extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
+    assert (tmp_path / "fisher.pt.partial" / "thesis.txt").read_text() == "precious"
+
+
+def test_two_runs_do_not_share_a_work_folder(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
+    model, out = checkpoint("llama"), tmp_path / "fisher.pt"
+
+    def second_run(stage: str, done: int, total: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(OutputError, match="another run is at work there"):
+                extract(model, prompts, out, resume=resume)
+
+    extract(model, prompts, out, second_run)
+    assert out.is_file()
+
+
 @pytest.mark.parametrize("damage", ["", "{}", "[]", '{"fingerprint": 3}', "\x00"])
 def test_damaged_progress_is_reported(damage: str, checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):

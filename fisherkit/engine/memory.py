@@ -1,6 +1,5 @@
 """How much memory there is, and what a run will need of it."""
 
-import resource
 from pathlib import Path
 
 import torch
@@ -64,6 +63,10 @@ def _cgroup_folders() -> list[Path]:
 
 def _ulimit() -> int:
     """Room left under RLIMIT_AS (``ulimit -v``)."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return 1 << 62
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return 1 << 62

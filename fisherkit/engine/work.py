@@ -12,7 +12,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class Work:
     def __init__(self, folder: Path, progress: dict[str, Any]) -> None:
         self.folder = folder
         self.progress = progress
+        self._held = _lock(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._held.close()
 
     @classmethod
     def start(cls, folder: Path, fingerprint: dict[str, str]) -> "Work":
@@ -38,6 +46,9 @@ class Work:
         """
         try:
             if folder.exists():
+                if any(folder.iterdir()) and not (folder / PROGRESS).is_file():
+                    raise OutputError(f"{folder}: is in the way and no work folder of ours; choose another output")
+                _lock(folder).close()
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
         except OSError as error:
@@ -85,6 +96,23 @@ class Work:
     def remove(self) -> None:
         """Drop the folder; the run is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> io.TextIOWrapper:
+    """A file that is locked as long as it is open, so that two runs cannot work in one folder."""
+    file = (folder / "lock").open("w", encoding="ascii")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not Unix
+        pass
+    except BlockingIOError:
+        file.close()
+        raise OutputError(f"{folder}: another run is at work there; wait for it, or choose another output") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 class Spool:

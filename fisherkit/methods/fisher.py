@@ -82,18 +82,18 @@ def extract(
     sidecar.check_sidecar(out)
     run = prepare(os.fspath(model), os.fspath(prompts), options, say)
     partial = out.with_name(out.name + ".partial")
-    work = _open_work(partial, run.fingerprint(), options, say)
     started = time.monotonic()
-    with _open_writer(out, run, work, options) as writer:
-        sink = FisherSink(run.skeleton, writer, run.plan.tensors)
-        if "sink" in work.progress:
-            sink.restore(work.progress["sink"])
-        engine, reason = _measure(run, work, sink, track, say)
-        files = writer.finish(force=options.force)
-    provenance = run.provenance(out, files, engine, reason) | {"loss": work.progress.get("loss")}
-    provenance["run"]["seconds"] = round(time.monotonic() - started, 3)
-    report = _write_sidecars(out, files, provenance, sink)
-    work.remove()
+    with _open_work(partial, run.fingerprint(), options, say) as work:
+        with _open_writer(out, run, work, options) as writer:
+            sink = FisherSink(run.skeleton, writer, run.plan.tensors)
+            if "sink" in work.progress:
+                sink.restore(work.progress["sink"])
+            engine, reason = _measure(run, work, sink, track, say)
+            files = writer.finish(force=options.force)
+        provenance = run.provenance(out, files, engine, reason) | {"loss": work.progress.get("loss")}
+        provenance["run"]["seconds"] = round(time.monotonic() - started, 3)
+        report = _write_sidecars(out, files, provenance, sink)
+        work.remove()
     return report
 
 
@@ -200,11 +200,7 @@ def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> 
         except NeedsSingles as finding:
             mode = mode | {"singles": True, "general": sorted({*mode["general"], *finding.general})}
         except Unreplayable as finding:
-            if options.engine == "stream":
-                raise UnsupportedModelError(
-                    f"{run.source.id}: cannot be streamed: {finding}; try --engine auto"
-                ) from None
-            mode = {"engine": "resident", "reason": str(finding), "singles": True, "general": []}
+            mode = _resident_mode(run, str(finding))
             say(f"the whole model is kept in memory: {finding}")
         else:
             return mode["engine"], mode["reason"]
@@ -213,20 +209,28 @@ def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> 
 
 
 def _first_mode(run: Run) -> dict[str, Any]:
-    shared = shared_between_blocks(run.skeleton.blocks)
     if run.options.engine == "resident":
         return {"engine": "resident", "reason": "asked for", "singles": True, "general": []}
-    if shared is not None and run.options.engine == "auto":
-        return {"engine": "resident", "reason": f"blocks share {shared}", "singles": True, "general": []}
+    shared = shared_between_blocks(run.skeleton.blocks)
     if shared is not None:
-        raise UnsupportedModelError(f"{run.source.id}: cannot be streamed: blocks share {shared}; try --engine auto")
+        return _resident_mode(run, f"its blocks share {shared}")
     singles = only_batches_of_one(run.skeleton, run.plan)
-    return {
-        "engine": "stream",
-        "reason": "a replayed sample agrees with plain autograd",
-        "singles": singles,
-        "general": [],
-    }
+    reason = "a replayed sample agrees with plain autograd"
+    return {"engine": "stream", "reason": reason, "singles": singles, "general": []}
+
+
+def _resident_mode(run: Run, reason: str) -> dict[str, Any]:
+    """The mode for a model that cannot be streamed; raises UnsupportedModelError where it is not possible either."""
+    if run.options.engine == "stream":
+        raise UnsupportedModelError(f"{run.source.id}: cannot be streamed: {reason}; try --engine auto")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in run.skeleton.model.parameters())
+    room = available_bytes(run.device)
+    if weights > room:
+        raise UnsupportedModelError(
+            f"{run.source.id}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "
+            f"{room / 1e9:.1f} GB of memory"
+        )
+    return {"engine": "resident", "reason": reason, "singles": True, "general": []}
 
 
 def _write_sidecars(out: Path, files: tuple[Path, ...], provenance: dict[str, Any], sink: FisherSink) -> ExtractReport:

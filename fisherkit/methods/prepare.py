@@ -42,7 +42,7 @@ class Run:
     def fingerprint(self) -> dict[str, str]:
         """What must be the same for a killed run to go on, by what a person would call it."""
         options = dataclasses.asdict(self.options)
-        for name in ("force", "resume", "trust_remote_code", "device", "engine", "limit"):
+        for name in ("force", "resume", "trust_remote_code", "device", "limit"):
             options.pop(name)
         assert self.skeleton.index is not None
         return {
@@ -128,12 +128,27 @@ def prepare(model: str, prompts: str, options: ExtractOptions, say: Say) -> Run:
     samples = load_prompts(prompts, tokenizer, options)
     say(samples.report.line())
     longest = max(len(sample.ids) for sample in samples.samples)
+    _check_fit(source, skeleton, samples, longest)
     plan = make_plan(skeleton, options, device, longest, say)
     say(
         f"{source.id}: {len(plan.tensors):,} tensors, {plan.parameters:,} weights in {len(skeleton.blocks)} layers, "
         f"{str(dtype).removeprefix('torch.')} on {device}, {len(plan.groups)} groups of {len(plan.groups[0])} layers"
     )
     return Run(source, skeleton, hash_tokenizer(tokenizer), samples, plan, device, options)
+
+
+def _check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet, longest: int) -> None:
+    """Refuse samples that the model has no embeddings or no positions for."""
+    largest = max(max(sample.ids) for sample in prompts.samples)
+    rows = skeleton.model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise CheckpointError(
+            f"{source.path}: the tokenizer gives token {largest}, but the model embeds only {rows}; "
+            "the tokenizer belongs to another model"
+        )
+    positions = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise OptionError(f"--max-length {longest}: the model has {positions} positions; use --max-length {positions}")
 
 
 def make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device, longest: int, say: Say) -> Plan:
