@@ -31,7 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = tiny.CONFIGS["llama"]()
     config.num_hidden_layers, config.max_position_embeddings = 12, 512
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place / "demo" / "model")
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        place / "demo" / "model"
+    )
     tiny_tokenizer(CHATML).save_pretrained(place / "demo" / "model")
     tiny.write_prompts(place / "prompts.jsonl")
     chat = [{"role": "user", "content": "Name three rivers."}, {"role": "assistant", "content": "Paris, London, Rome."}]
@@ -50,13 +52,20 @@ def test_readme_shows_commands() -> None:
 def test_readme_commands_run_as_they_stand(place: Path) -> None:
     environment = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
     fisherkit = ["bash", "-c"]
-    setup = "fisherkit extract demo/model builtin -o fisher.pt -q; fisherkit extract demo/model prompts.jsonl -o other.pt"
+    setup = (
+        "fisherkit extract demo/model builtin -o fisher.pt -q; fisherkit extract demo/model prompts.jsonl -o other.pt"
+    )
     for command in [setup, *COMMANDS]:
         if "jq" in command and shutil.which("jq") is None:
             command = command.split("|")[0]  # noqa: PLW2901
         command = command.replace("-o fisher.pt --resume", "-o fisher.pt --resume --force")  # noqa: PLW2901
         done = subprocess.run(
-            [*fisherkit, f"set -o pipefail; {command}"], cwd=place, env=environment, capture_output=True, text=True, check=False
+            [*fisherkit, f"set -o pipefail; {command}"],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode in (0, 141), f"{command}\n{done.stderr}"
         assert done.stdout, command
@@ -68,7 +77,9 @@ def test_readme_python_runs_as_it_stands(place: Path) -> None:
     (place / "python").mkdir()
     (place / "python" / "demo").symlink_to(place / "demo")
     code = block + "\nassert len(report.layers) == 12 and len(table.rows) == 7\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=place / "python", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place / "python", capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.reader import Reader
+from fisherkit.engine.memory import give_back
 from fisherkit.engine.skeleton import Skeleton
 from fisherkit.errors import CheckpointError
 
@@ -67,6 +68,7 @@ class Weights:
             for block in blocks:
                 self._skeleton.unload(block)
             self._held.difference_update(blocks)
+            give_back()
 
     def _take(self, group: tuple[int, ...]) -> dict[str, Tensor]:
         ahead, self._ahead = self._ahead, None
