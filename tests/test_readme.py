@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tiny_tokenizer(CHATML).save_pretrained(place / "demo" / "model")
     tiny.write_prompts(place / "prompts.jsonl")
-    chat = [{"role": "user", "content": "Name three rivers."}, {"role": "assistant", "content": "Paris, London, Rome."}]
+    chat = [{"role": "user", "content": "Name three rivers."}, {"role": "assistant", "content": "Ebro, Po, Don."}]
     (place / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     command = place / "bin" / "fisherkit"
     command.parent.mkdir()
