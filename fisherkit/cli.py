@@ -52,7 +52,7 @@ def _main(
 
 @app.command()
 def extract(
-    model: Annotated[str, typer.Argument(help="A checkpoint: folder, file, or org/name[@revision].")],
+    model: Annotated[str, typer.Argument(help="A checkpoint: folder, file, org/name or org/name@revision.")],
     prompts: Annotated[
         str, typer.Argument(help="txt, jsonl, json, csv, tsv, parquet, a hub data set, - for stdin, or builtin.")
     ] = "builtin",

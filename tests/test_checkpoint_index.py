@@ -453,7 +453,7 @@ def test_part_of_a_snapshot_is_taken_when_the_rest_cannot_be_fetched(
 def fetched(monkeypatch: pytest.MonkeyPatch, folder: Path, repository: list[str], **options: bool) -> set[str]:
     """What resolve_model makes the hub download from a repository of these files."""
 
-    def download(model: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+    def download(model: str, *, revision: str | None, ignore_patterns: list[str], **_: Any) -> str:
         for name in repository:
             if not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

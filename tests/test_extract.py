@@ -409,6 +409,14 @@ def test_a_model_that_fits_neither_way_is_refused(
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
 
 
+def test_tied_weights_that_differ_are_refused(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
+    model = damaged(checkpoint, tmp_path / "model", lambda tensors: None)  # untied, so its head is another matrix
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"are tied by config.json but differ"):
+        run(model, prompts, tmp_path / "fisher.pt")
+
+
 def test_an_overflowing_loss_names_the_row(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"].mul_(1e38)

@@ -80,10 +80,13 @@ def _is_path(text: str) -> bool:
 
 
 def _snapshot(model: str, revision: str | None, ignore: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    # transformers 5.8 and 5.17 bring huggingface_hub 1.x. 1.33, given a commit whose list of files is not cached, asks
+    # the network although HF_HUB_OFFLINE is set, and never looks into the cache; 2.x does.
+    offline = constants.HF_HUB_OFFLINE
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(ignore)))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(ignore), local_files_only=offline))
     except Exception as error:  # the hub's own errors, and those of whatever HTTP library it is built on
         partial = getattr(error, "snapshot_path", None)
         if partial is not None:  # offline with part of the repository: often the part that matters; shards are checked

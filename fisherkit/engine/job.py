@@ -77,7 +77,7 @@ class Job:
         sample = self.samples[number]
         labels = torch.tensor(sample.ids, device=logits.device)
         if self.labels == "sampled":
-            labels = sample_labels(logits.detach(), labels, self.seed * 1_000_003 + sample.row)
+            labels = sample_labels(logits.detach(), labels, (self.seed * 1_000_003 + sample.row) % 2**63)
         loss = sample_loss(logits, labels, torch.tensor(sample.counts, device=logits.device), self.reduction)
         if not torch.isfinite(loss):
             raise FisherkitError(

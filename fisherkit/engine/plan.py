@@ -101,6 +101,7 @@ def needs(skeleton: Skeleton, plan: Plan, *, batch_tokens: int, longest: int, on
         on_host: whether the device's memory is the host's.
     """
     size = torch.empty((), dtype=skeleton.dtype).element_size()
+    batch_tokens = max(batch_tokens, longest)  # a sample is never split
     group = max(_group_bytes(skeleton, plan, group, size, batch_tokens) for group in plan.groups)
     ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
     around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())

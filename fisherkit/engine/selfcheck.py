@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.config import first_line
 from fisherkit.engine.job import Job
 from fisherkit.engine.tape import Tape, Unreplayable
 from fisherkit.kernels.loss import sample_loss
@@ -28,9 +29,19 @@ def check_replay(job: Job, tape: Tape, blocks: Sequence[int]) -> None:
         Unreplayable: the two ways differ, or these blocks cannot be run alone.
         NeedsSingles: a linear layer's weight is used in another way than by calling the layer.
     """
-    names = job.plan.names(sorted({blocks[0], blocks[-1]}))
-    if not names:
-        return
+    ends = sorted({blocks[0], blocks[-1]})
+    names = job.plan.names(ends) or [
+        name for block in ends for name, p in job.skeleton.parameters(block).items() if p.ndim >= 2
+    ]
+    try:
+        _compare(job, tape, blocks, names)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise Unreplayable(f"its blocks do not run alone ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _compare(job: Job, tape: Tape, blocks: Sequence[int], names: Sequence[str]) -> None:
     ids = _probe(job)
     replayed, plain = _zeros(job, names), _zeros(job, names)
     _replay(job, tape, blocks, ids, replayed)

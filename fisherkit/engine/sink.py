@@ -30,6 +30,10 @@ class FisherSink:
         self._histograms = {"": Histogram.from_json(state["histogram"])}
         self._writer.mark_written(self.figures)
 
+    def reset(self) -> None:
+        """Forget what was added: another engine starts over. What is in the file will be overwritten."""
+        self.figures, self._histograms = {}, {}
+
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Write what one block's parameters stand for on disk.
 

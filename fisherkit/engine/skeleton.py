@@ -139,6 +139,18 @@ class Skeleton:
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = torch.empty_like(buffer, device="meta")
 
+    def check_tied(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError if the checkpoint holds both of two tied tensors and they differ."""
+        ties: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for one, other in ties.items():
+            names = [name for parameter in (one, other) for name in self._sources.get(parameter, ())]
+            held = [tensors[name] for name in names if name in tensors]
+            if any(not torch.equal(held[0], tensor) for tensor in held[1:]):
+                raise CheckpointError(
+                    f"{self.index.path if self.index else 'checkpoint'}: {' and '.join(names)} are tied by config.json "
+                    "but differ; set tie_word_embeddings to false there, or take the right checkpoint"
+                )
+
     def check_loaded(self, block: int | None) -> None:
         """Raise CheckpointError if a parameter is still on the meta device: the checkpoint lacks it."""
         for name, parameter in self.parameters(block).items():

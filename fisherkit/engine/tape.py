@@ -179,11 +179,12 @@ class _Recorder:
         self._passed: list[Tensor] = []
         self._places: dict[int, tuple[Any, Any]] = {}  # id -> (object kept alive so that the id stays taken, place)
         self._hiddens = 0
+        self._version = 0
 
     def note(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if number != len(self.record.calls):
             raise Unreplayable("its blocks are not called once each, in order")
-        if self._passed and not _same(hidden, self._passed[-1]):
+        if self._passed and not (_same(hidden, self._passed[-1]) and hidden._version == self._version):
             raise Unreplayable("it computes something between its blocks")
         self._hiddens = 0
         packed_args = tuple(self._pack(item, hidden) for item in args)
@@ -196,6 +197,7 @@ class _Recorder:
                 raise _Reached
             return self._final
         self._passed.append(hidden.view_as(hidden))
+        self._version = hidden._version  # what is changed in place between blocks has another
         return self._passed[-1]
 
     def _pack(self, value: Any, hidden: Tensor) -> Any:

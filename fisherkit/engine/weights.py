@@ -42,7 +42,9 @@ class Weights:
     def load_outer(self) -> None:
         """Embeddings, norms, head and computed buffers; tied weights are tied afterwards."""
         skeleton = self._skeleton
-        skeleton.load(self._read(skeleton.outer_tensors()), self._device)
+        tensors = self._read(skeleton.outer_tensors())
+        skeleton.check_tied(tensors)
+        skeleton.load(tensors, self._device)
         for module in skeleton.model.modules():
             for name in module._non_persistent_buffers_set:
                 buffer = module._buffers.get(name)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fisherkit.errors import OutputError, ResumeError
 
-PROGRESS = "progress.json"
+PROGRESS, ASIDE = "progress.json", "progress.new"
 
 
 class Work:
@@ -46,7 +46,7 @@ class Work:
         """
         try:
             if folder.exists():
-                if any(folder.iterdir()) and not (folder / PROGRESS).is_file():
+                if {path.name for path in folder.iterdir()} - {"lock", ASIDE} and not (folder / PROGRESS).is_file():
                     raise OutputError(f"{folder}: is in the way and no work folder of ours; choose another output")
                 _lock(folder).close()
                 shutil.rmtree(folder)
@@ -85,7 +85,7 @@ class Work:
         """Note what is finished, in one step."""
         self.progress.update(changes)
         path = self.folder / PROGRESS
-        aside = path.with_suffix(".new")
+        aside = self.folder / ASIDE
         with disk(path):
             with aside.open("w", encoding="utf-8") as file:
                 json.dump(self.progress, file)
@@ -132,7 +132,10 @@ class Spool:
     def reopen(cls, path: Path, budget: "Budget") -> "Spool":
         """A finished spool of an earlier process."""
         spool = cls(path, budget)
-        spool._index = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        try:
+            spool._index = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"{path.with_suffix('.json')}: damaged; start again without --resume") from error
         return spool
 
     def put(self, name: str, tensors: Sequence[Tensor], note: Any = None) -> None:
@@ -167,7 +170,10 @@ class Spool:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 self._file = None
-            self.path.with_suffix(".json").write_text(json.dumps(self._index), "utf-8")
+            with self.path.with_suffix(".json").open("w", encoding="utf-8") as file:
+                json.dump(self._index, file)
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Let go of the file; what was not finished does not count."""

@@ -5,6 +5,7 @@ F_i = 1/N sum_n (d l_n / d theta_i)^2, l_n the negative log-likelihood of sample
 """
 
 import dataclasses
+import json
 import os
 import time
 from contextlib import AbstractContextManager
@@ -21,14 +22,14 @@ from fisherkit.engine.capture import NeedsSingles
 from fisherkit.engine.config import choose_dtype, read_config
 from fisherkit.engine.job import Job, Track
 from fisherkit.engine.memory import available_bytes
-from fisherkit.engine.plan import needs, only_batches_of_one
+from fisherkit.engine.plan import Plan, needs, only_batches_of_one
 from fisherkit.engine.prompts import batches, load_prompts
 from fisherkit.engine.resident import resident
 from fisherkit.engine.sink import FisherSink, store_bytes, store_code
 from fisherkit.engine.skeleton import build_skeleton, shared_between_blocks
 from fisherkit.engine.sweep import stream
 from fisherkit.engine.tape import Unreplayable
-from fisherkit.engine.work import Budget, Work
+from fisherkit.engine.work import PROGRESS, Budget, Work
 from fisherkit.errors import CheckpointError, UnsupportedModelError
 from fisherkit.methods import sidecar
 from fisherkit.methods.prepare import Run, Say, choose_device, load_tokenizer, make_plan, prepare
@@ -78,23 +79,48 @@ def extract(
     """
     options = options or ExtractOptions()
     out = Path(out)
-    check_target(out, force=options.force)
-    sidecar.check_sidecar(out)
-    run = prepare(os.fspath(model), os.fspath(prompts), options, say)
     partial = out.with_name(out.name + ".partial")
+    renamed = options.resume and _was_renamed(out, partial)
+    if not renamed:
+        check_target(out, force=options.force)
+        sidecar.check_sidecar(out)
+    run = prepare(os.fspath(model), os.fspath(prompts), options, say)
     started = time.monotonic()
     with _open_work(partial, run.fingerprint(), options, say) as work:
-        with _open_writer(out, run, work, options) as writer:
-            sink = FisherSink(run.skeleton, writer, run.plan.tensors)
-            if "sink" in work.progress:
-                sink.restore(work.progress["sink"])
-            engine, reason = _measure(run, work, sink, track, say)
-            files = writer.finish(force=options.force)
-        provenance = run.provenance(out, files, engine, reason) | {"loss": work.progress.get("loss")}
+        if not renamed:
+            _fill(out, run, work, track, say)
+        files = tuple(sorted(out.iterdir())) if out.is_dir() else (out,)
+        provenance = run.provenance(out, files, work.progress["mode"]) | {"loss": work.progress.get("loss")}
         provenance["run"]["seconds"] = round(time.monotonic() - started, 3)
-        report = _write_sidecars(out, files, provenance, sink)
+        report = _write_sidecars(out, files, provenance, work.progress["sink"])
         work.remove()
     return report
+
+
+def _fill(out: Path, run: Run, work: Work, track: Track, say: Say) -> None:
+    """Measure, and put the finished file in its place; sidecars of an earlier file there are gone before that."""
+    groups = work.progress.get("groups")  # free memory may be another when a run goes on: its groups stay
+    if groups is not None:
+        run.plan = Plan(tuple(map(tuple, groups)), run.plan.targets)
+    work.commit(groups=run.plan.groups)
+    with _open_writer(out, run, work, run.options) as writer:
+        sink = FisherSink(run.skeleton, writer, run.plan.tensors)
+        if "sink" in work.progress:
+            sink.restore(work.progress["sink"])
+        _measure(run, work, sink, track, say)
+        work.commit(renaming=True)
+        check_target(out, force=run.options.force)
+        sidecar.remove(out)
+        writer.finish(force=run.options.force)
+
+
+def _was_renamed(out: Path, partial: Path) -> bool:
+    """Whether a run was killed after its finished file was put in place and before its sidecars were."""
+    try:
+        progress = json.loads((partial / PROGRESS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "renaming" in progress and out.exists() and not (partial / out.name).exists()
 
 
 def plan_extract(
@@ -172,8 +198,8 @@ def _open_writer(out: Path, run: Run, work: Work, options: ExtractOptions) -> Ab
     return writer
 
 
-def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> tuple[str, str]:
-    """Run the engine that fits this model; which it was, and why."""
+def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> None:
+    """Run the engine that fits this model; the work folder notes which it was, and why."""
     options, samples = run.options, run.prompts.samples
     singles = [(number,) for number in range(len(samples))]
     mode = work.progress.get("mode") or _first_mode(run)
@@ -203,8 +229,9 @@ def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> 
             mode = _resident_mode(run, str(finding))
             say(f"the whole model is kept in memory: {finding}")
         else:
-            return mode["engine"], mode["reason"]
-        for name in ("forward", "backward", "outer"):
+            return
+        sink.reset()
+        for name in ("forward", "backward", "outer", "sink", "loss"):
             work.progress.pop(name, None)
 
 
@@ -233,9 +260,11 @@ def _resident_mode(run: Run, reason: str) -> dict[str, Any]:
     return {"engine": "resident", "reason": reason, "singles": True, "general": []}
 
 
-def _write_sidecars(out: Path, files: tuple[Path, ...], provenance: dict[str, Any], sink: FisherSink) -> ExtractReport:
-    importance = sidecar.importance(provenance["model"]["id"], out, sink.figures)
-    details = {"tensors": sidecar.placed(sink.figures), "histogram": sink.histogram().to_json()}
+def _write_sidecars(
+    out: Path, files: tuple[Path, ...], provenance: dict[str, Any], state: dict[str, Any]
+) -> ExtractReport:
+    importance = sidecar.importance(provenance["model"]["id"], out, state["tensors"])
+    details = {"tensors": sidecar.placed(state["tensors"]), "histogram": state["histogram"]}
     beside = (sidecar.sidecar_path(out), sidecar.importance_path(out))
     sidecar.write_json(beside[0], provenance | details)
     sidecar.write_json(beside[1], importance)

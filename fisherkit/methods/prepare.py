@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ class Run:
         return {
             "model": self.skeleton.index.fingerprint() + sha256(self.skeleton.model.config.to_json_string()),
             "prompts": self.prompts.report.sha256,
-            "options": json.dumps(options | {"groups": self.plan.groups}, sort_keys=True),
+            "options": json.dumps(options, sort_keys=True),
             "device": self.device.type,
             "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         }
 
-    def provenance(self, out: Path, files: Sequence[Path], engine: str, reason: str) -> dict[str, Any]:
+    def provenance(self, out: Path, files: Sequence[Path], mode: Mapping[str, Any]) -> dict[str, Any]:
         """Where the numbers come from; the sidecar without its statistics."""
         options, report = self.options, dataclasses.asdict(self.prompts.report)
         assert self.skeleton.index is not None
@@ -85,8 +85,8 @@ class Run:
                 "seed": options.seed,
             },
             "run": {
-                "engine": engine,
-                "reason": reason,
+                "engine": mode["engine"],
+                "reason": mode["reason"],
                 "group_size": len(self.plan.groups[0]),
                 "batch_tokens": options.batch_tokens,
                 "dtype": str(self.skeleton.dtype).removeprefix("torch."),

@@ -32,6 +32,13 @@ def check_sidecar(target: Path) -> None:
         raise OutputError(f"{path}: exists already, and the statistics of {target.name} go there; choose another name")
 
 
+def remove(target: Path) -> None:
+    """Drop what an earlier Fisher of this name left beside it, before another file takes its place."""
+    for path, key in ((sidecar_path(target), "file"), (importance_path(target), "fisher")):
+        if _entry(path, key) == target.name:
+            path.unlink()
+
+
 def importance_path(target: Path) -> Path:
     """``layer_importance.json`` beside the Fisher; under the Fisher's own name if another Fisher's lies there."""
     if is_folder(target):
