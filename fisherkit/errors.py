@@ -50,3 +50,8 @@ class MissingLibraryError(FisherkitError):
 
     def __init__(self, library: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the library {library!r}: pip install {library}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fisherkit.errors import PromptError
+from fisherkit.errors import PromptError, first_line
 
 Turn = dict[str, Any]
 Row = dict[str, Any]
@@ -267,11 +267,6 @@ def _render_or_fold(talk: Talk, render: Render, where: str) -> tuple[tuple[Turn,
         return folded, render(folded, not talk.answered), True
     except Exception:  # the reason that counts is the first one
         raise refused from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fold_system(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:

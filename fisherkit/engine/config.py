@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.errors import CheckpointError, UnsupportedModelError
+from fisherkit.errors import CheckpointError, UnsupportedModelError, first_line
 
 QUANTISED_MARKS = (
     "weight_scale_inv",
@@ -74,8 +74,3 @@ def refuse_quantised(index: CheckpointIndex) -> None:
             raise UnsupportedModelError(
                 f"{info.file}: {name} ({info.dtype}): the checkpoint is quantised; {DEQUANTISE}"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

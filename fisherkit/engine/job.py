@@ -86,9 +86,9 @@ class Job:
             )
         return loss
 
-    def accumulators(self, blocks: Sequence[int | None]) -> dict[str, Tensor]:
-        """Zeros, float32, for every parameter measured in these blocks; in one piece of memory."""
-        shapes = {name: self.skeleton.model.get_parameter(name).shape for name in self.plan.names(blocks)}
+    def accumulators(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Zeros, float32, for every one of these parameters; in one piece of memory."""
+        shapes = {name: self.skeleton.model.get_parameter(name).shape for name in names}
         memory = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=self.device)
         parts = torch.split(memory, [shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

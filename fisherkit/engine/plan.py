@@ -105,7 +105,7 @@ def needs(skeleton: Skeleton, plan: Plan, *, batch_tokens: int, longest: int, on
     group = max(_group_bytes(skeleton, plan, group, size, batch_tokens) for group in plan.groups)
     ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
     around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
-    outer = sum(tensor.numel for own in (plan.targets.get(None, {}),) for ts in own.values() for tensor in ts)
+    outer = sum(tensor.numel for tensors in plan.targets.get(None, {}).values() for tensor in tensors)
     head = skeleton.model.get_output_embeddings()
     vocabulary = head.weight.shape[0] if head is not None and hasattr(head, "weight") else 0
     logits = longest * vocabulary * (2 * size + 12)

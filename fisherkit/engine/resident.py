@@ -29,7 +29,7 @@ def resident(job: Job) -> None:
 
 
 def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -> None:
-    sums = job.accumulators(group)
+    sums = job.accumulators(job.plan.names(group))
     losses = []
     with trainable(job.skeleton.model, sums) as parameters:
         for sample in range(len(job.samples)):

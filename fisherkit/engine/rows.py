@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from fisherkit.engine.chat import Row, first_line
-from fisherkit.errors import MissingLibraryError, PromptError
+from fisherkit.engine.chat import Row
+from fisherkit.errors import MissingLibraryError, PromptError, first_line
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[^@:]+))?(@(?P<revision>[^@:]+))?")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
-from fisherkit.engine.config import first_line
 from fisherkit.engine.job import Job
 from fisherkit.engine.tape import Tape, Unreplayable
+from fisherkit.errors import first_line
 from fisherkit.kernels.loss import sample_loss
 
 PROBE_TOKENS = 16
@@ -43,7 +43,7 @@ def check_replay(job: Job, tape: Tape, blocks: Sequence[int]) -> None:
 
 def _compare(job: Job, tape: Tape, blocks: Sequence[int], names: Sequence[str]) -> None:
     ids = _probe(job)
-    replayed, plain = _zeros(job, names), _zeros(job, names)
+    replayed, plain = job.accumulators(names), job.accumulators(names)
     _replay(job, tape, blocks, ids, replayed)
     with trainable(job.skeleton.model, names) as parameters, torch.enable_grad():
         _loss(job, tape.logits(ids, real=blocks), ids).backward()  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ def _replay(job: Job, tape: Tape, blocks: Sequence[int], ids: Tensor, sums: dict
     with Capture(skeleton.model, sums, job.general) as capture:
         for block, entering in zip(reversed(blocks), reversed(boundaries), strict=True):
             capture.begin([ids.shape[1]])
-            gradient = differentiate_blocks(skeleton, [block], record, _copy(entering), _given(gradient))
+            gradient = differentiate_blocks(skeleton, [block], record, _copy(entering), _always(gradient))
             capture.finish()
 
 
@@ -85,11 +85,7 @@ def _loss(job: Job, logits: Tensor, ids: Tensor) -> Tensor:
     return sample_loss(logits[0], ids[0], torch.ones_like(ids[0], dtype=torch.bool), job.reduction)
 
 
-def _zeros(job: Job, names: Sequence[str]) -> dict[str, Tensor]:
-    return {name: torch.zeros(job.skeleton.model.get_parameter(name).shape, device=job.device) for name in names}
-
-
-def _given(gradient: Boundary) -> Callable[[Boundary], Boundary]:
+def _always(gradient: Boundary) -> Callable[[Boundary], Boundary]:
     return lambda leaving: gradient
 
 

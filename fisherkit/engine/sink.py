@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fisherkit.checkpoint.writer import StreamedWriter
+from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.skeleton import Skeleton, TargetTensor
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
@@ -89,4 +88,4 @@ def store_code(store: str) -> str:
 
 def store_bytes(store: str) -> int:
     """Bytes per weight of ``--store``."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[store].itemsize
+    return TensorSpec("", store_code(store), ()).nbytes

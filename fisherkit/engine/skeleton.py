@@ -12,7 +12,8 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,6 @@ class Skeleton:
     decoder_path: str
     parameter_of: dict[str, str]
     conversions: list[Any]
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def block_of(self, parameter: str) -> int | None:
         """Number of the block that a parameter lies in, None outside of the blocks."""
@@ -183,15 +183,12 @@ class Skeleton:
             )
         return described
 
-    @property
+    @cached_property
     def _sources(self) -> dict[str, list[str]]:
-        if not self.__dict__.get("_sources_cache"):
-            sources: dict[str, list[str]] = defaultdict(list)
-            for tensor, parameter in self.parameter_of.items():
-                sources[parameter].append(tensor)
-            self.__dict__["_sources_cache"] = sources
-        cache: dict[str, list[str]] = self.__dict__["_sources_cache"]
-        return cache
+        sources: dict[str, list[str]] = defaultdict(list)
+        for tensor, parameter in self.parameter_of.items():
+            sources[parameter].append(tensor)
+        return sources
 
     def _shape_on_disk(self, tensor: str) -> tuple[int, ...] | None:
         return self.index.tensors[tensor].shape if self.index is not None else None

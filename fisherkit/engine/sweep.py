@@ -123,7 +123,7 @@ class _Sweep:
         """Replay a group, add up its targets' squares, and pass the gradient down to the boundary that enters it."""
         job, group = self.job, self.groups[number]
         self.weights.enter(group, self.groups[number - 1] if number > lowest else ())
-        sums = job.accumulators(group)
+        sums = job.accumulators(job.plan.names(group))
         passed = self._spool(f"gradient-{number}", fresh=True)
         with Capture(job.skeleton.model, sums, job.general) as capture:
             for batch, members in enumerate(job.batches):
@@ -178,7 +178,7 @@ class _Sweep:
     def _outer(self) -> None:
         """Targets around the blocks, sample by sample: a tied embedding gets the sum of both its gradients squared."""
         job = self.job
-        sums = job.accumulators([None])
+        sums = job.accumulators(job.plan.names([None]))
         with trainable(job.skeleton.model, sums) as parameters:
             for batch, (sample,) in enumerate(job.batches):
                 final, arrived = self._load(f"boundary-{self.top + 1}", batch).hidden, self._load("gradient-0", batch)

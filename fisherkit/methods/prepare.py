@@ -15,12 +15,12 @@ import transformers
 import fisherkit
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
-from fisherkit.engine.config import choose_dtype, first_line, read_config
+from fisherkit.engine.config import choose_dtype, read_config
 from fisherkit.engine.memory import available_bytes
 from fisherkit.engine.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.prompts import PromptSet, load_prompts
 from fisherkit.engine.skeleton import Skeleton, blocks_in_groups, build_skeleton
-from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.errors import CheckpointError, OptionError, first_line
 from fisherkit.methods import sidecar
 from fisherkit.options import ExtractOptions
 

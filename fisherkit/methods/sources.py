@@ -16,6 +16,7 @@ from fisherkit.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from fisherkit.checkpoint.names import block_prefix, locate
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels.histogram import Histogram
+from fisherkit.methods.sidecar import FORMAT
 
 if TYPE_CHECKING:
     from fisherkit.checkpoint.reader import Reader
@@ -25,7 +26,6 @@ Kind = Literal["fisher", "mask", "checkpoint", "importance"]
 Track = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
 
-_FORMAT = "fisherkit.fisher/1"
 _ROWS_BYTES = 32 << 20
 
 
@@ -92,7 +92,7 @@ def _load(path: Path) -> Any:
 
 def _read_json(path: Path) -> Source:
     content = _load(path)
-    if isinstance(content, dict) and content.get("format") == _FORMAT:
+    if isinstance(content, dict) and content.get("format") == FORMAT:
         problem = _malformed(content)
         if problem:
             raise CheckpointError(f"{path}: {problem}; run extract again or inspect the tensor file itself")
@@ -116,8 +116,8 @@ def _mismatch(sidecar: Mapping[str, Any], path: Path) -> str | None:
 
 
 def _malformed(sidecar: Mapping[str, Any]) -> str | None:
-    if sidecar.get("format") != _FORMAT:
-        return f"format {sidecar.get('format')!r} is not {_FORMAT}"
+    if sidecar.get("format") != FORMAT:
+        return f"format {sidecar.get('format')!r} is not {FORMAT}"
     try:
         _sidecar_entries(sidecar)
         Histogram.from_json(sidecar["histogram"])
