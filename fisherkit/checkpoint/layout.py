@@ -14,13 +14,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from fisherkit.checkpoint.dtypes import DTYPES, dtype_code, torch_dtype
-from fisherkit.checkpoint.pickles import load_torch_file
+from fisherkit.checkpoint.dtypes import DTYPES, dtype_code
 from fisherkit.errors import CheckpointError, ResumeError
+
+if TYPE_CHECKING:
+    import torch
 
 _ALIGN = 8  # of the data in a `.safetensors` file; its own writers do the same
 _BLOCK_BYTES = 8 << 20
@@ -39,12 +39,14 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if torch_dtype(self.dtype) is None:
+        if self.dtype not in DTYPES or DTYPES[self.dtype].torch_name is None:
             raise ValueError(f"tensor {self.name!r}: torch cannot hold {self.dtype}")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The same type in torch."""
+        import torch
+
         return getattr(torch, str(DTYPES[self.dtype].torch_name))  # type: ignore[no-any-return]
 
     @property
@@ -117,6 +119,9 @@ def _find_safetensors(path: Path, specs: Sequence[TensorSpec]) -> list[Slot] | N
 
 def _lay_out_torch(path: Path, specs: Sequence[TensorSpec]) -> list[Slot]:
     """torch.save itself writes the file, from tensors without memory."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
         tensors = {spec.name: torch.empty(spec.shape, dtype=spec.torch_dtype, device="cpu") for spec in specs}
     try:
@@ -143,6 +148,8 @@ def _hidden_errno(path: Path, nbytes: int) -> int:
 
 
 def _find_torch(path: Path, specs: Sequence[TensorSpec]) -> list[Slot] | None:
+    from fisherkit.checkpoint.pickles import load_torch_file
+
     found = [(name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in load_torch_file(path).items()]
     if found != [(spec.name, spec.dtype, spec.shape) for spec in specs]:
         return None

@@ -1,5 +1,6 @@
 """Where an output goes: which names are possible, what may be replaced, and the rename at the end."""
 
+import json
 import os
 import re
 import shutil
@@ -7,12 +8,15 @@ from pathlib import Path
 
 from fisherkit.errors import OutputError
 
+MANIFEST = "fisherkit.json"
+"""Beside a model that fapm or merge wrote: how it was made, and under ``files`` what belongs to it."""
+
 
 def check_target(target: Path, *, force: bool) -> None:
     """Refuse a target that could not be made in the end; called before hours of work.
 
     An empty folder is as good as none. With ``force`` a file may be replaced, and a folder that holds
-    nothing but an earlier output: shards, their index, its sidecars and a README.
+    nothing but an earlier output: shards, their index, its sidecars and a README, or what its MANIFEST lists.
 
     Raises:
         OutputError: unknown suffix, parent missing or not writable, or something is there that must not be replaced.
@@ -54,6 +58,10 @@ def is_folder(target: Path) -> bool:
 
 def _foreign_file(folder: Path) -> str | None:
     """The first entry of a folder that is not part of an output of ours."""
+    listed = _manifest(folder)
+    if listed is not None:
+        found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+        return next((name for name in found if name not in listed), None)
     ending = ".safetensors.index.json"
     stems = [re.escape(entry.name.removesuffix(ending)) for entry in folder.iterdir() if entry.name.endswith(ending)]
     ours = "|".join(
@@ -62,6 +70,15 @@ def _foreign_file(folder: Path) -> str | None:
     known = re.compile(rf"{ours}|layer_importance\.json|README\.md" if ours else r"(?!)")
     names = sorted(entry.name for entry in folder.iterdir())
     return next((n for n in names if not known.fullmatch(n) or not (folder / n).is_file()), None)
+
+
+def _manifest(folder: Path) -> set[str] | None:
+    """The files of a whole model that fapm or merge wrote here; None if they did not."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        return {MANIFEST, *map(str, content["files"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def swap_in(staged: Path, target: Path) -> None:

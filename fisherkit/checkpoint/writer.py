@@ -15,19 +15,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fisherkit.checkpoint.files import OpenFiles
 from fisherkit.checkpoint.layout import Slot, TensorSpec, checksum, find_layout, lay_out, write_checksums
 from fisherkit.checkpoint.target import check_target, is_folder, swap_in
 from fisherkit.errors import OutputError
+from fisherkit.floats import STORED, Stored
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["StreamedWriter", "TensorSpec", "check_target"]
 
 _BLOCK_ELEMENTS = 1 << 20  # rounded, summed and written while still in cache
+Shards = Sequence[tuple[str, Sequence[str]]]
+"""File names and the names of the tensors in each."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -57,6 +63,7 @@ class StreamedWriter:
         work: Path,
         stem: str = "model",
         shard_bytes: int = 5_000_000_000,
+        shards: Shards | None = None,
     ) -> Self:
         """Lay the target out afresh; what an earlier run laid out in ``work`` is dropped.
 
@@ -66,17 +73,19 @@ class StreamedWriter:
             work: folder on the target's filesystem; made if need be.
             stem: shards are named ``<stem>-00001-of-0000N.safetensors``.
             shard_bytes: largest shard; a larger tensor gets a shard of its own.
+            shards: instead of ``stem`` and ``shard_bytes``, the files of a folder: each name and its tensors' names. A
+                single one needs no index and gets none.
 
         Raises:
             OutputError: unknown suffix, no room on the disk, or ``work`` cannot be written.
             ValueError: no tensors, or two of one name.
         """
-        plan = _plan_files(target, specs, work, stem, shard_bytes)
+        plan = _plan_files(target, specs, work, stem, shard_bytes, shards)
         total = sum(spec.nbytes for spec in specs)
         with _disk_errors(target, total):
             _make_room(target, work, total)
             slots = [slot for path, part in plan for slot in lay_out(path, part)]
-        return cls(target, stem, slots, work)
+        return cls(target, "" if shards is not None and len(shards) == 1 else stem, slots, work)
 
     @classmethod
     def reopen(
@@ -87,6 +96,7 @@ class StreamedWriter:
         work: Path,
         stem: str = "model",
         shard_bytes: int = 5_000_000_000,
+        shards: Shards | None = None,
     ) -> Self:
         """Continue to fill what ``create`` laid out in an earlier process, with the same arguments.
 
@@ -97,9 +107,9 @@ class StreamedWriter:
             OutputError: unknown suffix.
             ValueError: no tensors, or two of one name.
         """
-        plan = _plan_files(target, specs, work, stem, shard_bytes)
+        plan = _plan_files(target, specs, work, stem, shard_bytes, shards)
         slots = [slot for path, part in plan for slot in find_layout(path, part)]
-        return cls(target, stem, slots, work)
+        return cls(target, "" if shards is not None and len(shards) == 1 else stem, slots, work)
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +117,7 @@ class StreamedWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: "Tensor") -> None:
         """Put one tensor in its place; a second time overwrites.
 
         A floating tensor is rounded to the floating type of its spec (to nearest, NaN stays NaN), block by
@@ -117,7 +127,7 @@ class StreamedWriter:
             OutputError: the disk is full or cannot be written; what was written before is kept.
             ValueError: not a tensor of this layout, or of another shape or kind; or the writer is closed.
         """
-        slot = self._slot(name, tensor)
+        slot = self._slot_for(name, tensor)
         crc, at = 0, slot.offset
         with _disk_errors(self._target, self._total):
             descriptor = self._files.descriptor(slot.file)
@@ -130,8 +140,34 @@ class StreamedWriter:
             self._written.add(name)
             self._checksums[name] = crc
 
+    def write_stored(self, name: str, elements: Stored, start: int = 0) -> None:
+        """Put stored elements (see fisherkit.floats) in their place in a `.safetensors` target, from ``start`` on.
+
+        Parts may be written in any order and by any thread; ``mark_written`` says that a tensor is whole.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+            ValueError: not a tensor of this layout, of another type or beyond its end; or the writer is closed.
+        """
+        slot = self._slot(name)
+        at = start * elements.itemsize
+        if elements.dtype != STORED[slot.spec.dtype] or not 0 <= at <= at + elements.nbytes <= slot.spec.nbytes:
+            raise ValueError(
+                f"tensor {name!r}: {elements.size} of {elements.dtype} from {start} on do not fit its slot"
+            )
+        if slot.file.suffix.lower() == ".pt":
+            raise ValueError(f"{slot.file}: parts of tensors can only be written to safetensors")
+        with _disk_errors(self._target, self._total):
+            view = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+            _write_all(self._files.descriptor(slot.file), view.data, slot.offset + at)
+
+    @property
+    def staged(self) -> Path:
+        """Where the output lies until ``finish`` renames it; what a folder should hold besides shards is put there."""
+        return self._staged
+
     def mark_written(self, names: Iterable[str]) -> None:
-        """Count tensors as written that an earlier process wrote and synced.
+        """Count tensors as written: their parts were, or an earlier process wrote and synced them.
 
         Raises:
             ValueError: a name that is not in this layout.
@@ -171,7 +207,7 @@ class StreamedWriter:
         with _disk_errors(self._target, self._total):
             self._complete_checksums()
             self.sync()
-            if self._staged.is_dir():
+            if self._staged.is_dir() and self._stem:
                 names.append(self._write_index())
             self.close()
             swap_in(self._staged, self._target)
@@ -181,10 +217,14 @@ class StreamedWriter:
         """Close the files; what is in the work folder stays, for ``reopen``."""
         self._files.close()
 
-    def _slot(self, name: str, tensor: Tensor) -> Slot:
+    def _slot(self, name: str) -> Slot:
         slot = self._slots.get(name)
         if slot is None:
             raise ValueError(f"{self._target}: has no tensor {name!r}")
+        return slot
+
+    def _slot_for(self, name: str, tensor: "Tensor") -> Slot:
+        slot = self._slot(name)
         same_kind = tensor.dtype.is_floating_point and slot.spec.torch_dtype.is_floating_point
         if tuple(tensor.shape) != slot.spec.shape or not (tensor.dtype == slot.spec.torch_dtype or same_kind):
             raise ValueError(
@@ -218,7 +258,7 @@ class StreamedWriter:
 
 
 def _plan_files(
-    target: Path, specs: Sequence[TensorSpec], work: Path, stem: str, shard_bytes: int
+    target: Path, specs: Sequence[TensorSpec], work: Path, stem: str, shard_bytes: int, given: Shards | None
 ) -> list[tuple[Path, list[TensorSpec]]]:
     """The files of the target inside ``work``, and the tensors of each."""
     names = [spec.name for spec in specs]
@@ -226,6 +266,9 @@ def _plan_files(
         raise ValueError(f"{target}: needs tensors, each with a name of its own")
     if not is_folder(target):
         return [(work / target.name, list(specs))]
+    if given is not None:
+        by_name = {spec.name: spec for spec in specs}
+        return [(work / target.name / file, [by_name.pop(name) for name in names]) for file, names in given]
     shards: list[list[TensorSpec]] = [[]]
     room = shard_bytes
     for spec in specs:
@@ -254,8 +297,10 @@ def _make_room(target: Path, work: Path, total: int) -> None:
         raise OutputError(f"{target}: needs {_size(total)}, and {_size(free)} are free on this disk")
 
 
-def _blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+def _blocks(tensor: "Tensor", dtype: "torch.dtype") -> Iterator[memoryview]:
     """The tensor's bytes in ``dtype``, a few MB at a time; rounded where it lives, then moved to the host."""
+    import torch
+
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
         block = flat[start : start + _BLOCK_ELEMENTS].to(dtype).cpu()

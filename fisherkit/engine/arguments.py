@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fisherkit.engine.capture import trainable
 from fisherkit.engine.job import Job
+from fisherkit.engine.spool import Spool
 from fisherkit.engine.tape import Record, Tape
-from fisherkit.engine.work import Spool
 
 
 class Arguments:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fisherkit.engine.plan import Plan
 from fisherkit.engine.prompts import Sample
 from fisherkit.engine.skeleton import Skeleton
-from fisherkit.engine.work import Budget, Work
+from fisherkit.engine.spool import Budget
+from fisherkit.engine.work import Work
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
 

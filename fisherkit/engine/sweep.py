@@ -18,9 +18,9 @@ from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
 from fisherkit.engine.job import Job
 from fisherkit.engine.selfcheck import check_replay
+from fisherkit.engine.spool import Spool
 from fisherkit.engine.tape import Tape
 from fisherkit.engine.weights import Weights
-from fisherkit.engine.work import Spool
 
 
 def stream(job: Job) -> None:

@@ -27,9 +27,10 @@ from fisherkit.engine.prompts import batches, load_prompts
 from fisherkit.engine.resident import resident
 from fisherkit.engine.sink import FisherSink, store_bytes, store_code
 from fisherkit.engine.skeleton import build_skeleton, shared_between_blocks
+from fisherkit.engine.spool import Budget
 from fisherkit.engine.sweep import stream
 from fisherkit.engine.tape import Unreplayable
-from fisherkit.engine.work import PROGRESS, Budget, Work
+from fisherkit.engine.work import PROGRESS, Work
 from fisherkit.errors import CheckpointError, UnsupportedModelError
 from fisherkit.methods import sidecar
 from fisherkit.methods.prepare import Run, Say, choose_device, load_tokenizer, make_plan, prepare
