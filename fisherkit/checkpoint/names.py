@@ -58,3 +58,18 @@ def locate(name: str, blocks: str | None) -> Place:
     if (match["prefix"] or "") != blocks:
         return Place(None, layer_name, _NUMBER.sub("", stem))
     return Place(int(match["layer"]), layer_name, _NUMBER.sub("", match["rest"]))
+
+
+def tower(name: str) -> str | None:
+    """The part beside the text model that a tensor belongs to, such as ``model.vision_tower`` or ``mtp``; or None.
+
+    What has a tower's word in its name only below a block's number (``model.layers.3.vision_expert``) is the text
+    model's own.
+    """
+    words = name.split(".")
+    for count, word in enumerate(words, start=1):
+        if word.isdigit():
+            return None
+        if _TOWER.search(word):
+            return ".".join(words[:count])
+    return None

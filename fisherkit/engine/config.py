@@ -8,22 +8,8 @@ import torch
 import transformers
 
 from fisherkit.checkpoint.index import CheckpointIndex
+from fisherkit.checkpoint.quantised import DEQUANTISE, quantised_tensor
 from fisherkit.errors import CheckpointError, UnsupportedModelError, first_line
-
-QUANTISED_MARKS = (
-    "weight_scale_inv",
-    "weight_scale",
-    "qweight",
-    "qzeros",
-    "weight_packed",
-    "_blocks",
-    "_scales",
-    "SCB",
-)
-DEQUANTISE = (
-    "dequantise it first: AutoModelForCausalLM.from_pretrained(ID, dtype='bfloat16', "
-    "quantization_config=<its config with dequantize=True>).save_pretrained(FOLDER), or take the bf16 release"
-)
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -69,8 +55,8 @@ def choose_dtype(config: Any, index: CheckpointIndex | None, wanted: str) -> tor
 
 def refuse_quantised(index: CheckpointIndex) -> None:
     """Raise UnsupportedModelError if tensors of the checkpoint are quantised weights or their scales."""
-    for name, info in index.tensors.items():
-        if info.dtype.startswith(("F8", "F4", "F6")) or name.rpartition(".")[2] in QUANTISED_MARKS:
-            raise UnsupportedModelError(
-                f"{info.file}: {name} ({info.dtype}): the checkpoint is quantised; {DEQUANTISE}"
-            )
+    found = quantised_tensor(index)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"{found.file}: {found.name} ({found.dtype}): the checkpoint is quantised; {DEQUANTISE}"
+        )
