@@ -40,7 +40,7 @@ def widen(stored: Stored, code: str, out: Floats | None = None) -> Floats:
         np.copyto(bits, stored)
         np.left_shift(bits, 16, out=bits)
     else:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(values, stored, casting="same_kind")
     return values
 
@@ -48,7 +48,7 @@ def widen(stored: Stored, code: str, out: Floats | None = None) -> Floats:
 def narrow(values: Floats, code: str) -> Stored:
     """Float32 values rounded to a floating type, as a fresh stored array; beyond its range they become infinite."""
     if code != "BF16":
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return values.astype(STORED[code])
     bits = values.view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
