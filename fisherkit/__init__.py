@@ -8,31 +8,52 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
+    from fisherkit.methods.fapm import FapmReport, fapm, plan_fapm, sweep_fapm
     from fisherkit.methods.fisher import ExtractReport, extract, plan_extract
+    from fisherkit.methods.merge import MergeReport, merge
     from fisherkit.methods.summary import Summary, inspect
-    from fisherkit.options import ExtractOptions
+    from fisherkit.options import ExtractOptions, FapmOptions, MergeOptions
+    from fisherkit.training.sources import load_mask
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sweep_fapm": "fisherkit.methods.fapm",
+    "plan_fapm": "fisherkit.methods.fapm",
+    "merge": "fisherkit.methods.merge",
+    "fapm": "fisherkit.methods.fapm",
+    "MergeReport": "fisherkit.methods.merge",
+    "MergeOptions": "fisherkit.options",
+    "FapmReport": "fisherkit.methods.fapm",
+    "FapmOptions": "fisherkit.options",
     "ExtractOptions": "fisherkit.options",
     "ExtractReport": "fisherkit.methods.fisher",
     "FisherkitError": "fisherkit.errors",
     "Summary": "fisherkit.methods.summary",
     "extract": "fisherkit.methods.fisher",
     "inspect": "fisherkit.methods.summary",
+    "load_mask": "fisherkit.training.sources",
     "plan_extract": "fisherkit.methods.fisher",
 }
 
 __all__ = [
     "ExtractOptions",
     "ExtractReport",
+    "FapmOptions",
+    "FapmReport",
     "FisherkitError",
+    "MergeOptions",
+    "MergeReport",
     "Summary",
     "__version__",
     "extract",
+    "fapm",
     "inspect",
+    "load_mask",
+    "merge",
     "plan_extract",
+    "plan_fapm",
+    "sweep_fapm",
 ]
 
 

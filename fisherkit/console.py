@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -55,6 +55,15 @@ def show_facts(facts: Mapping[str, object], *, as_json: bool = False) -> None:
         return
     for name, value in facts.items():
         _write(sys.stdout, f"{name}\t{value if isinstance(value, str) else json.dumps(value)}\n")
+
+
+def say_kept(totals: Mapping[str, Any], *, quiet: bool = False) -> None:
+    """Tell on stderr what a pruned delta has left."""
+    if not quiet:
+        say(
+            f"kept {totals['kept']:,} of {totals['weights']:,} entries ({totals['density']:.2%}), "
+            f"{totals['energy_kept']:.1%} of the squared delta; {totals['zero_deltas']:,} had not changed"
+        )
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -5,6 +5,7 @@
     ├── CheckpointError           a model, Fisher or mask file that cannot be trusted or read
     ├── PromptError               a prompt set that cannot be read, or that has nothing to learn from
     ├── UnsupportedModelError     an architecture or a quantisation that extract cannot do
+    ├── TrainingError             a model, an optimizer or a mask that a training run cannot be held to
     ├── OutputError               a target that exists, cannot be written, or a disk that is full
     ├── ResumeError               a work folder that belongs to another run
     └── MissingLibraryError       an optional library that is not installed
@@ -35,6 +36,10 @@ class PromptError(FisherkitError):
 
 class UnsupportedModelError(FisherkitError):
     """The model is not a causal language model that can be measured as it is."""
+
+
+class TrainingError(FisherkitError):
+    """This run cannot be made to obey this mask: how it is wrapped, what it trains, or what keeps its weights."""
 
 
 class OutputError(FisherkitError):

@@ -49,9 +49,36 @@ def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None
         raise OptionError(f"{target}: a report ends in {', '.join(_WRITERS)}, not {target.suffix or 'nothing'!r}")
     if target.resolve() in {path.resolve() for path in _inputs(summary.path)}:
         raise OutputError(f"{target}: belongs to what is being inspected; choose another name")
+    _check_target(target, force=force)
+    _replace(target, draw(summary))
+
+
+def check_report(target: Path, *, force: bool) -> None:
+    """Refuse a ``.json`` report that could not be written; raises OptionError or OutputError."""
+    if target.suffix.lower() != ".json":
+        raise OptionError(f"{target}: a report ends in .json")
+    _check_target(target, force=force)
+
+
+def check_figure(target: Path, *, force: bool) -> None:
+    """Refuse a figure that could not be drawn; raises OptionError, OutputError or MissingLibraryError."""
+    if target.suffix.lower() not in (".html", ".svg", ".png"):
+        raise OptionError(f"{target}: a figure ends in .html, .svg or .png")
+    if target.suffix.lower() == ".png":
+        _need_matplotlib()
+    _check_target(target, force=force)
+
+
+def _check_target(target: Path, *, force: bool) -> None:
     if target.is_dir() or (target.exists() and not force):
         raise OutputError(f"{target}: exists already; choose another name or add --force")
-    _replace(target, draw(summary))
+    if not target.absolute().parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {target.parent}; make it first")
+
+
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingLibraryError("matplotlib", "a .png report")
 
 
 def _inputs(path: Path) -> Iterable[Path]:
@@ -131,8 +158,7 @@ def _made_table(provenance: Mapping[str, object]) -> str:
 
 def _png(summary: Summary) -> bytes:
     """The heat map, the bars and the mass curve as a PNG, through matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingLibraryError("matplotlib", "a .png report")
+    _need_matplotlib()
     from matplotlib.figure import Figure
 
     height = max(4.0, 1.6 + 0.17 * len(summary.layers))

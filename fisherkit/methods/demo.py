@@ -4,30 +4,17 @@ Nothing is downloaded: the text is ``demo_text``'s, the tokenizer is trained on 
 of the model is none of this module's business; to them it is a checkpoint like any other.
 """
 
-import json
-import math
 import random
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
-from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.target import swap_in
-from fisherkit.errors import CheckpointError, OutputError
+from fisherkit.methods.demo_files import MARK, is_reusable, save, written_aside
+from fisherkit.methods.demo_learning import Course, Say, Track, Windows, learn, one_thread, windows
 from fisherkit.methods.demo_text import Corpus, read_corpus
-
-Track = Callable[[str, int, int], None]
-Say = Callable[[str], None]
 
 _BOS, _EOS, _END = "<s>", "</s>", "<|end|>"
 _ROLES = ("system", "user", "assistant")
@@ -35,34 +22,21 @@ _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-_MARK = "fisherkit_demo"  # a key in config.json: what carries it is ours to reuse and to replace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How large the demo model is and how long it learns.
+class Recipe(Course):
+    """How large the demo model is, and its course.
 
     Attributes:
         vocabulary: tokens, special ones included; more than 262.
         hidden: width of the residual stream; a multiple of 64.
         layers: decoder blocks; 12 make two groups of the default size of 8.
-        steps: optimizer steps at most, of one window each; a fast machine is done before its time is up.
-        window: tokens per window.
-        held_out: windows kept from training, for the loss that is told.
-        learning_rate: of AdamW, at its height.
-        embedding_rate: the same for the embedding, whose rows are met too rarely to learn at the other.
-        seed: of the weights and of the order of the text.
     """
 
     vocabulary: int = 4096
     hidden: int = 128
     layers: int = 12
-    steps: int = 1600
-    window: int = 256
-    held_out: int = 8
-    learning_rate: float = 2e-3
-    embedding_rate: float = 3e-2
-    seed: int = 0
 
 
 def make_model(
@@ -93,11 +67,11 @@ def make_model(
         OutputError: the place is taken by something else, or cannot be written.
     """
     target = folder / "model"
-    if _is_reusable(target):
+    if is_reusable(target):
         say(f"{target}: made by an earlier run, used again (delete it to train anew)")
         return target
-    with _written_aside(target) as staged:  # a place that cannot be written shows before the training, not after
-        _save(*_make(recipe or Recipe(), seconds, track, say), staged)
+    with written_aside(target) as staged:  # a place that cannot be written shows before the training, not after
+        save(*_make(recipe or Recipe(), seconds, track, say), staged)
     say(f"{target}: saved in {len(list(target.glob('*.safetensors')))} shards, with tokenizer and chat template")
     return target
 
@@ -105,72 +79,15 @@ def make_model(
 def _make(recipe: Recipe, seconds: float, track: Track, say: Say) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     corpus = read_corpus()
     tokenizer = _train_tokenizer(corpus, recipe.vocabulary)
-    windows = _windows(corpus, tokenizer, recipe)
+    text = text_windows(tokenizer, recipe, corpus)
     model = _new_model(recipe, tokenizer)
     say(
         f"Training a Llama of {model.num_parameters() / 1e6:.1f} million weights on Python's documentation and sources "
-        f"({windows.numel() / 1e6:.1f} million tokens, {seconds:.0f} seconds at most)"
+        f"({text.ids.numel() / 1e6:.1f} million tokens, {seconds:.0f} seconds at most)"
     )
-    with _one_thread():
-        _train(model, windows, recipe, seconds, track, say)
+    with one_thread():
+        learn(model, text, recipe, seconds, track, say)
     return model, tokenizer
-
-
-# Where it goes.
-
-
-def _is_reusable(target: Path) -> bool:
-    """Whether a whole demo model is there; raises OutputError for anything that is not ours to replace."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    try:
-        ours = _MARK in json.loads((target / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise OutputError(f"{target}: is not a model of the demo; choose another --folder")
-    try:
-        open_index(target)
-    except CheckpointError:
-        return False
-    return all((target / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
-
-
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model = model.to(torch.bfloat16)
-    shard_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) // 3
-    with _no_progress_bar():
-        model.save_pretrained(folder, max_shard_size=shard_bytes)
-    tokenizer.save_pretrained(folder)
-    for shard in folder.glob("*.safetensors"):  # safetensors 0.8 writes files that nobody else may read
-        shard.chmod((folder / "config.json").stat().st_mode)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar of its own: what a person sees goes through track and say."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target that takes its place if all goes well."""
-    staged = target.with_name(target.name + ".partial")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
-        staged.mkdir(parents=True)
-        yield staged
-        swap_in(staged, target)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{target}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 # What it reads.
@@ -199,17 +116,13 @@ def _train_tokenizer(corpus: Corpus, vocabulary: int) -> PreTrainedTokenizerFast
     )
 
 
-def _windows(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Tensor:
-    """All text as token ids [W, T], documents one after another in random order, windows in random order."""
+def text_windows(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, corpus: Corpus | None = None) -> Windows:
+    """All text that the model is trained on, documents one after another in random order; the first are held out."""
+    corpus = corpus or read_corpus()
     texts = [_BOS + text + _EOS for text in corpus.plain]
     texts += [tokenizer.apply_chat_template(talk, tokenize=False) + _EOS for talk in corpus.talks]
     random.Random(recipe.seed).shuffle(texts)  # noqa: S311  # no secret
-    ids = [token for row in tokenizer(texts, add_special_tokens=False).input_ids for token in row]
-    windows = torch.tensor(ids[: len(ids) // recipe.window * recipe.window]).view(-1, recipe.window)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
-
-
-# How it learns.
+    return windows(((ids, True) for ids in tokenizer(texts, add_special_tokens=False).input_ids), recipe)
 
 
 def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -225,7 +138,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **{_MARK: 1},
+        **{MARK: 1},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -233,64 +146,3 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
     ends = tokenizer.convert_tokens_to_ids([_EOS, _END])
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends)
     return model
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one core: the matrices are too small to gain much from more.
-
-    Two quiet cores are 1.4 times as fast; two cores that others use as well were over ten times slower, threads waiting
-    for each other at the end of each small product.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(model: LlamaForCausalLM, windows: Tensor, recipe: Recipe, seconds: float, track: Track, say: Say) -> None:
-    """AdamW under a cosine whose end is the last step or the last second, whichever is nearer."""
-    held_out, windows = windows[: recipe.held_out], windows[recipe.held_out :]
-    optimizer = _optimizer(model, recipe)
-    before, started, step, progress = _loss(model, held_out), time.monotonic(), 0, 0.0
-    while progress < 1:
-        track("training", int(100 * progress), 100)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(step, progress)
-        _learn(model, optimizer, windows[step % len(windows)][None])
-        step += 1
-        progress = max(step / recipe.steps, (time.monotonic() - started) / seconds)
-    track("training", 100, 100)
-    after, tokens = _loss(model, held_out), step * recipe.window
-    say(f"Loss on text it has not seen: {before:.2f} before, {after:.2f} after {tokens:,} tokens")
-
-
-def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    embedding = model.get_input_embeddings().weight
-    rest = [parameter for parameter in model.parameters() if parameter is not embedding]
-    groups = [
-        {"params": [embedding], "peak": recipe.embedding_rate},
-        {"params": rest, "peak": recipe.learning_rate},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
-
-
-def _learn(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
-    """One step on token ids [B, T]."""
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _schedule(step: int, progress: float) -> float:
-    """The share of the greatest learning rate: 20 steps of warm-up, then a cosine down to a tenth."""
-    return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def _loss(model: LlamaForCausalLM, windows: Tensor) -> float:
-    """Mean negative log-likelihood per token, in nats."""
-    return float(model(input_ids=windows, labels=windows, use_cache=False).loss)

@@ -20,6 +20,7 @@ from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.capture import NeedsSingles
 from fisherkit.engine.config import choose_dtype, read_config
+from fisherkit.engine.device import choose_device
 from fisherkit.engine.job import Job, Track
 from fisherkit.engine.memory import available_bytes
 from fisherkit.engine.plan import Plan, needs, only_batches_of_one
@@ -33,7 +34,7 @@ from fisherkit.engine.tape import Unreplayable
 from fisherkit.engine.work import PROGRESS, Work
 from fisherkit.errors import CheckpointError, UnsupportedModelError
 from fisherkit.methods import sidecar
-from fisherkit.methods.prepare import Run, Say, choose_device, load_tokenizer, make_plan, prepare
+from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, prepare
 from fisherkit.options import ExtractOptions
 
 

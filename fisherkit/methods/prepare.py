@@ -16,6 +16,7 @@ import fisherkit
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.engine.config import choose_dtype, read_config
+from fisherkit.engine.device import choose_device
 from fisherkit.engine.memory import available_bytes
 from fisherkit.engine.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.prompts import PromptSet, load_prompts
@@ -167,22 +168,6 @@ def make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device,
     if len(plan.groups) != len(wanted.groups):
         say(f"group size lowered from {options.group_size} to {len(plan.groups[0])}: more would not fit the memory")
     return plan
-
-
-def choose_device(wanted: str) -> torch.device:
-    """``auto`` is CUDA when there is one, else the CPU.
-
-    Raises:
-        OptionError: the device is not there.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device {wanted}: not available here ({first_line(error)})") from error
-    return device
 
 
 def load_tokenizer(source: ModelSource, options: ExtractOptions) -> Any:

@@ -82,6 +82,14 @@ def read_source(path: Path, track: Track | None = None) -> Source:
     return _read_tensors(path, track, ())
 
 
+def provenance_of(path: Path) -> Mapping[str, Any] | None:
+    """How a Fisher was made, as extract wrote beside it; None where nothing is there that belongs to it."""
+    found = _load(path / "fisher.json" if path.is_dir() else path.with_suffix(".json"))
+    if not isinstance(found, dict) or _mismatch(found, path) is not None:
+        return None
+    return {key: value for key, value in found.items() if key not in {"tensors", "histogram"}}
+
+
 def _load(path: Path) -> Any:
     """The JSON in a file, or None when there is none."""
     try:

@@ -1,53 +1,17 @@
-"""The commands. Each turns its options into a dataclass, calls one function of the library, and shows what it returns.
-
-torch, transformers and the methods that need them are imported inside the commands: ``--help`` is instant.
-"""
+"""``fisherkit extract``."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fisherkit import __version__, console
+from fisherkit import console
+from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
 from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
 
-app = typer.Typer(
-    name="fisherkit",
-    help="Which weights of a language model carry what it can do? Works on checkpoint files, also when they are "
-    "larger than memory.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-PROMPTS, MEASURE, MACHINE, OUTPUT = "What is read", "What is measured", "How it runs", "What comes out"
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks.", rich_help_panel=OUTPUT)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
-
-
-def _run(command: Callable[[], object], *, debug: bool, hint: str = "") -> None:
-    raise typer.Exit(console.guard(command, debug=debug, hint=hint))
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"fisherkit {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
-) -> None: ...
+PROMPTS, MEASURE = "What is read", "What is measured"
 
 
 @app.command()
@@ -166,92 +130,16 @@ def extract(
         )
         from fisherkit.methods import fisher
 
-        say = console.say if not quiet else _silence
+        say = sayer(quiet)
         if dry_run:
             console.show_facts(fisher.plan_extract(model, prompts, options, say=say), as_json=as_json)
             return
         report = fisher.extract(model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 
-    _run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")
-
-
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A Fisher, mask, checkpoint, or layer_importance.json.")],
-    other: Annotated[Path | None, typer.Argument(help="A second one, to compare.")] = None,
-    by: Annotated[str, typer.Option(help="A row per layer, module or tensor.")] = "layer",
-    sort: Annotated[str | None, typer.Option(help="Column, largest first; -COLUMN smallest first.")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="auto (table on a terminal, else tsv), table, tsv, csv, json, jsonl.")
-    ] = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write a report: .html, .svg, .png, .csv or .json.")
-    ] = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Show where the Fisher information lies: per layer, module or tensor.
-
-    Example: fisherkit inspect fisher.pt --by module --sort share | head -3
-    """
-
-    def command() -> None:
-        from fisherkit.methods import summary
-
-        found = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet))  # type: ignore[arg-type]
-        found = found.sorted(sort, top)
-        if out is None:
-            console.show(found, "json" if as_json else form)
-            return
-        from fisherkit import figures
-
-        figures.write_figure(found, out, force=force)
-        typer.echo(str(out))
-
-    _run(command, debug=debug)
-
-
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Option("--folder", help="Where its files go.")] = Path("demo"),
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Train a small real model here in about a minute, then extract and inspect its Fisher.
-
-    Example: fisherkit demo
-    """
-
-    def command() -> None:
-        from fisherkit.methods import demo as methods_demo
-        from fisherkit.methods import fisher, summary
-
-        say = console.say if not quiet else _silence
-        options = ExtractOptions(force=(folder / "model").is_dir())  # in a folder of ours, an earlier demo's output
-        made = methods_demo.make_model(folder, track=console.tracker("demo", quiet=quiet), say=say)
-        out = folder / "fisher.pt"
-        say(f"\n$ fisherkit extract {made} builtin -o {out}")
-        fisher.extract(made, "builtin", out, options, track=console.tracker("extract", quiet=quiet), say=say)
-        say(f"\n$ fisherkit inspect {out}")
-        console.show(summary.inspect(out))
-        say(
-            "\nWith a model and prompts of your own:\n"
-            "  fisherkit extract org/name prompts.jsonl -o fisher.pt\n"
-            "  fisherkit inspect fisher.pt -o report.html\n"
-            "  fisherkit inspect fisher.pt --by tensor --sort mean | head"
-        )
-
-    _run(command, debug=debug)
+    run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")
 
 
 def _plain(report: Any) -> dict[str, Any]:
     fields = asdict(report)
     return fields | {"path": str(report.path), "files": [str(file) for file in report.files]}
-
-
-def _silence(_: str) -> None:
-    pass

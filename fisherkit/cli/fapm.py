@@ -1,0 +1,154 @@
+"""``fisherkit fapm``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fisherkit import console
+from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
+from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, Seed, ShardSize, Skip, shard_bytes, typed
+from fisherkit.errors import OptionError
+from fisherkit.options import FapmOptions, parse_shares
+
+if TYPE_CHECKING:
+    from fisherkit.methods.fapm import FapmReport
+
+KEEP = "What is kept"
+
+
+@app.command()
+def fapm(
+    base: Base,
+    tuned: Annotated[str, typer.Argument(metavar="FT", help="What was made of it: a checkpoint or a PEFT adapter.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of entries that goes back to BASE: 0.9; 0.1 for adapters.", rich_help_panel=KEEP),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="The same, as the share kept.", rich_help_panel=KEEP)] = None,
+    metric: Annotated[
+        str,
+        typer.Option(help="fapm, relative, magnitude, random, or wise-ft, dare, della.", rich_help_panel=KEEP),
+    ] = "fapm",
+    scope: Annotated[
+        str, typer.Option(help="The quota holds per tensor, per layer, or global.", rich_help_panel=KEEP)
+    ] = "tensor",
+    only: Only = None,
+    skip: Skip = None,
+    rest: Rest = "tuned",
+    nan: Nan = "refuse",
+    seed: Seed = 0,
+    resume: Resume = False,
+    max_shard_size: ShardSize = None,
+    sparse: Annotated[
+        Path | None,
+        typer.Option(help="Also write the kept entries alone; merge applies them.", rich_help_panel=OUTPUT),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write figures per tensor, .json.", rich_help_panel=OUTPUT)
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw what was kept: .html, .svg or .png.", rich_help_panel=OUTPUT)
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Only report on these sparsities: 0.5,0.9,0.95.", rich_help_panel=OUTPUT)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.", rich_help_panel=OUTPUT)
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Keep the part of a fine-tune that costs BASE least, and put BASE back everywhere else.
+
+    Example: fisherkit fapm org/base my-fine-tune out --sparsity 0.9
+    """
+
+    def command() -> None:
+        options = FapmOptions(
+            sparsity=sparsity,
+            density=density,
+            metric=metric,  # type: ignore[arg-type]  # checked by the dataclass
+            scope=scope,  # type: ignore[arg-type]
+            only=tuple(only or ()),
+            skip=tuple(skip or ()),
+            rest=rest,  # type: ignore[arg-type]
+            nan=nan,  # type: ignore[arg-type]
+            seed=seed,
+            resume=resume,
+            shard_bytes=shard_bytes(max_shard_size),
+            force=force,
+        )
+        shares = parse_shares("sweep", sweep) if sweep is not None else None
+        _check(out, sparse, report, figure, alone=shares is not None or dry_run, force=force)
+        from fisherkit.methods import fapm as methods
+
+        say, track = sayer(quiet), console.tracker("fapm", quiet=quiet)
+        if dry_run:
+            console.show_facts(methods.plan_fapm(base, tuned, options, say=say), as_json=as_json)
+        elif shares is not None:
+            _show_sweep(methods.sweep_fapm(base, tuned, shares, options, track=track, say=say), report, as_json=as_json)
+        else:
+            made = methods.fapm(
+                base,
+                tuned,
+                out,
+                options,
+                sparse=sparse,
+                figure=figure is not None,
+                command=typed(),
+                track=track,
+                say=say,
+            )
+            _write(made, report, figure)
+            console.say_kept(made.totals, quiet=quiet)
+            typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out or sparse or report or figure))
+
+    run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")
+
+
+def _check(
+    out: Path | None, sparse: Path | None, report: Path | None, figure: Path | None, *, alone: bool, force: bool
+) -> None:
+    """Refuse before any work what could only fail after it."""
+    if alone and (sparse or figure):
+        raise OptionError("--sweep and --dry-run only report; they go without --sparse and --figure")
+    if not alone and not (out or sparse or report or figure):
+        raise OptionError("nothing to write: give OUT, or one of --sparse, --report, --figure, --sweep, --dry-run")
+    from fisherkit.figures import check_figure, check_report
+
+    if report is not None:
+        check_report(report, force=force)
+    if figure is not None:
+        check_figure(figure, force=force)
+
+
+def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None:
+    from fisherkit import figures
+    from fisherkit.methods.sidecar import write_json
+
+    if report is not None:
+        write_json(report, made.as_json())
+    if figure is not None:
+        figures.write_pruning(made, figure)
+
+
+def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:
+    from fisherkit.methods.records import render
+    from fisherkit.methods.sidecar import write_json
+
+    whole = {"sweep": [one.as_json() for one in reports]}
+    if report is not None:
+        write_json(report, whole)
+    rows = [
+        {"sparsity": round(1 - one.density, 12), "kept": one.totals["kept"], "energy_kept": one.totals["energy_kept"]}
+        for one in reports
+    ]
+    typer.echo(
+        json.dumps(whole, indent=1) if as_json else render(rows, ("sparsity", "kept", "energy_kept"), "tsv"), nl=as_json
+    )

@@ -1,0 +1,40 @@
+"""Options that ``fapm`` and ``merge`` share."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fisherkit.cli.app import MACHINE, OUTPUT
+from fisherkit.options import parse_bytes
+
+WHICH = "Which tensors"
+
+Base = Annotated[
+    str, typer.Argument(help="The model that was fine-tuned: folder, file, org/name or org/name@revision.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Only tensors whose name matches this regular expression, or matrices.", rich_help_panel=WHICH),
+]
+Skip = Annotated[
+    list[str] | None, typer.Option(help="Leave out tensors whose name matches this.", rich_help_panel=WHICH)
+]
+Rest = Annotated[str, typer.Option(help="Tensors left out are FT's (tuned) or BASE's (base).", rich_help_panel=WHICH)]
+Nan = Annotated[str, typer.Option(help="NaN and infinities: refuse, or keep-base.", rich_help_panel=WHICH)]
+Seed = Annotated[int, typer.Option(help="Of what is random.", rich_help_panel=MACHINE)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in OUT.partial/.", rich_help_panel=MACHINE)]
+ShardSize = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", help="Bytes, such as 5GB; shards like BASE's otherwise.", rich_help_panel=OUTPUT),
+]
+
+
+def shard_bytes(text: str | None) -> int | None:
+    """The option as a number of bytes."""
+    return parse_bytes("max-shard-size", text) if text is not None else None
+
+
+def typed() -> list[str]:
+    """The command line as it was typed, for the model card."""
+    return ["fisherkit", *sys.argv[1:]]

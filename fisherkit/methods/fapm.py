@@ -1,0 +1,428 @@
+"""FAPM: keep the part of a fine-tune that does not cost the base (arXiv 2509.08255), and the controls beside it.
+
+Per tensor, in float32: d = W_ft - W, m = mean|W|, S = |d| (1 - m/|W|); the entries with the highest S are FT's, all
+others BASE's, bit for bit. Nothing is rescaled. Unlike the authors' script, which adds bf16 differences and lets
+undefined scores (0/0) win, entries that did not change and entries that are zero in the base score -inf, and the quota
+is exact: ``floor((1 - sparsity) n)``, ties going to the lower index.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from fisherkit.checkpoint.sparse import SparseWriter, sidecar_of
+from fisherkit.checkpoint.target import check_target
+from fisherkit.engine.cuts import Stream, find_cuts
+from fisherkit.engine.prune import Outcome, Pruning, stream_of
+from fisherkit.engine.rewrite import Row, Track
+from fisherkit.engine.work import Work
+from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.floats import Stored
+from fisherkit.kernels.density import DensityMap
+from fisherkit.kernels.prune import Sides, block_scores, converted, sample_indices
+from fisherkit.kernels.scores import BLOCK, Scratch
+from fisherkit.kernels.select import SAMPLE, Cut, quota
+from fisherkit.methods.output import Request, Run, Say, provenance
+from fisherkit.options import FapmOptions, exact_share
+
+DEFAULT_SPARSITY = 0.9
+ADAPTER_SPARSITY = 0.1
+"""A low-rank delta is spread over all entries: dropping most of it leaves nothing that was learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FapmReport:
+    """What ``fapm`` did.
+
+    Attributes:
+        path: the output; None where only a report was asked for.
+        files: everything that was written.
+        metric: by what entries were kept.
+        density: share that was to be kept.
+        tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept``, ``zero_deltas``, ``zero_weights``,
+            ``nonfinite``, ``threshold`` (the lowest score that was kept), ``energy`` (sum of d^2) and ``energy_kept``
+            (the share of it that is left).
+        totals: the same over all tensors that took part.
+        rules: what happened to the tensors that did not.
+        warnings: what a person should know.
+        provenance: sides, options, versions.
+        map: densities of |d| against |W| for the figure, where it was asked for.
+    """
+
+    path: Path | None
+    files: tuple[Path, ...]
+    metric: str
+    density: float
+    tensors: Mapping[str, Row]
+    totals: Mapping[str, Any]
+    rules: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    map: DensityMap | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--report`` and ``--json``."""
+        return {
+            **self.provenance,
+            "path": str(self.path) if self.path else None,
+            "files": [str(file) for file in self.files],
+            "metric": self.metric,
+            "density": self.density,
+            "totals": dict(self.totals),
+            "tensors": dict(self.tensors),
+            "rules": dict(self.rules),
+            "warnings": list(self.warnings),
+        }
+
+
+def fapm(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path | None,
+    options: FapmOptions | None = None,
+    *,
+    sparse: Path | None = None,
+    figure: bool = False,
+    command: Sequence[str] | None = None,
+    track: Track = lambda stage, done, total: None,
+    say: Say = lambda line: None,
+) -> FapmReport:
+    """Prune a fine-tuned delta and write a whole checkpoint, a sparse delta, or both.
+
+    Args:
+        base: the model that was fine-tuned: folder, file, ``org/name`` or ``org/name@revision``.
+        tuned: the fine-tuned model, or a PEFT adapter's folder.
+        out: folder to make; None writes no checkpoint.
+        options: see FapmOptions.
+        sparse: also write the kept entries alone (see checkpoint.sparse).
+        figure: gather what the figure needs.
+        command: the command line, for the model card.
+        track: progress, called with stage, done and total.
+        say: gets remarks for people.
+
+    Raises:
+        CheckpointError: the sides cannot be read, do not belong together, or are identical.
+        OptionError: options that contradict each other.
+        OutputError: the output exists, is one of the inputs, or cannot be written.
+        ResumeError: the work folder belongs to another run.
+    """
+    options = options or FapmOptions()
+    target = Path(out) if out is not None else None
+    if sparse is not None:
+        _check_sparse(sparse, options)
+    request = Request("fapm", str(base), str(tuned), target, options, command, track, say)
+    with Run(request) as run:
+        return _Fapm(run, options, list_kept=sparse is not None, figure=figure).run(sparse)
+
+
+def sweep_fapm(
+    base: str | Path,
+    tuned: str | Path,
+    sparsities: Sequence[float],
+    options: FapmOptions | None = None,
+    *,
+    track: Track = lambda stage, done, total: None,
+    say: Say = lambda line: None,
+) -> list[FapmReport]:
+    """What ``fapm`` would keep at several sparsities, both sides being read once (per pass, where scopes are shared).
+
+    Raises:
+        CheckpointError, OptionError: as for fapm.
+    """
+    options = options or FapmOptions()
+    if not options.selects:
+        raise OptionError(f"--sweep is for metrics that select, not {options.metric}")
+    with Run(Request("fapm", str(base), str(tuned), None, options, None, track, say)) as run:
+        return _Fapm(run, options).sweep([1 - exact_share(sparsity) for sparsity in sparsities])
+
+
+def plan_fapm(
+    base: str | Path, tuned: str | Path, options: FapmOptions | None = None, *, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """What ``fapm`` would do: tensors, sizes, memory, and the time it would take on warm files, tried on a part.
+
+    Raises:
+        CheckpointError, OptionError: as for fapm.
+    """
+    options = options or FapmOptions()
+    with Run(Request("fapm", str(base), str(tuned), None, options, None, lambda *_: None, say)) as run:
+        return _Fapm(run, options).plan()
+
+
+def _check_sparse(sparse: Path, options: FapmOptions) -> None:
+    if not options.selects:
+        raise OptionError(f"--sparse is for metrics that select; {options.metric} changes every entry")
+    if sparse.suffix != ".safetensors":
+        raise OptionError(f"--sparse {sparse}: a sparse delta ends in .safetensors")
+    if options.resume:
+        raise OptionError("--resume does not go on with a sparse delta; run it without")
+    check_target(sparse, force=options.force)
+
+
+class _Fapm:
+    """One run: quotas, thresholds, tensors, totals."""
+
+    def __init__(self, run: Run, options: FapmOptions, *, list_kept: bool = False, figure: bool = False) -> None:
+        self._run = run
+        self._options = options
+        adapter = run.pair.tuned.kind == "adapter"
+        self._share = options.kept_share(ADAPTER_SPARSITY if adapter else DEFAULT_SPARSITY)
+        if adapter and self._share < Fraction(1, 2):
+            run.request.say(
+                f"note: FT is an adapter; a low-rank delta does not bear {float(1 - self._share):.0%} sparsity "
+                f"(default for adapters: {ADAPTER_SPARSITY:.0%})"
+            )
+        self._pruning = Pruning(run.tensors.team, options.seed, write=run.request.out is not None, list_kept=list_kept)
+        self._map = DensityMap() if figure else None
+        self._cuts: dict[str, list[Cut]] = {}
+        self._means: dict[str, float] = {}
+        self._ties: dict[str, int] = defaultdict(int)
+        self._ties_of: dict[str, int] = {}
+        self._sparse: SparseWriter | None = None
+
+    # The three things it can do
+
+    def run(self, sparse: Path | None) -> FapmReport:
+        if sparse is None:
+            return self._write(())
+        work = sparse.with_name(sparse.name + ".partial")
+        with Work.start(work, {"sparse": sparse.name}) as held:
+            self._sparse = SparseWriter(held.folder)
+            report = self._write((sparse, sidecar_of(sparse)))
+            about = {
+                "base": report.provenance["base"]["id"],
+                "base_fingerprint": self._run.pair.base.index.fingerprint(),
+            }
+            self._sparse.finish(sparse, about | {"made": dict(report.provenance)}, force=self._options.force)
+            held.remove()
+        return report
+
+    def sweep(self, shares: Sequence[Fraction]) -> list[FapmReport]:
+        self._find_cuts(shares)
+        rows: list[dict[str, Row]] = [{} for _ in shares]
+        for at, name in enumerate(self._walk("sweeping")):
+            sides = self._sides(name)
+            for number, share in enumerate(shares):
+                rows[number][name] = self._placed(name, self._prune(name, lambda sides=sides: sides, share, number)[1])  # type: ignore[misc]
+            self._run.request.track("sweeping", at + 1, len(self._run.chosen.names))
+        self._refuse_identical(rows[0])
+        return [self._report(row, float(share), ()) for row, share in zip(rows, shares, strict=True)]
+
+    def plan(self) -> dict[str, Any]:
+        infos = [self._run.tensors.info(name) for name in self._run.pair.base.index.tensors]
+        chosen = [self._run.tensors.info(name) for name in self._run.chosen.names]
+        weights = sum(info.numel for info in chosen)
+        largest = max(info.nbytes for info in infos)
+        return {
+            "base": self._run.request.base,
+            "tuned": self._run.request.tuned,
+            "kind": self._run.pair.tuned.kind,
+            "metric": self._options.metric,
+            "scope": self._options.scope,
+            "density": float(self._share),
+            "tensors": len(chosen),
+            "weights": weights,
+            "kept_at_most": sum(quota(self._share, count) for count in self._group_sizes().values()),
+            "left_alone": len(infos) - len(chosen),
+            "output_bytes": sum(info.nbytes for info in infos),
+            "peak_bytes": 2 * largest + self._run.tensors.team.threads * 5_000_000 + 60_000_000,
+            "seconds_warm": self._try_out(weights),
+        }
+
+    def _try_out(self, weights: int) -> float:
+        """Seconds for all tensors, from those that fit into one."""
+        started, done = time.monotonic(), 0
+        pruning, self._pruning = self._pruning, Pruning(self._run.tensors.team, write=False)
+        for name in self._run.chosen.names:
+            if self._options.selects:
+                self._pruning.by_quota(lambda name=name: self._sides(name), quota(self._share, 1), 0)  # type: ignore[misc]
+            done += self._run.tensors.info(name).numel
+            if time.monotonic() - started > 1:
+                break
+        self._pruning = pruning
+        passes = 1 if self._options.scope == "tensor" else 3
+        return round(1.3 * passes * (time.monotonic() - started) * weights / max(done, 1), 1)
+
+    # Tensors
+
+    def _write(self, extra: tuple[Path, ...]) -> FapmReport:
+        run = self._run
+        self._find_cuts([self._share])
+        if run.request.out is None:
+            rows = {}
+            for at, name in enumerate(self._walk("pruning")):
+                rows[name] = self._change(name)[1]
+                run.request.track("pruning", at + 1, len(run.chosen.names))
+            self._refuse_identical(rows)
+            return self._report(rows, float(self._share), extra)
+        settings = {**provenance(run)["options"], "share": str(self._share), "names": run.chosen.names}
+
+        def report(rows: Mapping[str, Row]) -> dict[str, Any]:
+            self._made = self._report(self._refuse_identical(rows), float(self._share), ())
+            return self._made.as_json()
+
+        files, _ = run.write(self._change, settings, report, _facts)
+        return replace(self._made, files=(*files, *extra))
+
+    def _walk(self, stage: str) -> Any:
+        self._run.request.track(stage, 0, len(self._run.chosen.names))
+        return self._run.tensors.walk(self._run.chosen.names)
+
+    def _change(self, name: str) -> tuple[Stored, Row]:
+        """The tensor as the output should have it, and its row."""
+        data = self._run.untouched(name)
+        if data is not None:
+            return data, {}
+        sides, outcome = self._prune(name, lambda: self._sampled(name), self._share, 0)
+        self._run.check_finite(name, outcome.nonfinite)
+        if self._sparse is not None and outcome.indices is not None:
+            info = self._run.tensors.info(name)
+            kept = converted(sides.f[outcome.indices], sides.f_code, sides.w_code)
+            self._sparse.add(name, info.numel, info.dtype, outcome.indices, kept)
+        self._add_to_map(name, outcome.threshold)
+        return sides.w, self._placed(name, outcome)
+
+    def _sides(self, name: str) -> Sides:
+        return self._run.sides(name, self._options.metric, self._means.get(name))
+
+    def _sampled(self, name: str) -> Sides:
+        """Both sides, of which a sample is put aside for the figure."""
+        sides = self._sides(name)
+        if self._map is not None:
+            self._sample = sides.take(sample_indices(sides.w.size, SAMPLE >> 1, 0, _stream(self._run, name)))
+        return sides
+
+    def _add_to_map(self, name: str, threshold: float | None) -> None:
+        if self._map is not None:
+            stream = _stream(self._run, name)
+            scores = block_scores(self._sample, Scratch(self._sample.w.size), self._options.seed, stream, -BLOCK)
+            self._map.add(name, self._sample, self._run.tensors.info(name).numel, threshold, scores)
+
+    def _prune(self, name: str, load: Callable[[], Sides], share: Fraction, number: int) -> tuple[Sides, Outcome]:
+        stream = _stream(self._run, name)
+        if not self._options.selects:
+            shape = self._run.tensors.info(name).shape
+            columns = shape[-1] if len(shape) > 1 else max(1, math.prod(shape))
+            return self._pruning.rescaled(load(), float(share), max(columns, 1), stream)
+        if self._options.scope == "tensor":
+            return self._pruning.by_quota(load, quota(share, self._run.tensors.info(name).numel), stream)
+        return self._by_shared_cut(name, load(), number, stream)
+
+    # Quotas that several tensors share
+
+    def _group(self, name: str) -> str:
+        return self._run.chosen.places[name].layer_name if self._options.scope == "layer" else ""
+
+    def _group_sizes(self) -> dict[str, int]:
+        sizes: dict[str, int] = defaultdict(int)
+        for name in self._run.chosen.names:
+            group = name if self._options.scope == "tensor" else self._group(name)
+            sizes[group] += self._run.tensors.info(name).numel
+        return sizes
+
+    def _find_cuts(self, shares: Sequence[Fraction]) -> None:
+        if self._options.scope == "tensor" or not self._options.selects:
+            return
+        names = self._run.chosen.names
+        stream = Stream(
+            names=names,
+            group={name: self._group(name) for name in names},
+            load=lambda name, mean: self._run.sides(name, self._options.metric, mean),
+            stream={name: _stream(self._run, name) for name in names},
+            seed=self._options.seed,
+        )
+        quotas = {group: [quota(share, size) for share in shares] for group, size in self._group_sizes().items()}
+        self._cuts, self._means = find_cuts(self._run.tensors, stream, quotas, self._run.request.track)
+
+    def _by_shared_cut(self, name: str, sides: Sides, number: int, stream: int) -> tuple[Sides, Outcome]:
+        """Entries at the threshold itself are kept in the order of tensors, as long as the quota lasts.
+
+        Two tensors that both sides tie stay equal: the second keeps what the first did.
+        """
+        group, twin = f"{number} {self._group(name)}", self._run.pair.tuned.twins.get(name)
+        cut = self._cuts[self._group(name)][number]
+        left = self._ties_of.get(f"{number} {twin}", cut.ties - self._ties[group])
+        sides, outcome = self._pruning.by_cut(sides, Cut(cut.at, left), stream)
+        self._ties_of[f"{number} {name}"] = outcome.ties
+        if twin is None:
+            self._ties[group] += outcome.ties
+        return sides, outcome
+
+    # Reports
+
+    def _placed(self, name: str, outcome: Outcome) -> Row:
+        place, info = self._run.chosen.places[name], self._run.tensors.info(name)
+        where = {"layer": place.layer, "module": place.module, "shape": list(info.shape), "weights": info.numel}
+        return where | outcome.row() | ({} if self._options.scope == "tensor" else {"ties": outcome.ties})
+
+    def _pruned(self, rows: Mapping[str, Row]) -> dict[str, Row]:
+        return {name: row for name, row in rows.items() if row}
+
+    def _refuse_identical(self, rows: Mapping[str, Row]) -> Mapping[str, Row]:
+        if all(row["zero_deltas"] == row["weights"] for row in rows.values() if row):
+            raise CheckpointError(
+                f"{self._run.request.tuned}: is identical to BASE in all {len(self._pruned(rows))} tensors that take "
+                "part; there is nothing to prune"
+            )
+        return rows
+
+    def _report(self, rows: Mapping[str, Row], density: float, files: tuple[Path, ...]) -> FapmReport:
+        run, rows = self._run, self._pruned(rows)
+        if self._map is not None:
+            self._map.metric = self._options.metric
+            for name in rows.keys() - self._map.names:  # pruned by the run that this one goes on with
+                self._sampled(name)
+                self._add_to_map(name, rows[name]["threshold"])
+        return FapmReport(
+            path=run.request.out,
+            files=files,
+            metric=self._options.metric,
+            density=density,
+            tensors=rows,
+            totals=totals(rows),
+            rules=run.chosen.facts(self._options.rest),
+            warnings=tuple(run.all_warnings()),
+            provenance=provenance(run),
+            map=self._map,
+        )
+
+
+def _stream(run: Run, name: str) -> int:
+    """The random stream of a tensor; that of its twin where both sides tie the two."""
+    return stream_of(run.pair.tuned.twins.get(name, name))
+
+
+def totals(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Sums over tensors; ``energy_kept`` is the share of all squared deltas that is left."""
+    counts = {key: sum(row[key] for row in rows.values()) for key in _COUNTS}
+    energy = math.fsum(row["energy"] for row in rows.values())
+    left = math.fsum(row["energy"] * row["energy_kept"] for row in rows.values())
+    share = counts["kept"] / counts["weights"] if counts["weights"] else 0.0
+    return {
+        "tensors": len(rows),
+        **counts,
+        "density": share,
+        "energy": energy,
+        "energy_kept": left / energy if energy else 0.0,
+    }
+
+
+_COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
+
+
+def _facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the table in the model card."""
+    found = report["totals"]
+    return {
+        "metric": report["metric"],
+        "density asked for": f"{report['density']:.6g}",
+        "entries that are the tuned model's": f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
+        "entries that fine-tuning had not changed": f"{found['zero_deltas']:,}",
+        "share of the squared delta that is left": f"{found['energy_kept']:.4%}",
+        "tensors pruned": f"{found['tensors']:,}",
+    }

@@ -1,0 +1,232 @@
+"""What fapm and merge have in common: checks before, and the files around the weights after."""
+
+import hashlib
+import json
+import platform
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+import fisherkit
+from fisherkit.checkpoint.model_card import model_card, public_id, read_card
+from fisherkit.checkpoint.model_folder import code_files, copy_side_files, folder_of, output_config, side_files
+from fisherkit.checkpoint.target import MANIFEST
+from fisherkit.engine.pair import Pair, open_pair
+from fisherkit.engine.prune import flipped_signs
+from fisherkit.engine.rewrite import Row, Track, check_output, refuse_unwritable, rewrite
+from fisherkit.engine.tensors import Tensors
+from fisherkit.engine.threads import Team
+from fisherkit.errors import CheckpointError, OutputError
+from fisherkit.floats import Stored
+from fisherkit.kernels.prune import Sides, converted
+from fisherkit.methods.chosen import Chosen, choose
+from fisherkit.options import PairOptions
+
+Say = Callable[[str], None]
+_UNRELATED = 0.45  # share of flipped signs; independent weights have a half
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked for.
+
+    Attributes:
+        method: ``fapm`` or ``merge``.
+        base: as given.
+        tuned: as given.
+        out: the target; None where only a report is wanted.
+        options: of the command.
+        command: the command line for the card; None writes the call in Python.
+        track: progress.
+        say: remarks for people.
+    """
+
+    method: str
+    base: str
+    tuned: str
+    out: Path | None
+    options: PairOptions
+    command: Sequence[str] | None
+    track: Track
+    say: Say
+
+
+class Run:
+    """Both sides open, matched and chosen from; a context."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._stack = ExitStack()
+        self.warnings: list[str] = []
+        self._flipped: list[str] = []
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.pair: Pair = stack.enter_context(open_pair(self.request.base, self.request.tuned))
+            if self.request.out is not None:
+                check_output(self.request.out, self.pair, force=self.request.options.force)
+                refuse_unwritable(self.pair.base.index)
+            self.tensors = stack.enter_context(Tensors(self.pair, stack.enter_context(Team())))
+            self.chosen: Chosen = choose(self.tensors, self.request.options)
+            self._stack = stack.pop_all()
+        for note in self.pair.tuned.notes:
+            self.request.say(f"note: {note}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, at)
+
+    def sides(self, name: str, metric: str = "fapm", mean: float | None = None) -> Sides:
+        """Both sides of a tensor; what looks unrelated is remembered."""
+        keep = self.request.options.nan == "keep-base"
+        sides = self.tensors.sides(name, metric, keep_nonfinite=keep, mean=mean)
+        if len(self.tensors.info(name).shape) > 1 and sides.w.size >= 1024 and flipped_signs(sides) > _UNRELATED:
+            self._flipped.append(name)
+        return sides
+
+    def check_finite(self, name: str, count: int) -> None:
+        """Refuse a tensor in which ``count`` differences were not finite, unless that was allowed."""
+        if count and self.request.options.nan == "refuse":
+            sides = self.tensors.sides(name)
+            self.tensors.refuse_nonfinite(name, "FT", sides.f, sides.f_code)
+            raise CheckpointError(f"{name}: {count} differences are beyond float32; --nan keep-base takes BASE there")
+
+    def untouched(self, name: str) -> Stored | None:
+        """A tensor that does not take part, as the output should have it; None if it does take part."""
+        if name in self._rest and self.request.options.rest == "tuned":
+            sides = self.tensors.sides(name, keep_nonfinite=True, mean=0.0)
+            return converted(sides.f, sides.f_code, sides.w_code)
+        return None if name in self._names else self.tensors.base(name)
+
+    @property
+    def _rest(self) -> frozenset[str]:
+        return frozenset(self.chosen.rest)
+
+    @property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.chosen.names)
+
+    def write(
+        self,
+        change: Callable[[str], tuple[Stored, Row]],
+        settings: Mapping[str, Any],
+        report: Callable[[Mapping[str, Row]], dict[str, Any]],
+        facts: Callable[[Mapping[str, Any]], Mapping[str, str]],
+    ) -> tuple[tuple[Path, ...], dict[str, Any]]:
+        """Write the output.
+
+        Args:
+            change: see engine.rewrite.
+            settings: what makes another result; a run with others is not resumed.
+            report: from the rows of all tensors to what goes into the manifest; may refuse.
+            facts: rows of the card's table, from the report.
+
+        Returns:
+            The files of the output, and the report.
+        """
+        options, out = self.request.options, self.request.out
+        assert out is not None, "only a run with a target writes"
+        made: dict[str, Any] = {}
+
+        def finish(folder: Path | None, rows: Mapping[str, Row]) -> None:
+            made.update(report(rows))
+            if folder is not None:
+                made["files"] = self._surround(folder, made, facts(made))
+
+        files, _ = rewrite(
+            self.tensors,
+            out,
+            change,
+            fingerprint=self._fingerprint(settings),
+            shard_bytes=options.shard_bytes,
+            resume=options.resume,
+            force=options.force,
+            finish=finish,
+            track=self.request.track,
+        )
+        for warning in self.all_warnings():
+            self.request.say(f"warning: {warning}")
+        return files, made
+
+    def all_warnings(self) -> list[str]:
+        """What a person should know of the result."""
+        if not self._flipped:
+            return self.warnings
+        first, count = self._flipped[0], len(set(self._flipped))
+        return [
+            *self.warnings,
+            f"about half of the entries of {count} matrices changed sign, as in {first!r}: FT does not look like a "
+            "fine-tune of BASE",
+        ]
+
+    def _untied(self) -> bool:
+        """Whether head and embedding may differ in the output."""
+        tuned, names = self.pair.tuned, self._names
+        return tuned.untied or any((head in names) != (body in names) for head, body in tuned.twins.items())
+
+    def _fingerprint(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "base": self.pair.base.index.fingerprint(),
+            "tuned": self.pair.tuned.fingerprint(),
+            "options": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+            "fisherkit": fisherkit.__version__,
+        }
+
+    def _surround(self, folder: Path, report: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
+        """Put config, tokenizer, card and manifest beside the weights; the names of all files of the output."""
+        base, tuned = self.pair.base_source.path, self.pair.tuned_source.path
+        beside = None if self.pair.tuned.kind == "delta" else tuned
+        config = output_config(base, beside, untied=self._untied())
+        files = side_files(base, beside)
+        for note in (*config.notes, *(f"Python code was copied: {name}" for name in code_files(files))):
+            self.request.say(f"note: {note}")
+        names = list(copy_side_files(files, folder))
+        if config.values is not None:
+            names.append(_write(folder / "config.json", json.dumps(config.values, indent=2, ensure_ascii=False) + "\n"))
+        card = model_card(
+            method=self.request.method,
+            base_id=public_id(self.pair.base_source),
+            tuned_id=public_id(self.pair.tuned_source),
+            command=self.request.command or (f"fisherkit.{self.request.method}(...)",),
+            facts=facts,
+            base_card=read_card(folder_of(base)),
+            tuned_card=read_card(folder_of(tuned)) if beside is not None else None,
+        )
+        names.append(_write(folder / "README.md", card))
+        names += [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+        if sum(name.endswith(".safetensors") for name in names) > 1:
+            names.append("model.safetensors.index.json")
+        _write(folder / MANIFEST, json.dumps({**report, "files": sorted(set(names))}, indent=1, default=str) + "\n")
+        return [*sorted(set(names)), MANIFEST]
+
+
+def _write(path: Path, text: str) -> str:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    return path.name
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where a result comes from."""
+    request = run.request
+    options = {key: value for key, value in asdict(request.options).items() if key not in ("force", "resume")}
+    return {
+        "format": f"fisherkit.{request.method}/1",
+        "base": {"id": public_id(run.pair.base_source), "revision": run.pair.base_source.revision},
+        "tuned": {
+            "id": public_id(run.pair.tuned_source),
+            "revision": run.pair.tuned_source.revision,
+            "kind": run.pair.tuned.kind,
+        },
+        "command": shlex.join(request.command) if request.command else None,
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        "versions": {"fisherkit": fisherkit.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
