@@ -10,7 +10,7 @@ unexport PYTHONPATH
 .PHONY: help demo test check clean
 
 help:
-	@echo "make demo    train a small model here, measure its Fisher, look at it (two minutes after installing)"
+	@echo "make demo    train a small model here, measure its Fisher, fine-tune and prune it (three minutes after installing)"
 	@echo "make test    run the tests; ARGS='-k name' goes to pytest"
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make clean   remove .venv, the demo's files and caches"

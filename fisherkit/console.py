@@ -7,7 +7,8 @@ names and exact numbers. How a table looks is the business of ``fisherkit.tables
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import typer
@@ -16,11 +17,12 @@ from tqdm import tqdm
 
 from fisherkit import look, tables
 from fisherkit.errors import FisherkitError, OptionError
-from fisherkit.methods.records import FORMATS, render
+from fisherkit.methods.records import FORMATS, Record, render
 from fisherkit.methods.sources import Track
 from fisherkit.methods.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
+_PAUSE = 2.0  # seconds between two lines of progress
 
 
 def say(text: str) -> None:
@@ -48,6 +50,11 @@ def show(summary: Summary, form: str = "auto") -> None:
     _write(sys.stdout, render(summary.records(), summary.columns, form))
 
 
+def show_text(text: str) -> None:
+    """Print text on stdout as it is."""
+    _write(sys.stdout, text)
+
+
 def show_facts(facts: Mapping[str, object], *, as_json: bool = False) -> None:
     """Print named facts on stdout: as JSON, or a name and its value per line."""
     if as_json:
@@ -55,6 +62,15 @@ def show_facts(facts: Mapping[str, object], *, as_json: bool = False) -> None:
         return
     for name, value in facts.items():
         _write(sys.stdout, f"{name}\t{value if isinstance(value, str) else json.dumps(value)}\n")
+
+
+def show_rows(rows: Sequence[Record], columns: Sequence[str]) -> None:
+    """Print rows on stdout: a table on a terminal, TSV with exact numbers anywhere else."""
+    if sys.stdout.isatty():
+        _never_fail(sys.stdout)
+        tables.draw_rows(rows, columns, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+    else:
+        _write(sys.stdout, render(rows, columns, "tsv"))
 
 
 def say_kept(totals: Mapping[str, Any], *, quiet: bool = False) -> None:
@@ -82,7 +98,7 @@ def _never_fail(stream: TextIO) -> None:
 
 
 def tracker(label: str, *, quiet: bool = False) -> Track:
-    """A progress function for the library: a bar on a terminal, else a line per stage and tenth, on stderr.
+    """A progress function for the library: a bar on a terminal, else a line per stage and long tenth, on stderr.
 
     TQDM_DISABLE asks for lines on a terminal too. ``quiet`` says nothing at all.
     """
@@ -119,16 +135,21 @@ class _Bars:
 
 
 class _Lines:
-    """A line when a stage begins, at every tenth of it, and when it ends."""
+    """A line when a stage begins, then every other second at most one for another tenth; a short stage is one line."""
 
     def __init__(self, label: str) -> None:
         self._label = label
         self._said: tuple[str, int] | None = None
+        self._began = self._at = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        step = (stage, 10 * done // total if total else 10)
-        if step != self._said:
-            self._said = step
+        step, now = (stage, 10 * done // total if total else 10), time.monotonic()
+        begins = self._said is None or stage != self._said[0]
+        if begins:
+            self._began = now
+        since = self._began if done >= total else self._at  # the end of a long stage is always said
+        if begins or (step != self._said and now - since >= _PAUSE):
+            self._said, self._at = step, now
             say(f"{self._label}: {stage} {done}/{total}")
 
 

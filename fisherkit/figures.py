@@ -1,4 +1,4 @@
-"""A summary as a file to look at or to keep: ``.html``, ``.svg``, ``.png``, or its rows as ``.csv``, ``.json``, ...
+"""Summaries and prunings as files to look at or to keep: ``.html``, ``.svg``, ``.png``, or rows as ``.csv``, ...
 
 The page is one file without scripts or outside references, so it opens anywhere and years from now. Files are written
 aside and renamed when whole.
@@ -6,20 +6,18 @@ aside and renamed when whole.
 
 import html
 import importlib.util
-import io
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisherkit import look, svg
+from fisherkit import drawing, look, svg
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
-from fisherkit.methods.records import render
+from fisherkit.methods.records import Record, Value, render
 from fisherkit.methods.summary import Summary
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from fisherkit.methods.fapm import FapmReport
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #68707a; --line: #d5d9de; --paper: #ffffff; --alarm: #c62828; }
@@ -34,6 +32,8 @@ th, td { text-align: right; padding: .15rem .8rem .15rem 0; border-bottom: 1px s
 th:first-child, td:first-child { text-align: left; } table.made td { text-align: left; white-space: normal;
   overflow-wrap: anywhere; } div.wide { overflow-x: auto; }
 """
+
+_SHARES = ("share", "energy_kept")
 
 
 def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None:
@@ -51,6 +51,24 @@ def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None
         raise OutputError(f"{target}: belongs to what is being inspected; choose another name")
     _check_target(target, force=force)
     _replace(target, draw(summary))
+
+
+def write_pruning(report: "FapmReport", target: Path) -> None:
+    """Draw what fapm kept, in place of what ``target`` holds: see check_figure, which asks before.
+
+    Raises:
+        OptionError: a suffix other than ``.html``, ``.svg`` and ``.png``.
+        OutputError: ``target`` cannot be written.
+        MissingLibraryError: ``.png`` without matplotlib.
+    """
+    check_figure(target, force=True)
+    from fisherkit import bitmaps, svg_pruning
+
+    kind = target.suffix.lower()
+    if kind == ".png":
+        _replace(target, bitmaps.pruning_png(report))
+    else:
+        _replace(target, _encode(svg_pruning.picture(report) if kind == ".svg" else pruning_page(report)))
 
 
 def check_report(target: Path, *, force: bool) -> None:
@@ -99,13 +117,12 @@ def _replace(target: Path, content: bytes) -> None:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-# The page
+# The pages
 
 
 def page(summary: Summary) -> str:
     """One self-contained HTML page."""
     sections = [
-        f"<h1>{_safe(look.headline(summary))}</h1>",
         f'<p class="dim">{_safe(summary.path)}</p>',
         *(f'<p class="alarm">{_safe(warning)}</p>' for warning in look.warnings(summary)),
         *(f'<p class="dim">{_safe(note)}</p>' for note in summary.notes),
@@ -114,35 +131,52 @@ def page(summary: Summary) -> str:
         f"<h2>How concentrated it is</h2><figure>{svg.mass_curve(summary).standalone()}</figure>"
         if summary.mass()
         else "",
-        f"<h2>By {summary.by}</h2>{_rows_table(summary)}",
+        f"<h2>By {summary.by}</h2>{_rows_table(summary.columns, summary.records())}",
         f"<h2>How it was made</h2>{_made_table(summary.provenance)}" if summary.provenance else "",
     ]
-    head = (
-        f'<meta charset="utf-8"><title>{_safe(look.headline(summary))}</title><style>{_PAGE_STYLE}{svg.STYLE}</style>'
-    )
+    return _page(look.headline(summary), sections)
+
+
+def pruning_page(report: "FapmReport") -> str:
+    """The page of what fapm kept."""
+    from fisherkit import kept, svg_pruning
+
+    rows = [group.record() for group in kept.energy_of(report).layers]
+    sections = [
+        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in report.warnings),
+        *(f"<p>{_safe(sentence)}</p>" for sentence in kept.sentences(report)),
+        f"<h2>Changes against weights</h2><figure>{svg_pruning.density(report.map).standalone()}</figure>"
+        if report.map is not None
+        else "",
+        f"<h2>Where the kept part lies</h2><figure>{svg_pruning.layers(report).standalone()}</figure>",
+        f"<h2>By layer</h2>{_rows_table(tuple(rows[0]), rows)}" if rows else "",
+        f"<h2>How it was made</h2>{_made_table(report.provenance)}",
+    ]
+    return _page(kept.headline(report), sections)
+
+
+def _page(headline: str, sections: Sequence[str]) -> str:
+    head = f'<meta charset="utf-8"><title>{_safe(headline)}</title><style>{_PAGE_STYLE}{drawing.STYLE}</style>'
     size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}{size}</head>\n<body>\n'
-        + "\n".join(sections)
-        + "\n</body></html>\n"
-    )
+    body = "\n".join([f"<h1>{_safe(headline)}</h1>", *sections])
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{size}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def _safe(text: object) -> str:
     return html.escape(look.printable(str(text)))
 
 
-def _rows_table(summary: Summary) -> str:
-    heads = "".join(f"<th>{_safe(column.replace('_', ' '))}</th>" for column in summary.columns)
+def _rows_table(columns: Sequence[str], records: Sequence[Record]) -> str:
+    heads = "".join(f"<th>{_safe(column.replace('_', ' '))}</th>" for column in columns)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{_figure(column, value)}</td>" for column, value in record.items()) + "</tr>"
-        for record in summary.records()
+        for record in records
     )
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def _figure(column: str, value: str | int | float | None) -> str:
-    if column == "share" and isinstance(value, float):
+def _figure(column: str, value: Value) -> str:
+    if column in _SHARES and isinstance(value, float):
         return look.percent(value)
     return f"{value:,}" if isinstance(value, int) else _safe(look.number(value))
 
@@ -153,52 +187,14 @@ def _made_table(provenance: Mapping[str, object]) -> str:
     return f'<table class="made">{lines}</table>'
 
 
-# The bitmap
+# Writers
 
 
 def _png(summary: Summary) -> bytes:
-    """The heat map, the bars and the mass curve as a PNG, through matplotlib."""
     _need_matplotlib()
-    from matplotlib.figure import Figure
+    from fisherkit import bitmaps
 
-    height = max(4.0, 1.6 + 0.17 * len(summary.layers))
-    figure = Figure(figsize=(13, height), layout="constrained")
-    heat, bars, curve = figure.subplots(1, 3, width_ratios=(2, 1.5, 1.5))
-    figure.suptitle(look.headline(summary))
-    _png_heat(heat, summary)
-    labels = [look.row_label(row, "layer") for row in summary.layers]
-    bars.barh(labels, [row.share if math.isfinite(row.share) else 0.0 for row in summary.layers], color="#31688e")
-    bars.invert_yaxis()
-    bars.margins(y=0.005)
-    bars.tick_params(axis="y", labelsize=7)
-    bars.set_title("share of the total")
-    tops = [10 ** (-4 + step / 30) for step in range(121)]
-    curve.semilogx(tops, [summary.histogram.mass(top) for top in tops], color="#31688e")
-    curve.set(title="share held by the largest weights", xlabel="fraction of all weights", ylim=(0, 1))
-    curve.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def _png_heat(axes: "Axes", summary: Summary) -> None:
-    heat = summary.heat
-    if not heat.means:
-        axes.set_axis_off()
-        return
-    levels = [[_or_nan(heat.level(layer, module)) for module in heat.modules] for layer in heat.layers]
-    image = axes.imshow(levels, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    names = look.short_names(heat.modules)
-    axes.set_xticks(range(len(heat.modules)), [names[module] for module in heat.modules], rotation=60)
-    axes.set_yticks(range(len(heat.layers)), [str(layer) for layer in heat.layers], fontsize=7)
-    axes.set_title("density" if heat.linear else "mean per weight, log scale (blank: none or zero)")
-    if heat.bounds:
-        scale = axes.figure.colorbar(image, ax=axes, ticks=[0, 1], aspect=50)
-        scale.ax.set_yticklabels([look.number(end) for end in heat.bounds])
-
-
-def _or_nan(level: float | None) -> float:
-    return math.nan if level is None else level
+    return bitmaps.summary_png(summary)
 
 
 def _rows(form: str) -> Callable[[Summary], bytes]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fisherkit.methods.compare import Overlap
 from fisherkit.methods.summary import Row, Summary
 
 RGB = tuple[int, int, int]
@@ -24,7 +25,14 @@ _VIRIDIS: tuple[RGB, ...] = (
     (253, 231, 37),
 )
 _SUFFIXES = ("", "k", "M", "G", "T")
-KINDS = {"fisher": "Fisher", "mask": "Mask", "checkpoint": "Weights", "importance": "Layer importance"}
+KINDS = {
+    "fisher": "Fisher",
+    "mask": "Mask",
+    "subspace": "Protected directions",
+    "checkpoint": "Weights",
+    "importance": "Layer importance",
+}
+_DIRECTIONS = {"train": "the top may change (train)", "protect": "the top is frozen (protect)"}
 
 
 def colour(level: float) -> RGB:
@@ -91,10 +99,25 @@ def headline(summary: Summary) -> str:
     parts = [f"{KINDS[summary.kind]} of {name}" if summary.kind == "fisher" else f"{KINDS[summary.kind]} in {name}"]
     if summary.kind != "importance":
         parts.append(f"{total.tensors:,} tensors, {total.weights:,} weights")
+    if summary.kind == "mask":
+        parts.append(f"{percent(total.mean)} may change" + _chosen(made))
     prompts = made.get("prompts", {})
     if prompts.get("samples") is not None:
         parts.append(f"{prompts['samples']} prompts ({prompts.get('source')})")
     return printable("; ".join(parts))
+
+
+def _chosen(made: Mapping[str, Any]) -> str:
+    """How a mask came about, as far as it says so."""
+    options = made.get("options") or {}
+    known = [_DIRECTIONS.get(str(made.get("direction")), "")]
+    if options.get("keep") is not None:
+        units = {"input": "rows", "output": "columns"}.get(str(options.get("aggregate")), "entries")
+        score = str(options.get("score"))
+        scope = "of the model" if options.get("scope") == "global" else f"per {options.get('scope')}"
+        known.append(f"top {100 * float(options['keep']):g} % of {units} {scope} by {score}")
+    text = ", ".join(part for part in known if part)
+    return f": {text}" if text else ""
 
 
 def mass_sentence(summary: Summary) -> str | None:
@@ -114,6 +137,11 @@ def agreement_sentence(summary: Summary) -> str | None:
     agreement = summary.total.agreement
     if summary.comparison is None or agreement is None:
         return None
+    if isinstance(agreement, Overlap):
+        return (
+            f"Against {printable(str(summary.comparison.path))}: Jaccard overlap of what may change "
+            f"{number(agreement.jaccard)} (chance {number(agreement.chance)})."
+        )
     correlation, ten, thirty = (number(getattr(agreement, column)) for column in agreement.COLUMNS)
     return (
         f"Against {printable(str(summary.comparison.path))}: rank correlation {correlation}, overlap of the top 10 % "

@@ -4,6 +4,7 @@ Colours where the terminal has them, characters where it does not, ASCII where t
 columns; names are folded, never cut.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,11 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherkit import look
+from fisherkit.methods.records import Record
 from fisherkit.methods.summary import HeatMap, Row, Summary
 
 _MOST_CELL, _LEAST_CELL = 8, 2
 _BAR_LEAST = 6
 _HEADINGS = {"rank_correlation": "rank corr", "overlap_10": "top 10%", "overlap_30": "top 30%"}
+_SHARES = ("mask", "subspace")
 _DISPENSABLE = ("tensors", "weights", "so far")  # dropped in this order where names would not fit
 
 
@@ -62,6 +65,16 @@ def draw(summary: Summary, console: Console) -> None:
             console.print(line, soft_wrap=isinstance(line, Text))  # a map is for the terminal to wrap
     for warning in look.warnings(summary):
         console.print(Text(f"\nwarning: {warning}", style="bold red"))
+
+
+def draw_rows(rows: Sequence[Record], columns: Sequence[str], console: Console) -> None:
+    """Print plain rows under their columns' names, numbers in four digits."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for at, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), justify="right" if at else "left", style="" if at else "cyan")
+    for row in rows:
+        table.add_row(*(Text(look.printable(look.number(row[column]))) for column in columns))
+    console.print(table)
 
 
 def _marks(console: Console) -> _Marks:
@@ -125,18 +138,23 @@ def _columns(summary: Summary) -> dict[str, list[str]]:
         columns["tensors"] = [str(row.tensors) for row in rows]
     if "weights" in there:
         columns["weights"] = [look.count(row.weights) for row in rows]
-    for name in ("mean", "density") if "weights" in there else ("sum",):
+    for name in ("rank", "mean", "density", "energy", "effective_rank") if "weights" in there else ("sum",):
         if name in there:
-            columns[name] = [look.number(summary.value(row, name)) for row in rows]
-    columns["share"] = [look.percent(_share(row)) for row in rows]
+            columns[name.replace("_", " ")] = [look.number(summary.value(row, name)) for row in rows]
+    if "share" in there:
+        columns["share"] = [look.percent(_share(row)) for row in rows]
     if summary.comparison:
-        for name, heading in _HEADINGS.items():
-            columns[heading] = [_agreement(summary, row, name) for row in rows]
-    else:
+        for name in summary.comparison.columns:
+            columns[_HEADINGS.get(name, name)] = [_agreement(summary, row, name) for row in rows]
+    elif "share" in there:
         columns["so far"] = [look.percent(share) for share in accumulate(_share(row) or 0.0 for row in rows)]
     if summary.total.nonfinite:
         columns["not finite"] = [f"{row.nonfinite:,}" for row in rows]
     return columns
+
+
+def _level(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
 
 
 def _share(row: Row) -> float | None:
@@ -152,8 +170,8 @@ def _bars(summary: Summary, marks: _Marks, room: int) -> list[Text]:
     """A bar per row, as long as its share (density for a mask); none where there is no room."""
     if room < _BAR_LEAST or not summary.rows:
         return []
-    values = [(row.mean if summary.kind == "mask" else _share(row)) or 0.0 for row in summary.rows]
-    longest = 1.0 if summary.kind == "mask" else max(values) or 1.0
+    values = [_level(row.mean if summary.kind in _SHARES else row.share) for row in summary.rows]
+    longest = 1.0 if summary.kind in _SHARES else max(values) or 1.0
     room = min(room, 40)
     return [Text(marks.bar * round(room * value / longest), style="green") for value in values]
 
@@ -209,7 +227,7 @@ def _shade(level: float, width: int, marks: _Marks, *, coloured: bool) -> Text:
 
 def _legend(heat: HeatMap, marks: _Marks, *, coloured: bool) -> Text:
     ends: Sequence[str] = ["none", "none"] if heat.bounds is None else [look.number(end) for end in heat.bounds]
-    what = "density" if heat.linear else "mean, log scale"
+    what = heat.measure if heat.linear else "mean, log scale"
     line = Text(f"{what}: {ends[0]} ")
     steps = 12 if coloured else len(marks.shades)
     for step in range(steps):

@@ -158,21 +158,79 @@ def test_a_terminal_gets_colours_unless_told_not_to(tmp_path: Path) -> None:
 PROGRESS = "from fisherkit import console; t = console.tracker('read'); [t('shards', i, 40) for i in range(41)]"
 
 
+class Clock:
+    """What console takes for the time: it goes on by ``step`` seconds at each look."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def monotonic(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: float) -> list[str]:
+    """What is said of a stage of 1000 parts that takes so many seconds."""
+    monkeypatch.setattr(console, "time", Clock(seconds / 1000))
+    track = console.tracker("extract")
+    for done in range(1001):
+        track("sweep", done, 1000)
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.splitlines()
+
+
 def test_progress_is_a_bar_on_a_terminal_and_lines_when_bars_are_off() -> None:
     assert "\r" in in_a_terminal(PROGRESS).replace("\r\n", "")
-    lines = in_a_terminal(PROGRESS, TQDM_DISABLE="1").split("\r\n")
-    assert lines[:2] == ["read: shards 0/40", "read: shards 4/40"]
+    assert in_a_terminal(PROGRESS, TQDM_DISABLE="1") == "read: shards 0/40\r\n"
 
 
-def test_progress_elsewhere_is_a_line_a_tenth_and_nothing_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    for quiet in (False, True):
-        track = console.tracker("extract", quiet=quiet)
-        for done in range(1001):
-            track("sweep", done, 1000)
-        track("write", 0, 0)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.splitlines() == [f"extract: sweep {n}/1000" for n in range(0, 1001, 100)] + ["extract: write 0/0"]
+def test_progress_elsewhere_is_a_line_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(monkeypatch, capsys, 1000) == [f"extract: sweep {n}/1000" for n in range(0, 1001, 100)]
+
+
+def test_a_short_stage_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(monkeypatch, capsys, 1.9) == ["extract: sweep 0/1000"]
+
+
+def test_lines_are_two_seconds_apart_and_a_long_stage_ends_with_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = told(monkeypatch, capsys, 9)
+    assert 5 <= len(lines) <= 6
+    assert lines[-1] == "extract: sweep 1000/1000"
+    assert told(monkeypatch, capsys, 2.5)[-1] == "extract: sweep 1000/1000"
+
+
+def test_every_stage_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "time", Clock(0.0))
+    track = console.tracker("extract")
+    for stage in ("read", "sweep", "read"):
+        for done in range(3):
+            track(stage, done, 2)
+    track("write", 0, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["extract: read 0/2", "extract: sweep 0/2", "extract: read 0/2", "extract: write 0/0"]
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    track = console.tracker("extract", quiet=True)
+    for done in range(11):
+        track("sweep", done, 10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_rows_are_exact_in_a_pipe_and_short_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"model": "base", "loss": 1 / 3}, {"model": "tuned\x1b", "loss": None}]
+    console.show_rows(rows, ("model", "loss"))
+    assert capsys.readouterr().out == f"model\tloss\nbase\t{1 / 3!r}\ntuned\\x1b\tnull\n"
+    shown = in_a_terminal(
+        f"from fisherkit import console; console.show_rows({rows!r}, ('model', 'loss'))", NO_COLOR="1"
+    )
+    lines = [line.split() for line in shown.replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()]
+    assert lines == [["model", "loss"], ["base", "0.3333"], ["tuned\\x1b", "-"]]
 
 
 # Errors

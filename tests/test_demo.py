@@ -1,8 +1,12 @@
-"""The demo model: a real checkpoint, made once, never half there."""
+"""The demo: real checkpoints, each made once, never half there; and what fapm makes of them."""
 
+import calendar
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,13 +15,20 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
 
+from fisherkit.cli import app
 from fisherkit.errors import OutputError
-from fisherkit.methods import demo
+from fisherkit.methods import demo, demo_files, demo_tuning
 from fisherkit.methods.demo import Recipe, make_model
+from fisherkit.methods.demo_learning import Course, mean_loss, windows
+from fisherkit.methods.demo_tasks import in_words, task_talks
 from fisherkit.methods.demo_text import Corpus, read_corpus
+from fisherkit.options import ExtractOptions
 
-SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=60, window=64)
+SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=60, window=64, held_out=8)
+COURSE = Course(steps=40, window=64, held_out=8, learning_rate=2e-3, embedding_rate=1e-2)
+TALKS = 200
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +157,7 @@ def test_what_a_killed_run_left_is_not_used(tmp_path: Path, monkeypatch: pytest.
     left.mkdir()
     (left / "config.json").write_text("{")
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "swap_in", lambda staged, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(demo_files, "swap_in", lambda staged, target: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_whole(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -204,3 +215,154 @@ def test_the_text_is_bounded_and_the_same_each_time() -> None:
         assert [turn["role"] for turn in talk] == ["user", "assistant"] * (len(talk) // 2)
         assert all(turn["content"].strip() for turn in talk)
     assert read_corpus(0).plain == ()
+
+
+# The fine-tune
+
+
+@pytest.fixture(scope="module")
+def tuned(made: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A fine-tune of the small model, and what was said."""
+    said: list[str] = []
+    target = tmp_path_factory.mktemp("tuned") / "tuned"
+    assert tune(made[0], target, say=said.append) == target
+    return target, said
+
+
+def tune(base: Path, target: Path, **options: Any) -> Path:
+    return demo_tuning.tune_model(base, target, seconds=30, course=COURSE, talks=TALKS, **options)
+
+
+def test_the_fine_tune_learns_the_new_text_and_forgets_the_old(made: Any, tuned: Any) -> None:
+    base, after = demo_tuning.measure(made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, talks=TALKS)
+    assert after.new < base.new - 0.5
+    assert after.old > base.old
+    told = [line for line in tuned[1] if line.startswith("Loss")]
+    assert [f"{base.new:.2f} before" in line for line in told] == [True]  # bf16 as loaded, float32 in training
+
+
+def test_the_fine_tune_is_of_the_same_layout_and_type(made: Any, tuned: Any) -> None:
+    base, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (made[0], tuned[0]))
+    assert {name: (t.shape, t.dtype) for name, t in base.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    assert all(not base[name].equal(after[name]) for name in base)
+
+
+def test_the_fine_tune_is_used_again_for_its_own_base_only(made: Any, tuned: Any, tmp_path: Path) -> None:
+    before, said = contents(tuned[0]), []
+    assert tune(made[0], tuned[0], say=said.append) == tuned[0]
+    assert contents(tuned[0]) == before
+    assert [line.startswith(f"{tuned[0]}: made of {made[0]} by an earlier run") for line in said] == [True]
+    other = make_model(tmp_path, recipe=replace(SMALL, steps=2, seed=1))
+    shutil.copytree(tuned[0], tmp_path / "tuned")
+    tune(other, tmp_path / "tuned")
+    assert contents(tmp_path / "tuned") != before
+    assert (tmp_path / "tuned" / "config.json").read_bytes() != before["config.json"][1]
+
+
+def test_a_base_is_no_fine_tune(made: Any, tmp_path: Path) -> None:
+    shutil.copytree(made[0], tmp_path / "tuned")
+    assert not demo_files.is_reusable(tmp_path / "tuned", "a fingerprint")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not a model of the demo"):
+        tune(made[0], tmp_path / "mine")
+
+
+def test_only_answers_are_learnt(made: Any) -> None:
+    tokenizer = demo_tuning.load_tokenizer(made[0])
+    learnt = [tokenizer.decode(ids) for ids, learnt in demo_tuning._task_pieces(tokenizer, COURSE, 8) if learnt]
+    asked = [tokenizer.decode(ids) for ids, learnt in demo_tuning._task_pieces(tokenizer, COURSE, 8) if not learnt]
+    talks = task_talks(8)
+    assert learnt == [f"{answer['content']}<|end|>\n</s>" for _, answer in talks]
+    assert asked == [f"<s><|user|>\n{question['content']}<|end|>\n<|assistant|>\n" for question, _ in talks]
+
+
+def test_windows_hold_all_text_once_and_mask_what_is_only_read() -> None:
+    pieces = [([1, 2, 3], False), ([4, 5], True), ([6], False), ([7, 8, 9], True)]
+    found = windows(pieces, Course(window=4))
+    rows = sorted(zip(found.ids.tolist(), found.labels.tolist(), strict=True))
+    assert rows == [([1, 2, 3, 4], [-100, -100, -100, 4]), ([5, 6, 7, 8], [5, -100, 7, 8])]
+    assert len(windows([], Course(window=4))) == 0
+    assert len(windows([([1, 2, 3], True)], Course(window=4))) == 0
+
+
+def test_the_mean_loss_is_per_token_whatever_the_windows(made: Any) -> None:
+    model = demo_tuning.load(made[0]).float()
+    text = windows([([5, 9, 30, 41], False), ([60, 70, 80, 90, 100, 110, 120, 130], True)], Course(window=6))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids, labels in zip(text.ids, text.labels, strict=True):
+            logs = model(ids[None]).logits[0].double().log_softmax(-1)
+            for at in range(1, 6):
+                if labels[at] >= 0:
+                    total, count = total - float(logs[at - 1, labels[at]]), count + 1
+    assert mean_loss(model, text) == pytest.approx(total / count, rel=1e-5)
+    assert mean_loss(model, text.part(0, 0)) == 0
+
+
+def test_tasks_are_asked_once_and_answered_rightly() -> None:
+    talks = task_talks(400)
+    assert task_talks(400) == talks
+    assert task_talks(400, seed=1) != talks
+    questions = [talk[0]["content"] for talk in talks]
+    assert len(set(questions)) == 400
+    for question, answer in ((talk[0]["content"], talk[1]["content"]) for talk in talks):
+        if question.startswith("Put"):
+            words = question.removesuffix(".").split(": ")[1].split(", ")
+            assert answer == f"In order: {', '.join(sorted(words))}."
+        elif question.startswith("Which"):
+            year, month, day = (int(part) for part in question.removesuffix("?").split()[-1].split("-"))
+            assert answer == f"{day} {calendar.month_name[month]} {year}."
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"),
+        (13, "thirteen"),
+        (20, "twenty"),
+        (99, "ninety-nine"),
+        (100, "one hundred"),
+        (4521, "four thousand five hundred twenty-one"),
+        (300_007, "three hundred thousand seven"),
+        (999_999, "nine hundred ninety-nine thousand nine hundred ninety-nine"),
+    ],
+)
+def test_numbers_in_words(number: int, words: str) -> None:
+    assert in_words(number) == words
+
+
+# The command
+
+
+def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(SMALL, window=128, held_out=4)
+    monkeypatch.setattr("fisherkit.cli.demo.ExtractOptions", partial(ExtractOptions, limit=8))
+    monkeypatch.setattr(demo, "make_model", partial(make_model, recipe=recipe))
+    monkeypatch.setattr(demo_tuning, "tune_model", partial(demo_tuning.tune_model, course=COURSE, talks=TALKS))
+    monkeypatch.setattr(demo_tuning, "measure", partial(demo_tuning.measure, recipe=recipe, course=COURSE, talks=TALKS))
+    folder = tmp_path / "a demo"
+    done = CliRunner().invoke(app, ["demo", "--folder", str(folder)])
+    assert done.exit_code == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stderr.splitlines() if line.startswith("$ ")]
+    sides = [str(folder / "model"), str(folder / "tuned")]
+    assert commands[2] == [
+        "$",
+        "fisherkit",
+        "fapm",
+        *sides,
+        str(folder / "fapm"),
+        "--figure",
+        str(folder / "fapm.html"),
+    ]
+    assert [command[-2:] for command in commands[3:]] == [["--metric", "magnitude"], ["--metric", "random"]]
+    table = [line.split("\t") for line in done.stdout.splitlines()[-6:]]
+    assert [row[0] for row in table] == ["model", "base", "tuned", "fapm", "magnitude", "random"]
+    old, new = ({row[0]: float(row[at]) for row in table[1:]} for at in (1, 2))
+    assert old["base"] < old["tuned"]
+    assert all(new["tuned"] < new[metric] < new["base"] for metric in ("fapm", "magnitude"))
+    assert "One seed of a toy" in done.stderr
+    assert (folder / "fapm.html").read_text().count("<svg ") == 2
+    quiet = CliRunner().invoke(app, ["demo", "--folder", str(folder), "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert quiet.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]  # models used again, the same figures

@@ -1,5 +1,7 @@
 """``fisherkit demo``."""
 
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +9,12 @@ import typer
 
 from fisherkit import console
 from fisherkit.cli.app import Debug, Quiet, app, run, sayer
-from fisherkit.options import ExtractOptions
+from fisherkit.methods.records import Record
+from fisherkit.options import ExtractOptions, FapmOptions
+
+Say = Callable[[str], None]
+
+METRICS = ("fapm", "magnitude", "random")
 
 
 @app.command()
@@ -16,28 +23,86 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small real model here in about a minute, then extract and inspect its Fisher.
+    """Train a small real model here, measure its Fisher, fine-tune it and prune the fine-tune: two minutes in all.
 
     Example: fisherkit demo
     """
 
     def command() -> None:
         from fisherkit.methods import demo as methods_demo
-        from fisherkit.methods import fisher, summary
 
         say = sayer(quiet)
-        options = ExtractOptions(force=(folder / "model").is_dir())  # in a folder of ours, an earlier demo's output
+        again = (folder / "model").is_dir()  # in a folder of ours, an earlier demo's output
         made = methods_demo.make_model(folder, track=console.tracker("demo", quiet=quiet), say=say)
-        out = folder / "fisher.pt"
-        say(f"\n$ fisherkit extract {made} builtin -o {out}")
-        fisher.extract(made, "builtin", out, options, track=console.tracker("extract", quiet=quiet), say=say)
-        say(f"\n$ fisherkit inspect {out}")
-        console.show(summary.inspect(out))
+        _measure(made, folder / "fisher.pt", say, quiet=quiet, again=again)
+        _prune(made, folder, say, quiet=quiet, again=again)
         say(
-            "\nWith a model and prompts of your own:\n"
+            "\nWith models and prompts of your own:\n"
             "  fisherkit extract org/name prompts.jsonl -o fisher.pt\n"
             "  fisherkit inspect fisher.pt -o report.html\n"
-            "  fisherkit inspect fisher.pt --by tensor --sort mean | head"
+            "  fisherkit fapm org/name my-fine-tune out --sweep 0.5,0.7,0.9"
         )
 
     run(command, debug=debug)
+
+
+def _measure(model: Path, out: Path, say: Say, *, quiet: bool, again: bool) -> None:
+    """Extract and inspect."""
+    from fisherkit.methods import fisher, summary
+
+    _show(say, "extract", model, "builtin", "-o", out)
+    options, track = ExtractOptions(force=again), console.tracker("extract", quiet=quiet)
+    fisher.extract(model, "builtin", out, options, track=track, say=say)
+    _show(say, "inspect", out)
+    console.show(summary.inspect(out))
+
+
+def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> None:
+    """Fine-tune on another kind of text, prune by each metric, and compare on old and new text."""
+    from fisherkit.methods import demo_tuning
+
+    say("")
+    track = console.tracker("tune", quiet=quiet)
+    models = {"base": model, "tuned": demo_tuning.tune_model(model, folder / "tuned", track=track, say=say)}
+    for metric in METRICS:
+        models[metric] = _fapm(model, folder / "tuned", folder / metric, metric, say, quiet=quiet, again=again)
+    losses = demo_tuning.measure(model, list(models.values()), track=console.tracker("measure", quiet=quiet))
+    say("\nLoss per token on text that was held out: the base's kind (old), and the fine-tune's (new)")
+    rows: list[Record] = [
+        {"model": name, "old": loss.old, "new": loss.new} for name, loss in zip(models, losses, strict=True)
+    ]
+    console.show_rows(rows, ("model", "old", "new"))
+    say("One seed of a toy: it shows what the commands do, not which metric is best.")
+
+
+def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: bool, again: bool) -> Path:
+    """Run fapm by a metric, with a figure where that is fapm's own."""
+    from fisherkit import figures
+    from fisherkit.methods import fapm
+
+    figure = out.with_suffix(".html") if metric == "fapm" else None
+    command = _show(say, "fapm", base, tuned, out, *(("--figure", figure) if figure else ("--metric", metric)))
+    if figure is not None:
+        figures.check_figure(figure, force=again)
+    report = fapm.fapm(
+        base,
+        tuned,
+        out,
+        FapmOptions(metric=metric, force=again),  # type: ignore[arg-type]  # one of METRICS
+        figure=figure is not None,
+        command=command,
+        track=console.tracker("fapm", quiet=quiet),
+        say=say,
+    )
+    console.say_kept(report.totals, quiet=quiet)
+    if figure is not None:
+        figures.write_pruning(report, figure)
+        say(f"{figure}: changes against weights, the cut, and where the kept part lies")
+    return out
+
+
+def _show(say: Say, *words: str | Path) -> list[str]:
+    """Say a command as one would type it, and return it."""
+    command = ["fisherkit", *map(str, words)]
+    say(f"\n$ {shlex.join(command)}")
+    return command

@@ -62,8 +62,8 @@ class DensityMap:
     negative: int = 0
     names: set[str] = field(default_factory=set)
 
-    def add(self, name: str, sample: Sides, count: int, threshold: float | None, scores: Floats) -> None:
-        """Add a tensor of ``count`` entries by a sample of it and the sample's scores."""
+    def add(self, name: str, sample: Sides, count: int, threshold: float | None, scores: Floats | None) -> None:
+        """Add a tensor of ``count`` entries by a sample of it and the sample's scores, where the metric has any."""
         self.names.add(name)
         size = sample.w.size
         w, d = deltas(sample.w, sample.w_code, sample.f, sample.f_code, Scratch(size))
@@ -76,10 +76,11 @@ class DensityMap:
             self.positive += threshold > 0
             self.negative += threshold < 0
         cells = _bins(y[placed] / size_of) * BINS + _bins(x[placed] / max(sample.mean, 1e-300))
-        kept = scores[placed] >= (math.inf if threshold is None else threshold)
         weight = count / size
         self.entries += weight * np.bincount(cells, minlength=BINS * BINS).reshape(BINS, BINS)
-        self.kept += weight * np.bincount(cells[kept], minlength=BINS * BINS).reshape(BINS, BINS)
+        if scores is not None and threshold is not None:
+            kept = scores[placed] >= threshold
+            self.kept += weight * np.bincount(cells[kept], minlength=BINS * BINS).reshape(BINS, BINS)
 
 
 def _bins(values: NDArray[np.float64]) -> NDArray[np.int64]:

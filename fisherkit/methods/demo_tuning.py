@@ -1,0 +1,127 @@
+"""The demo's model fine-tuned on another kind of text, and what models are worth on the old and the new.
+
+The new text is ``demo_tasks``'s; only its answers are learnt. How a tuned model is pruned is none of this module's
+business; to it every model is a folder that transformers loads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fisherkit.checkpoint.index import open_index
+from fisherkit.methods.demo import Recipe, text_windows
+from fisherkit.methods.demo_files import PARENT, is_reusable, no_progress_bar, save, written_aside
+from fisherkit.methods.demo_learning import Course, Say, Track, Windows, learn, mean_loss, one_thread, windows
+from fisherkit.methods.demo_tasks import task_talks
+
+TALKS = 4000
+TUNING = Course(steps=600, learning_rate=5e-4, embedding_rate=2e-3)
+"""The course of the fine-tune: ordinary rates, none chosen for what it does to the old text."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean negative log-likelihood per token, in nats, on text that was held out: the base's kind and the new."""
+
+    old: float
+    new: float
+
+
+def tune_model(
+    base: Path,
+    target: Path,
+    *,
+    track: Track = lambda stage, done, total: None,
+    say: Say = lambda line: None,
+    seconds: float = 25.0,
+    course: Course = TUNING,
+    talks: int = TALKS,
+) -> Path:
+    """Fine-tune all weights of the demo's model on small tasks, or reuse what an earlier run made of this very model.
+
+    Args:
+        base: what ``make_model`` made.
+        target: folder of the tuned model.
+        track: progress, called with stage, done and total.
+        say: gets the lines meant for a person.
+        seconds: wall time of the training loop.
+        course: schedule and rates.
+        talks: questions and answers, those held out included.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        OutputError: the place is taken by something else, or cannot be written.
+    """
+    parent = open_index(base).fingerprint()
+    if is_reusable(target, parent):
+        say(f"{target}: made of {base} by an earlier run, used again (delete it to train anew)")
+        return target
+    with written_aside(target) as staged, one_thread():
+        model, tokenizer = load(base), load_tokenizer(base)
+        say(f"Fine-tuning {base} on numbers, dates, sorting and introductions ({seconds:.0f} seconds at most)")
+        learn(model.float(), _task_windows(tokenizer, course, talks), course, seconds, track, say)
+        setattr(model.config, PARENT, parent)
+        save(model, tokenizer, staged)
+    say(f"{target}: saved")
+    return target
+
+
+def measure(
+    base: Path,
+    models: list[Path],
+    *,
+    track: Track = lambda stage, done, total: None,
+    recipe: Recipe | None = None,
+    course: Course = TUNING,
+    talks: int = TALKS,
+) -> list[Loss]:
+    """Loss of each model on what ``make_model`` and ``tune_model`` held out, given what those were given.
+
+    Args:
+        base: has the tokenizer that all share.
+        models: folders.
+        track: progress, called with stage, done and total.
+        recipe: of ``make_model``.
+        course: of ``tune_model``.
+        talks: of ``tune_model``.
+    """
+    tokenizer, recipe = load_tokenizer(base), recipe or Recipe()
+    old = text_windows(tokenizer, recipe).part(0, recipe.held_out)
+    new = _task_windows(tokenizer, course, talks).part(0, course.held_out)
+    losses = []
+    with one_thread():
+        for at, folder in enumerate(models):
+            track("models", at, len(models))
+            model = load(folder).float()
+            losses.append(Loss(mean_loss(model, old), mean_loss(model, new)))
+    track("models", len(models), len(models))
+    return losses
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """A model of the demo, as it is stored."""
+    with no_progress_bar():
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Its tokenizer."""
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _task_windows(tokenizer: PreTrainedTokenizerFast, course: Course, talks: int) -> Windows:
+    return windows(_task_pieces(tokenizer, course, talks), course)
+
+
+def _task_pieces(tokenizer: PreTrainedTokenizerFast, course: Course, talks: int) -> Iterator[tuple[list[int], bool]]:
+    """Questions, which are only read, and answers up to the end of the text, which are learnt."""
+    for talk in task_talks(talks, course.seed):
+        asked = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(talk, tokenize=False) + tokenizer.eos_token
+        yield tokenizer(asked, add_special_tokens=False).input_ids, False
+        yield tokenizer(whole.removeprefix(asked), add_special_tokens=False).input_ids, True
