@@ -1,0 +1,49 @@
+"""The same for transformers' Trainer, and for everything built on it: TRL, axolotl, LLaMA-Factory."""
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from fisherkit.checkpoint.importance import FLOOR, POWER
+from fisherkit.errors import TrainingError
+from fisherkit.training.names import DEEPSPEED
+from fisherkit.training.sources import MaskLike
+from fisherkit.training.update import Handle, Parity, constrain
+
+
+class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes without types
+    """Make a Trainer's every step obey a mask: ``Trainer(..., callbacks=[MaskedUpdate("mask.safetensors")])``.
+
+    Args:
+        mask: as for ``constrain``: a mask, a subspace or a ``layer_importance.json``, by path or in memory.
+        parity: ``paper`` masks the gradients instead, as it was published.
+        power: of layer scales.
+        floor: the smallest layer scale.
+
+    What is not possible is refused when training begins; see ``constrain``.
+    """
+
+    def __init__(self, mask: MaskLike, *, parity: Parity = None, power: float = POWER, floor: float = FLOOR) -> None:
+        self._mask = mask
+        self._options: dict[str, Any] = {"parity": parity, "power": power, "floor": floor}
+        self._handle: Handle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the mask in force on the Trainer's optimizer."""
+        refuse_deepspeed(args)
+        self.on_train_end(args, state, control)  # an earlier run may have ended in an error
+        model: nn.Module = kwargs["model"]
+        self._handle = constrain(kwargs["optimizer"], model, self._mask, **self._options)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the optimizer go."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def refuse_deepspeed(args: Any) -> None:
+    """Raise TrainingError if a Trainer was told to use DeepSpeed."""
+    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+        raise TrainingError(DEEPSPEED)

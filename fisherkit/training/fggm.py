@@ -1,0 +1,197 @@
+"""FGGM (arXiv 2601.18261) over a sequence of tasks: before each, a mask from the Fisher of its own data.
+
+For every task, at the weights that the tasks before it left: extract the Fisher of the task's answers, let the rows
+with the highest scores change (30 % of each matrix by default), train under that mask. What is in the folder is kept: a
+run that was killed goes on with the task, and the step of it, where it was.
+
+    out/fggm.json                                what is run, so that a folder is not continued with other tasks
+    out/00-<task>/fisher.safetensors  fisher.json  layer_importance.json
+    out/00-<task>/mask.safetensors  mask.json
+    out/00-<task>/trainer/                       the Trainer's own checkpoints
+    out/00-<task>/model/                         the weights after the task
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from fisherkit.checkpoint.headers import parse_json
+from fisherkit.checkpoint.hub import resolve_model
+from fisherkit.checkpoint.target import swap_in
+from fisherkit.errors import OptionError, ResumeError, TrainingError
+from fisherkit.methods.fisher import extract
+from fisherkit.methods.masks import mask
+from fisherkit.methods.sidecar import write_json
+from fisherkit.options import ExtractOptions, MaskOptions
+from fisherkit.training.callback import MaskedUpdate
+from fisherkit.training.update import Parity
+
+FORMAT = "fisherkit.fggm/1"
+PAPER = MaskOptions(preset="fggm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task of the sequence.
+
+    Attributes:
+        name: letters, digits, ``.``, ``_`` and ``-``; part of a folder's name.
+        prompts: the task's data for ``extract``: questions and answers.
+        data: anything else that the trainer's factory needs; not looked at.
+    """
+
+    name: str
+    prompts: str | os.PathLike[str]
+    data: Any = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise OptionError(f"the name of a task goes into a folder's name, so {self.name!r} is not possible")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFiles:
+    """What a task leaves."""
+
+    fisher: Path
+    mask: Path
+    model: Path
+
+
+MakeTrainer = Callable[[Path, Task, Path], Any]
+"""Checkpoint folder of the current weights, task, folder for the Trainer's checkpoints -> a transformers Trainer."""
+
+
+class FGGM:
+    """A sequence of tasks, each trained under a mask of its own.
+
+    Args:
+        model: the checkpoint to start from: a folder, or ``org/name[@revision]``.
+        tasks: in the order of training.
+        out: a folder; made if need be, continued if it holds the same run.
+        make_trainer: makes the Trainer of a task, see ``MakeTrainer``. The mask's callback is added to it here. As
+            published: full fine-tuning, AdamW, learning rate 1e-5, weight decay 0.
+        extract: how the Fisher is measured; over the answers (``loss="completion"``) by default.
+        mask: how the mask is chosen; as published by default.
+        parity: ``paper`` masks gradients, as published; None holds the updates themselves to the mask.
+        say: gets the lines meant for a person.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tasks: Sequence[Task],
+        out: str | os.PathLike[str],
+        make_trainer: MakeTrainer,
+        *,
+        extract: ExtractOptions | None = None,
+        mask: MaskOptions | None = None,
+        parity: Parity = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if not tasks:
+            raise OptionError("FGGM needs at least one task")
+        self._model = os.fspath(model)
+        self._tasks = tuple(tasks)
+        self._out = Path(out)
+        self._make_trainer = make_trainer
+        self._extract = extract or ExtractOptions(loss="completion")
+        self._mask = mask or PAPER
+        self._parity = parity
+        self._say = say
+
+    def run(self) -> list[TaskFiles]:
+        """Train all tasks, or those that an earlier run did not finish.
+
+        Returns:
+            What each task left, in order; the last model is the result.
+
+        Raises:
+            ResumeError: the folder holds another run.
+            TrainingError: started in several processes.
+            FisherkitError: whatever extract, mask or the training refuses.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise TrainingError(
+                "FGGM runs in one process: for several, run extract and mask in one of them before each task, and give "
+                "MaskedUpdate the mask in all"
+            )
+        self._claim()
+        done: list[TaskFiles] = []
+        for number, task in enumerate(self._tasks):
+            start = str(done[-1].model) if done else self._model
+            done.append(self._run(task, start, self._out / f"{number:02d}-{task.name}"))
+        return done
+
+    def _claim(self) -> None:
+        """Note what is run, or compare it with what was noted."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        path = self._out / "fggm.json"
+        measured = {
+            key: value for key, value in dataclasses.asdict(self._extract).items() if key not in ("resume", "force")
+        }
+        wanted = {
+            "format": FORMAT,
+            "model": self._model,
+            "tasks": [[task.name, os.fspath(task.prompts)] for task in self._tasks],
+            "extract": measured,
+            "mask": dataclasses.asdict(self._mask),
+            "parity": self._parity,
+        }
+        wanted = json.loads(json.dumps(wanted, default=str))  # as it comes back from the file
+        found = parse_json(path, path.read_bytes(), "note of the run") if path.exists() else None
+        if found is None:
+            write_json(path, wanted)
+        elif found != wanted:
+            odd = next(key for key in (*wanted, *found) if found.get(key) != wanted.get(key))
+            raise ResumeError(f"{self._out}: holds a run with another {odd!r}; choose another folder")
+
+    def _run(self, task: Task, start: str, folder: Path) -> TaskFiles:
+        files = TaskFiles(folder / "fisher.safetensors", folder / "mask.safetensors", folder / "model")
+        folder.mkdir(exist_ok=True)
+        if files.model.is_dir():
+            self._say(f"{task.name}: trained by an earlier run")
+            return files
+        if not _is_whole(files.fisher):
+            self._say(f"{task.name}: measuring its Fisher at {start}")
+            resume = files.fisher.with_name(f"{files.fisher.name}.partial").exists()
+            options = dataclasses.replace(self._extract, resume=resume, force=True)
+            extract(start, task.prompts, files.fisher, options, say=self._say)
+        if not _is_whole(files.mask):
+            mask(files.fisher, files.mask, dataclasses.replace(self._mask, force=True))
+        self._say(f"{task.name}: training under {files.mask}")
+        self._train(task, start, folder, files)
+        return files
+
+    def _train(self, task: Task, start: str, folder: Path, files: TaskFiles) -> None:
+        checkpoints = folder / "trainer"
+        trainer = self._make_trainer(resolve_model(start).path, task, checkpoints)
+        trainer.add_callback(MaskedUpdate(files.mask, parity=self._parity))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+        staged = folder / "model.partial"
+        shutil.rmtree(staged, ignore_errors=True)
+        trainer.save_model(str(staged))
+        if getattr(trainer, "processing_class", None) is None:  # the next Fisher needs the tokenizer
+            AutoTokenizer.from_pretrained(resolve_model(start).path).save_pretrained(staged)
+        swap_in(staged, files.model)
+        del trainer
+        gc.collect()  # weights and optimizer state of this task, before those of the next
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a Fisher or a mask is there with what is written beside it last."""
+    return file.exists() and file.with_suffix(".json").exists()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The Trainer's last checkpoint that is whole: its state is written last."""
+    numbers = [int(entry.parent.name.rpartition("-")[2]) for entry in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(folder / f"checkpoint-{max(numbers)}") if numbers else None

@@ -1,0 +1,170 @@
+"""From what a run is asked to obey and the model it trains, the rules for its parameters."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.checkpoint.names import block_prefix, locate
+from fisherkit.errors import CheckpointError, TrainingError
+from fisherkit.training.names import Adapter, Names, Target, find_all, read_names, spelled
+from fisherkit.training.rules import Rows, Rule, freeze, project, scale, span
+from fisherkit.training.shards import is_sharded
+from fisherkit.training.sources import Basis, Wanted
+
+Trains = Callable[[nn.Parameter], bool]
+"""Whether the optimizer updates a parameter."""
+
+LORA = (
+    "a binary mask cannot hold on LoRA: every entry of B A depends on whole rows and columns of its factors; "
+    "use a subspace or a layer_importance.json, train without LoRA, or apply the mask with `fisherkit merge --mask`"
+)
+
+
+def make_rules(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:
+    """The rules that ``wanted`` makes for the parameters of ``model`` that are trained.
+
+    Raises:
+        CheckpointError: the mask belongs to another model.
+        TrainingError: it cannot hold in this run, or concerns nothing that is trained.
+    """
+    names = read_names(model)
+    if wanted.kind == "scale":
+        rules = _scale_layers(model, wanted, trains)
+    else:
+        targets = find_all(names, wanted.names, model)
+        _check_found(wanted, targets)
+        make = _freeze_all if wanted.kind == "mask" else _project_all
+        rules = make(names, wanted, targets, trains)
+        concerned = any(_is_trained(names, target, trains) for target in targets.values())
+        if not concerned:
+            raise TrainingError(
+                f"{wanted.label}: the optimizer trains none of its {len(targets)} weights; give the optimizer that "
+                "holds the model's own parameters (one that keeps copies of its own cannot be held to a mask)"
+            )
+    return rules
+
+
+def _check_found(wanted: Wanted, targets: Mapping[str, Target]) -> None:
+    missing = [name for name in wanted.names if name not in targets]
+    if missing or not wanted.names:
+        raise CheckpointError(
+            f"{wanted.label}: {len(missing)} of {len(wanted.names)} weights are not in this model, the first "
+            f"{missing[0] if missing else None!r}; the {wanted.kind} was made for another model"
+        )
+
+
+def _is_trained(names: Names, target: Target, trains: Trains) -> bool:
+    factors = [factor for adapter in names.adapters_of(target) for factor in (adapter.a, adapter.b)]
+    return any(parameter is not None and trains(parameter) for parameter in (target.parameter, *factors))
+
+
+def _freeze_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+    """A parameter of which two names speak (tied weights) changes where both allow it."""
+    assert wanted.flags is not None
+    flags: dict[nn.Parameter, Tensor] = {}
+    experts: dict[nn.Parameter, Tensor] = {}
+    for name, target in targets.items():
+        parameter = target.parameter
+        if names.adapters_of(target) or _has_expert_adapter(names, target):
+            raise TrainingError(f"{wanted.label}: {LORA}")
+        if not trains(parameter):
+            continue
+        own = wanted.flags(name, target.shape)
+        if target.piece.expert is None:
+            flags[parameter] = flags[parameter] & own if parameter in flags else own
+        else:
+            experts[parameter] = _with_expert(experts.get(parameter), target, own)
+    for parameter, joined in experts.items():
+        flags[parameter] = flags[parameter] & joined if parameter in flags else joined
+    rules = (freeze(parameter, own) for parameter, own in flags.items())
+    return [rule for rule in rules if rule is not None]
+
+
+def _with_expert(joined: Tensor | None, target: Target, own: Tensor) -> Tensor:
+    """The flags of fused experts with those of one more; experts that the mask does not speak of are free."""
+    shape = target.parameter.shape
+    if joined is None:
+        joined = torch.ones((*shape[:-1], 1), dtype=torch.bool)
+    if own.shape[-1] != joined.shape[-1]:
+        joined = joined.expand(shape).contiguous()
+    target.part(joined).copy_(own)
+    return joined
+
+
+def _project_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+    assert wanted.basis is not None
+    rules: list[Rule] = []
+    parts: dict[nn.Parameter, list[tuple[Rows, Basis]]] = {}
+    for name, target in targets.items():
+        if _has_expert_adapter(names, target):
+            raise TrainingError(
+                f"{wanted.label}: {name} has LoRA on fused experts, whose factors a subspace cannot hold"
+            )
+        for adapter in names.adapters_of(target):
+            rules += _span_adapter(adapter, wanted, name, trains)
+        if trains(target.parameter):
+            _refuse_cut(wanted, name, target)
+            parts.setdefault(target.parameter, []).append((_rows(target), wanted.basis(name, target.shape)))
+    return rules + [project(parameter, own) for parameter, own in parts.items()]
+
+
+def _rows(target: Target) -> Rows:
+    piece = target.piece
+    return None if piece.expert is None else (piece.expert, piece.start, piece.stop)
+
+
+def _refuse_cut(wanted: Wanted, name: str, target: Target) -> None:
+    if target.piece.expert is not None and is_sharded(target.parameter):
+        raise TrainingError(
+            f"{wanted.label}: {name} is an expert of {target.name}, which FSDP2 spreads over processes, so it cannot "
+            "be projected alone; train unsharded, or apply the subspace with `fisherkit merge --subspace`"
+        )
+
+
+def _has_expert_adapter(names: Names, target: Target) -> bool:
+    return any(spelled(target.name).startswith(f"{module}.") for module in names.experts)
+
+
+def _span_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> list[Rule]:
+    """B loses what lies in U, A what lies in V; where the weight is stored as [in, out], the other way round."""
+    if not any(factor is not None and trains(factor) for factor in (adapter.a, adapter.b)):
+        return []
+    if adapter.magnitude is not None:
+        raise TrainingError(
+            f"{wanted.label}: {name} has a DoRA adapter, whose magnitudes scale whole rows out of any subspace; "
+            "use LoRA without use_dora"
+        )
+    if adapter.a is None or adapter.b is None or adapter.shape is None:
+        raise TrainingError(f"{wanted.label}: the adapter of {adapter.module} lacks a LoRA factor")
+    assert wanted.basis is not None
+    u, v = wanted.basis(name, adapter.shape)
+    outputs, inputs = (v, u) if adapter.transposed else (u, v)
+    rules = []
+    if outputs is not None:
+        rules.append(span(adapter.b, outputs, over=0))
+    if inputs is not None:
+        rules.append(span(adapter.a, inputs, over=1))
+    return rules
+
+
+def _scale_layers(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:
+    """A rule for every trained parameter of a scaled layer, adapters and biases included."""
+    layers: dict[nn.Parameter, int] = {}
+    named = {spelled(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    blocks = block_prefix(named)
+    for name, parameter in named.items():
+        layer = locate(name, blocks).layer
+        if layer is not None:
+            layers[parameter] = layer
+    missing = sorted(wanted.scales.keys() - layers.values())
+    if missing:
+        raise CheckpointError(
+            f"{wanted.label}: speaks of layer {missing[0]}, and this model has {len(set(layers.values()))} layers; "
+            "it was measured on another model"
+        )
+    trained = {parameter: layer for parameter, layer in layers.items() if trains(parameter)}
+    if not trained:
+        raise TrainingError(f"{wanted.label}: the optimizer trains no parameter of any layer it speaks of")
+    rules = (scale(parameter, wanted.scales.get(layer, 1.0)) for parameter, layer in trained.items())
+    return [rule for rule in rules if rule is not None]

@@ -1,0 +1,199 @@
+"""What holds for one parameter: remembered before a step, enforced after it.
+
+A rule knows its parameter and nothing of optimizers, models or files. ``remember`` returns what ``enforce`` needs to
+undo the part of the update that is not allowed; ``on_gradient`` is what the papers do instead, before the step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.training.shards import flags_like, local, replicated_like
+from fisherkit.training.sources import Basis
+
+Rows = tuple[int, int, int] | None
+"""Expert, first row and the row after the last of a part of a fused parameter; None for the whole of any parameter."""
+
+
+class Rule(ABC):
+    """What holds for ``parameter``."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are remembered from before a step to after it."""
+        return local(self.parameter).nbytes
+
+    @abstractmethod
+    def remember(self) -> Tensor:
+        """The parameter before the step, as far as it is needed after it."""
+
+    @abstractmethod
+    def enforce(self, before: Tensor) -> None:
+        """Take back what the step must not have done."""
+
+    @abstractmethod
+    def on_gradient(self, gradient: Tensor) -> None:
+        """Apply the rule to the gradient instead, which does not hold under every optimizer."""
+
+
+def freeze(parameter: nn.Parameter, flags: Tensor) -> Rule | None:
+    """Entries whose flag is False keep their bits; None where there are none.
+
+    Args:
+        parameter: of any shape and dtype.
+        flags: bool, broadcastable to it.
+    """
+    return None if bool(flags.all()) else _Freeze(parameter, flags)
+
+
+def scale(parameter: nn.Parameter, factor: float) -> Rule | None:
+    """The update is multiplied by ``factor``, in float32 and rounded once; None where that is 1."""
+    return None if factor == 1 else _Scale(parameter, factor)
+
+
+def project(parameter: nn.Parameter, parts: Sequence[tuple[Rows, Basis]]) -> Rule:
+    """The update of a matrix, or of each expert in a parameter, stays out of the directions of its basis."""
+    return _Project(parameter, parts)
+
+
+def span(factor: nn.Parameter, basis: Tensor, over: int) -> Rule:
+    """A LoRA factor itself, not its update, stays out of the directions of a basis; it is projected now, too.
+
+    Args:
+        factor: B [out, r] or A [r, in].
+        basis: orthonormal columns over the axis ``over`` of the factor.
+        over: 0 or 1.
+    """
+    rule = _Span(factor, basis, over)
+    with torch.no_grad():
+        rule.enforce(rule.remember())
+    return rule
+
+
+class _Freeze(Rule):
+    """Where whole rows are frozen only those are remembered, by number; the whole parameter otherwise."""
+
+    def __init__(self, parameter: nn.Parameter, flags: Tensor) -> None:
+        super().__init__(parameter)
+        self._flags = flags_like(flags, parameter)
+        shape = tuple(self._flags.shape)
+        here = local(parameter)
+        by_rows = len(shape) > 1 and shape[-1] == 1 and shape[:-1] == tuple(here.shape[:-1]) and here.is_contiguous()
+        self._frozen = (~self._flags).reshape(-1).nonzero()[:, 0] if by_rows else None
+
+    @property
+    def nbytes(self) -> int:
+        here = local(self.parameter)
+        return here.nbytes if self._frozen is None else self._frozen.numel() * here.shape[-1] * here.element_size()
+
+    def remember(self) -> Tensor:
+        here = local(self.parameter.detach())
+        return here.clone() if self._frozen is None else here.flatten(0, -2).index_select(0, self._frozen)
+
+    def enforce(self, before: Tensor) -> None:
+        here = local(self.parameter.detach())
+        if self._frozen is None:
+            torch.where(self._flags, here, before, out=here)
+        else:
+            here.flatten(0, -2).index_copy_(0, self._frozen, before)
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        local(gradient).mul_(self._flags)
+
+
+class _Scale(Rule):
+    def __init__(self, parameter: nn.Parameter, factor: float) -> None:
+        super().__init__(parameter)
+        self._factor = factor
+
+    def remember(self) -> Tensor:
+        return local(self.parameter.detach()).clone()
+
+    def enforce(self, before: Tensor) -> None:
+        here = local(self.parameter.detach())
+        here.copy_(before.float() + self._factor * (here.float() - before.float()))
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        gradient.mul_(self._factor)
+
+
+class _Project(Rule):
+    """Rounding to the parameter's dtype puts a little of every update back; the next step takes that out again."""
+
+    def __init__(self, parameter: nn.Parameter, parts: Sequence[tuple[Rows, Basis]]) -> None:
+        super().__init__(parameter)
+        self._parts = [
+            (rows, Basis(*(None if side is None else replicated_like(side, parameter) for side in basis)))
+            for rows, basis in parts
+        ]
+        self._leaks: list[Basis | None] = [None] * len(parts)
+
+    def remember(self) -> Tensor:
+        return self.parameter.detach().clone()
+
+    def enforce(self, before: Tensor) -> None:
+        for number, (rows, basis) in enumerate(self._parts):
+            after, old = _part(self.parameter.detach(), rows), _part(before, rows).float()
+            leak = self._leaks[number]
+            after.copy_(old + _outside(after.float() - old, basis, leak))
+            self._leaks[number] = _leaked(after.float() - old, basis, leak)
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        for rows, basis in self._parts:
+            part = _part(gradient, rows)
+            part.copy_(_outside(part.float(), basis))
+
+
+class _Span(Rule):
+    nbytes = 0
+
+    def __init__(self, factor: nn.Parameter, basis: Tensor, over: int) -> None:
+        super().__init__(factor)
+        basis = replicated_like(basis, factor)
+        self._basis = Basis(basis, None) if over == 0 else Basis(None, basis)
+
+    def remember(self) -> Tensor:
+        return self.parameter.new_empty(0)
+
+    def enforce(self, before: Tensor) -> None:
+        factor = self.parameter.detach()
+        factor.copy_(_outside(factor.float(), self._basis))
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        gradient.copy_(_outside(gradient.float(), self._basis))
+
+
+def _part(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor if rows is None else tensor[rows[0], rows[1] : rows[2]]
+
+
+def _outside(update: Tensor, basis: Basis, leak: Basis | None = None) -> Tensor:
+    """What of an update [..., a, b] lies outside of a basis, less what earlier updates leaked into it.
+
+    With U^T D = left and D V = right for all updates so far, D, what is returned brings both to zero: they agree on
+    what lies in both (U^T right = left V), so the second product does not undo the first.
+    """
+    u, v = basis
+    left, right = leak or (None, None)
+    if u is not None:
+        inside = u.mT @ update
+        update = update - u @ (inside if left is None else inside + left)
+    if v is not None:
+        inside = update @ v
+        update = update - (inside if right is None else inside + right) @ v.mT
+    return update
+
+
+def _leaked(update: Tensor, basis: Basis, leak: Basis | None) -> Basis:
+    """What all updates so far have in the directions of a basis: U^T D [..., k, b] and D V [..., a, k]."""
+    (u, v), (left, right) = basis, leak or (None, None)
+    if u is not None:
+        left = u.mT @ update if left is None else left + u.mT @ update
+    if v is not None:
+        right = update @ v if right is None else right + update @ v
+    return Basis(left, right)

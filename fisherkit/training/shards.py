@@ -1,0 +1,57 @@
+"""Parameters that are spread over processes (FSDP2's DTensor): the part that lies here, and what belongs to it.
+
+Every process calls these in the same order: laying out a mask may talk to the others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return torch.distributed.is_available() and isinstance(tensor, _dtensor().DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that lies in this process, sharing memory; the tensor itself if it is not spread."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def flags_like(flags: Tensor, parameter: Tensor) -> Tensor:
+    """The flags of the part of ``parameter`` that lies here, on its device.
+
+    Args:
+        flags: bool, the same in every process, broadcastable to the whole parameter.
+        parameter: a parameter, spread or not.
+    """
+    flags = flags.to(parameter.device)
+    if not is_sharded(parameter):
+        return flags
+    dtensor = _dtensor()
+    # An axis of size 1 stands for all entries, wherever they lie.
+    placements = [
+        dtensor.Replicate() if placement.is_shard() and flags.shape[placement.dim] == 1 else placement
+        for placement in parameter.placements  # type: ignore[attr-defined]
+    ]
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    spread: Tensor = dtensor.distribute_tensor(flags.byte(), mesh, placements).to_local()
+    return spread.bool()
+
+
+def replicated_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every process holds whole, on the parameter's device and fit to compute with it."""
+    tensor = tensor.to(parameter.device)
+    if not is_sharded(parameter):
+        return tensor
+    dtensor = _dtensor()
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = dtensor.DTensor.from_local(tensor, mesh, [dtensor.Replicate()] * mesh.ndim, run_check=False)
+    return whole
+
+
+def _dtensor() -> Any:
+    import torch.distributed.tensor as dtensor
+
+    return dtensor

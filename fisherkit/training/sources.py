@@ -1,0 +1,154 @@
+"""What a caller may give as a mask, brought to one form.
+
+A path of a mask, a subspace or a ``layer_importance.json``; an open ``MaskFile``; a mapping of bool tensors, of modes
+(``<name>.U``, ``<name>.V``), or what is in a ``layer_importance.json``. Knows no model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fisherkit.checkpoint.importance import FLOOR, POWER, layer_scales, read_importance
+from fisherkit.checkpoint.maskentry import fit_shape, spans
+from fisherkit.checkpoint.maskfile import SIDES, MaskFile, open_mask
+from fisherkit.errors import CheckpointError
+
+Shape = tuple[int, ...]
+MaskLike = str | Path | MaskFile | Mapping[str, Any] | Sequence[float]
+
+
+class Basis(NamedTuple):
+    """Orthonormal columns that span the protected directions of a weight [..., a, b]: u [..., a, k], v [..., b, k]."""
+
+    u: Tensor | None
+    v: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a run is asked to obey.
+
+    Attributes:
+        kind: ``mask`` (binary), ``subspace``, or ``scale`` (one factor per layer).
+        label: what to call it in a message.
+        names: the weights it speaks of, by checkpoint name; empty for ``scale``.
+        flags: for a mask, name and shape of the weight -> bool tensor, broadcastable to it; True = may change.
+        basis: for a subspace, name and shape of the weight -> its protected directions, float32.
+        scales: for ``scale``, the factor of every layer.
+    """
+
+    kind: Literal["mask", "subspace", "scale"]
+    label: str
+    names: tuple[str, ...] = ()
+    flags: Callable[[str, Shape], Tensor] | None = None
+    basis: Callable[[str, Shape], Basis] | None = None
+    scales: Mapping[int, float] = field(default_factory=dict)
+
+
+class LazyMasks(Mapping[str, Tensor]):
+    """The masks of a file by checkpoint name, read when asked for; bool, broadcastable to the weight.
+
+    Flags of a file without a description (see ``checkpoint.maskfile``) come in the shape they have there.
+    """
+
+    def __init__(self, file: MaskFile) -> None:
+        self.file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.file.names:
+            raise KeyError(name)
+        return torch.from_numpy(self.file.read(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file.names)
+
+    def __len__(self) -> int:
+        return len(self.file.names)
+
+
+def load_mask(path: str | Path) -> LazyMasks:
+    """Open a mask file as a mapping from checkpoint names to bool tensors; True = may change.
+
+    Each is broadcastable to its weight: [out, 1] for a mask of rows, [1, in] of columns, the weight's shape otherwise.
+
+    Raises:
+        CheckpointError: no mask, damaged, or a subspace.
+    """
+    file = open_mask(path)
+    if file.kind != "mask":
+        raise CheckpointError(f"{path}: is a {file.kind}, not a mask; give its path to MaskedUpdate or constrain")
+    return LazyMasks(file)
+
+
+def read_wanted(mask: MaskLike, *, power: float = POWER, floor: float = FLOOR) -> Wanted:
+    """Bring what a caller gave to one form; files are opened, their tensors not read.
+
+    Args:
+        mask: see the module.
+        power: of layer scales, see ``checkpoint.importance``.
+        floor: of layer scales.
+
+    Raises:
+        CheckpointError: a file that is none of these or damaged, or a mapping of something else.
+        OptionError: power or floor outside their range.
+    """
+    if isinstance(mask, LazyMasks):
+        return _from_file(mask.file)
+    if isinstance(mask, MaskFile):
+        return _from_file(mask)
+    if isinstance(mask, str | Path) and Path(mask).suffix != ".json":
+        return _from_file(open_mask(mask))
+    if isinstance(mask, Mapping) and any(isinstance(value, Tensor) for value in mask.values()):
+        return _from_tensors(mask)
+    label = str(mask) if isinstance(mask, str | Path) else "the layer importance"
+    scales = layer_scales(read_importance(mask), power=power, floor=floor)
+    return Wanted(kind="scale", label=label, scales=scales)
+
+
+def _from_file(file: MaskFile) -> Wanted:
+    if file.kind == "mask":
+        return Wanted(kind="mask", label=str(file.path), names=file.names, flags=lambda n, s: _flags(file, n, s))
+    return Wanted(kind="subspace", label=str(file.path), names=file.names, basis=lambda n, s: _basis(*file.modes(n, s)))
+
+
+def _flags(file: MaskFile, name: str, shape: Shape) -> Tensor:
+    return torch.from_numpy(file.read(name, shape))
+
+
+def _basis(u: Any, s: Any, v: Any) -> Basis:
+    return Basis(*(None if part is None else torch.from_numpy(part) for part in (u, v)))
+
+
+def _from_tensors(tensors: Mapping[str, Any]) -> Wanted:
+    if all(isinstance(value, Tensor) and value.dtype == torch.bool for value in tensors.values()):
+        return Wanted(kind="mask", label="the mask", names=tuple(tensors), flags=lambda n, s: _fitted(tensors, n, s))
+    stems = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    if all(name.rpartition(".")[2] in SIDES and _is_floating(value) for name, value in tensors.items()):
+        return Wanted(
+            kind="subspace", label="the subspace", names=tuple(stems), basis=lambda n, s: _given(tensors, n, s)
+        )
+    odd = next(name for name, value in tensors.items() if not isinstance(value, Tensor) or value.dtype != torch.bool)
+    raise CheckpointError(f"{odd!r} of the mask is no bool tensor; True = may change (or give <name>.U and <name>.V)")
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _fitted(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
+    flags = tensors[name]
+    try:
+        return flags.view(fit_shape(tuple(flags.shape), shape))
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}; it was made for another model") from None
+
+
+def _given(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Basis:
+    parts = [tensors.get(f"{name}.{side}") for side in SIDES]
+    if not spans([None if part is None else tuple(part.shape) for part in parts], shape):
+        raise CheckpointError(f"the modes of {name} do not fit a weight of {list(shape)}; they are another model's")
+    return Basis(*(None if part is None else part.detach().float() for part in (parts[0], parts[2])))

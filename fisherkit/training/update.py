@@ -1,0 +1,192 @@
+"""Rules in force on an optimizer: around every step, or on the gradients before it.
+
+The weights to remember are a copy of what is masked. Where the optimizer updates each parameter by itself, it is made
+to take its step a few parameters at a time, so that only theirs are remembered at once.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fisherkit.checkpoint.importance import FLOOR, POWER
+from fisherkit.errors import OptionError, TrainingError
+from fisherkit.training.names import DEEPSPEED
+from fisherkit.training.resolve import make_rules
+from fisherkit.training.rules import Rule
+from fisherkit.training.sources import MaskLike, read_wanted
+
+Parity = Literal["paper"] | None
+
+_TURN_BYTES = 16 << 20
+# Optimizers that treat parameters one by one and keep nothing in their groups: a step by parts is the same step.
+_BY_PARAMETER = frozenset(
+    f"torch.optim.{name}"
+    for name in (
+        *("adadelta.Adadelta", "adagrad.Adagrad", "adam.Adam", "adamax.Adamax", "adamw.AdamW", "nadam.NAdam"),
+        *("radam.RAdam", "rmsprop.RMSprop", "sgd.SGD", "_adafactor.Adafactor"),
+    )
+) | {"transformers.optimization.Adafactor"}
+
+
+def constrain(
+    optimizer: Optimizer,
+    model: nn.Module,
+    mask: MaskLike,
+    *,
+    parity: Parity = None,
+    power: float = POWER,
+    floor: float = FLOOR,
+) -> "Handle":
+    """Make every coming step of ``optimizer`` obey ``mask``, until the handle is removed.
+
+    Parameters that the mask does not speak of stay free. Call it after the model is wrapped and the optimizer made. In
+    a distributed run every process calls it.
+
+    Args:
+        optimizer: any of torch's kind that holds the model's own parameters.
+        model: wrapped or not.
+        mask: path of a mask, a subspace or a ``layer_importance.json``; an open MaskFile; bool tensors by checkpoint
+            name (True = may change); modes by name (``<name>.U``, ``<name>.V``); or layer importance as numbers.
+            Entries that may not change keep their bits; the update of a weight stays out of a subspace (and so do LoRA
+            factors, from this call on); the update of a layer is multiplied by its scale.
+        parity: ``paper`` applies the mask to the gradients before the step instead, as it was published. Weight decay
+            and old momentum then move what is frozen, AdamW undoes scales and turns updates back into a subspace.
+        power: of layer scales, ``(median(I) / I) ** power``.
+        floor: the smallest layer scale.
+
+    Raises:
+        CheckpointError: the mask cannot be read, or was made for another model.
+        TrainingError: DeepSpeed, FSDP1, a binary mask on LoRA, or an optimizer that does not hold the masked weights.
+        OptionError: ``parity``, ``power`` or ``floor`` is not a possible value.
+    """
+    if parity not in (None, "paper"):
+        raise OptionError(f"parity must be None or 'paper', not {parity!r}")
+    optimizer = unwrap(optimizer)
+    wanted = read_wanted(mask, power=power, floor=floor)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    rules = make_rules(model, wanted, lambda parameter: parameter.requires_grad and id(parameter) in held)
+    return Handle(optimizer, lambda: rules, on_gradients=parity == "paper")
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The optimizer inside of accelerate's wrapper.
+
+    Raises:
+        TrainingError: DeepSpeed's, or nothing that steps as torch's optimizers do.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
+        raise TrainingError(DEEPSPEED)
+    if not isinstance(optimizer, Optimizer):
+        raise TrainingError(f"{type(optimizer).__name__} is no torch optimizer, so there is no step to hold to a mask")
+    return optimizer
+
+
+class Handle:
+    """Rules in force on an optimizer; ``remove`` ends that.
+
+    Attributes:
+        rules: asked before every step for what holds during it.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rules: Callable[[], Iterable[Rule]], *, on_gradients: bool = False
+    ) -> None:
+        self.rules = rules
+        self._on_gradients = on_gradients
+        # A step may call the step of its base class, hooks and all: what is remembered last is enforced first.
+        self._undo: list[Callable[[], None]] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Let the optimizer step freely again; a second call does nothing."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rules = list(self.rules())
+        if self._on_gradients:
+            for rule in rules:
+                if rule.parameter.grad is not None:
+                    rule.on_gradient(rule.parameter.grad)
+        elif _steps_by_parameter(optimizer, args, kwargs):
+            self._undo.append(_step_in_turns(optimizer, rules))
+        else:
+            remembered = [(rule, rule.remember()) for rule in rules]
+            self._undo.append(lambda: _enforce(remembered))
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._undo:
+            self._undo.pop()()
+
+
+def _enforce(remembered: Iterable[tuple[Rule, Tensor]]) -> None:
+    for rule, before in remembered:
+        rule.enforce(before)
+
+
+def _steps_by_parameter(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a step may be taken by parts: no closure to run first, and no other hook that would come too late."""
+    kind = type(optimizer)
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return (
+        f"{kind.__module__}.{kind.__name__}" in _BY_PARAMETER
+        and all(given is None for given in (*args[1:], *kwargs.values()))  # the first is the optimizer
+        and all(len(own) == 1 for own in hooks)
+        and hasattr(kind.step, "__wrapped__")
+    )
+
+
+def _step_in_turns(optimizer: Optimizer, rules: Iterable[Rule]) -> Callable[[], None]:
+    """Take the whole step a few parameters at a time; what follows the hook then finds no parameter left to update.
+
+    Returns:
+        What gives the optimizer its groups back.
+    """
+    step = inspect.unwrap(type(optimizer).step, stop=lambda function: not hasattr(function, "hooked"))
+    groups, by_parameter = optimizer.param_groups, _by_parameter(rules)
+    try:
+        for group in groups:
+            for turn in _turns(group["params"], by_parameter):
+                optimizer.param_groups = [{**group, "params": turn}]
+                held = [rule for parameter in turn for rule in by_parameter.get(parameter, ())]
+                remembered = [(rule, rule.remember()) for rule in held if rule.parameter.grad is not None]
+                step(optimizer)
+                _enforce(remembered)
+    except BaseException:
+        optimizer.param_groups = groups
+        raise
+    optimizer.param_groups = []
+    return lambda: setattr(optimizer, "param_groups", groups)
+
+
+def _by_parameter(rules: Iterable[Rule]) -> dict[nn.Parameter, list[Rule]]:
+    found: dict[nn.Parameter, list[Rule]] = {}
+    for rule in rules:
+        found.setdefault(rule.parameter, []).append(rule)
+    return found
+
+
+def _turns(parameters: list[nn.Parameter], rules: Mapping[nn.Parameter, list[Rule]]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, as many at a time as have _TURN_BYTES to remember."""
+    turn: list[nn.Parameter] = []
+    room = _TURN_BYTES
+    for parameter in parameters:
+        need = sum(rule.nbytes for rule in rules.get(parameter, ()))
+        if turn and need > room:
+            yield turn
+            turn, room = [], _TURN_BYTES
+        turn.append(parameter)
+        room -= need
+    if turn:
+        yield turn

@@ -1,0 +1,93 @@
+"""The examples run, as written, on a tiny model."""
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_training_names import on_disk
+
+import fisherkit
+
+pytest.importorskip("accelerate")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ROWS = {
+    "old": [("Name three rivers.", "Yes."), ("What is two plus two?", "Good morning."), ("No!", "Three rivers.")],
+    "new": [("What is the capital?", "Yes."), ("Good morning to you all.", "Two plus two."), ("Yes.", "No!")],
+}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with old.jsonl and new.jsonl, in which the example runs."""
+    for name, pairs in ROWS.items():
+        text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, example: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [example, *map(os.fspath, map(str, arguments))])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+
+
+@pytest.mark.parametrize("kind", ["fggm", "random", "migu", "none"])
+def test_mask_trainer(
+    kind: str,
+    checkpoint: Callable[[str], Path],
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = checkpoint("llama")
+    options = ("--mask", kind, "--steps", 2, "--rate", 1e-2)
+    run(monkeypatch, "mask_trainer.py", model, "new.jsonl", "out", *options)
+    before, after = on_disk(model), on_disk(rows / "out" / "model")
+    changed = {name: (before[name] != after[name]).any(-1) for name in before if before[name].ndim == 2}
+    if kind in ("fggm", "random"):
+        masks = fisherkit.load_mask(rows / "out" / "mask.safetensors")
+        assert all(not (changed[name] & ~masks[name][:, 0]).any() for name in masks)
+        assert "weights may change" in capsys.readouterr().out
+    share = float(torch.cat([own for name, own in changed.items() if ".layers." in name]).float().mean())
+    assert {"fggm": 0.2, "random": 0.2, "migu": 0.25, "none": 0.9}[kind] < share
+    assert share < {"fggm": 0.31, "random": 0.31, "migu": 0.65, "none": 1.1}[kind]
+
+
+def test_subspace_lora(checkpoint: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    options = ("--rank", 4, "--steps", 2)
+    run(monkeypatch, "subspace_lora.py", checkpoint("llama"), "old.jsonl", "new.jsonl", "out", *options)
+    assert (rows / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_layer_scale(checkpoint: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "layer_scale.py", checkpoint("llama"), "old.jsonl", "new.jsonl", "out", "--steps", 2)
+    assert (rows / "out" / "model" / "config.json").is_file()
+
+
+def test_fggm_tasks(
+    checkpoint: Callable[[str], Path],
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(monkeypatch, "fggm_tasks.py", checkpoint("llama"), "out", "old.jsonl", "new.jsonl", "--steps", 2)
+    assert capsys.readouterr().out.strip().endswith(str(Path("out") / "01-new" / "model"))
+    assert (rows / "out" / "01-new" / "model" / "tokenizer.json").is_file()
+
+
+def test_every_example_is_tested() -> None:
+    text = Path(__file__).read_text()
+    assert all(path.name in text or path.name == "data.py" for path in EXAMPLES.glob("*.py"))

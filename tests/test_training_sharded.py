@@ -1,0 +1,26 @@
+"""FSDP2: masks hold on weights that are spread over processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_masks_hold_on_what_fsdp2_spreads_over_two_processes(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sharded_worker.py"), str(tmp_path / "store")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("all held\n")
