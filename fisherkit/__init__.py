@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
     from fisherkit.methods.fapm import FapmReport, fapm, plan_fapm, sweep_fapm
     from fisherkit.methods.fisher import ExtractReport, extract, plan_extract
+    from fisherkit.methods.masks import MaskReport, mask
     from fisherkit.methods.merge import MergeReport, merge
     from fisherkit.methods.summary import Summary, inspect
-    from fisherkit.options import ExtractOptions, FapmOptions, MergeOptions
+    from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
     from fisherkit.training.sources import load_mask
 
 __version__ = "0.1.0"
@@ -33,6 +34,9 @@ _HOMES = {
     "extract": "fisherkit.methods.fisher",
     "inspect": "fisherkit.methods.summary",
     "load_mask": "fisherkit.training.sources",
+    "mask": "fisherkit.methods.masks",
+    "MaskOptions": "fisherkit.options",
+    "MaskReport": "fisherkit.methods.masks",
     "plan_extract": "fisherkit.methods.fisher",
 }
 
@@ -42,6 +46,8 @@ __all__ = [
     "FapmOptions",
     "FapmReport",
     "FisherkitError",
+    "MaskOptions",
+    "MaskReport",
     "MergeOptions",
     "MergeReport",
     "Summary",
@@ -50,6 +56,7 @@ __all__ = [
     "fapm",
     "inspect",
     "load_mask",
+    "mask",
     "merge",
     "plan_extract",
     "plan_fapm",

@@ -24,13 +24,14 @@ Combine = Literal["sum", "mean", "max"]
 Preset = Literal["fggm", "fish", "ssu"]
 MaskScore = Literal["fisher", "magnitude", "fisher-weight", "random", "gallop"]
 Contrast = Literal["ratio", "difference", "relu-difference"]
-Basis = Literal["fisher", "sqrt-fisher", "weight", "fisher-weight", "delta"]
+Basis = Literal["fisher", "sqrt-fisher", "weight", "fisher-weight", "delta", "activation", "kron"]
 ExportTarget = Literal["peft-shira", "axolotl", "llamafactory", "mergekit"]
 Loss = Literal["auto", "all", "completion", "assistant"]
 Labels = Literal["data", "sampled"]
 Reduction = Literal["mean", "sum"]
 Engine = Literal["auto", "stream", "resident"]
 Store = Literal["bf16", "fp32"]
+Statistics = Literal["fisher", "activations"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ChatTemplate = Literal["auto", "on", "off"]
 
@@ -153,6 +154,8 @@ class ExtractOptions(PromptOptions):
         engine: ``stream`` (block by block), ``resident`` (whole model), or ``auto``.
         resume: continue what a killed run left in ``<out>.partial/``.
         store: dtype of the file, ``bf16`` or ``fp32``.
+        statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
+            the gradients at what comes out.
         seed: seed of sampled labels.
         force: replace an existing output.
         trust_remote_code: run Python code that ships with the checkpoint.
@@ -170,6 +173,7 @@ class ExtractOptions(PromptOptions):
     engine: Engine = "auto"
     resume: bool = False
     store: Store = "bf16"
+    statistics: Statistics = "fisher"
     seed: int = 0
     force: bool = False
     trust_remote_code: bool = False
@@ -187,6 +191,7 @@ class ExtractOptions(PromptOptions):
             ("reduction", self.reduction, Reduction),
             ("engine", self.engine, Engine),
             ("store", self.store, Store),
+            ("statistics", self.statistics, Statistics),
         ):
             _one_of(option, value, kind)
         _device(self.device)
@@ -278,7 +283,7 @@ class MergeOptions(PairOptions):
     Attributes:
         mask: a mask file; entries that may not change stay the base's.
         subspace: a subspace file; what lies in its directions is removed from the delta.
-        side: of which directions: of outputs (``left``, U), of inputs (``right``, V), or of either.
+        side: of which directions: of outputs (``left``), of inputs (``right``), or of either.
         layer_scale: a ``layer_importance.json``; the delta of a layer is scaled by ``(median(I) / I_layer)^power``,
             I being the mean Fisher of a layer's weights, clipped to ``[floor, 1]``.
         power: see above.
@@ -353,7 +358,10 @@ class MaskOptions:
         svd_energy: as many modes as hold this share of a matrix's sum of squares, above 0 and at most 1.
         basis: the matrix whose modes are taken; None for ``fisher``.
         delta: a fine-tune of ``weights``, for the basis ``delta``.
-        side: which modes are stored: of outputs (``left``, U), of inputs (``right``, V), or both.
+        activations: what ``extract --statistics activations`` wrote, for the bases ``activation`` and ``kron``; None
+            for what lies beside the Fisher.
+        side: which modes are stored: of outputs (``left``), of inputs (``right``), or both; None for both, and for the
+            inputs that the basis ``activation`` knows alone.
         device: where modes are computed: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         seed: of random scores.
         force: replace an existing output.
@@ -374,7 +382,8 @@ class MaskOptions:
     svd_energy: float | None = None
     basis: Basis | None = None
     delta: str | None = None
-    side: Side = "both"
+    activations: Path | None = None
+    side: Side | None = None
     device: str = "auto"
     seed: int = 0
     force: bool = False
@@ -405,6 +414,16 @@ class MaskOptions:
     def is_subspace(self) -> bool:
         """Whether directions are protected, not entries."""
         return self.svd_rank is not None or self.svd_energy is not None
+
+    @property
+    def reads_activations(self) -> bool:
+        """Whether the basis is one of activations."""
+        return self.basis in ("activation", "kron")
+
+    @property
+    def stored_side(self) -> Side:
+        """Which modes are stored."""
+        return self.side or ("right" if self.basis == "activation" else "both")
 
     @property
     def selection(self) -> Selection:
@@ -440,8 +459,7 @@ class MaskOptions:
         if self.contrast is not None and self.against is None:
             raise OptionError(f"--contrast {self.contrast} compares with a second Fisher; give it with --against")
         self._refuse("is for subspaces (--svd-rank or --svd-energy)", basis=self.basis, delta=self.delta)
-        if self.side != "both":
-            raise OptionError(f"--side {self.side} is for subspaces (--svd-rank or --svd-energy)")
+        self._refuse("is for subspaces (--svd-rank or --svd-energy)", side=self.side, activations=self.activations)
 
     def _check_subspace(self) -> None:
         if self.svd_rank is not None and self.svd_energy is not None:
@@ -458,6 +476,10 @@ class MaskOptions:
         self._check_weights(f"--basis {basis}", needed=basis in ("weight", "fisher-weight", "delta"))
         if (basis == "delta") != (self.delta is not None):
             raise OptionError("--basis delta and --delta FT belong together: the modes of FT - WEIGHTS")
+        if self.activations is not None and not self.reads_activations:
+            raise OptionError(f"--activations is given, but --basis {basis} does not look at them")
+        if basis == "activation" and self.stored_side != "right":
+            raise OptionError(f"--side {self.side}: --basis activation knows inputs (right); --basis kron has both")
 
     def _check_weights(self, reader: str, *, needed: bool) -> None:
         if needed and self.weights is None:

@@ -3,6 +3,9 @@
 Per tensor: Spearman's rank correlation (on at most a million positions drawn with a fixed seed) and the share of the
 first file's largest 10 and 30 % that are among the second's largest as well (exact; ties by index; two unrelated
 tensors overlap by 0.1 and 0.3). Rows of several tensors hold the mean over tensors, weighted by size.
+
+Two masks: the Jaccard overlap of the entries that may change, those that both allow over those that either does. Rows
+of several tensors count all of their entries.
 """
 
 import math
@@ -18,6 +21,9 @@ from fisherkit.methods.sources import Source, Track
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fisherkit.checkpoint.maskentry import Flags
+
+Shape = tuple[int, ...]
 TOP = (0.1, 0.3)
 
 
@@ -41,6 +47,38 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """Which entries two masks let change.
+
+    Attributes:
+        weights: entries compared.
+        here: how many the first lets change.
+        there: how many the second does.
+        both: how many both do.
+    """
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("jaccard", "chance")
+
+    weights: int
+    here: int
+    there: int
+    both: int
+
+    @property
+    def jaccard(self) -> float:
+        """What both let change over what either does; NaN where neither lets anything."""
+        either = self.here + self.there - self.both
+        return self.both / either if either else math.nan
+
+    @property
+    def chance(self) -> float:
+        """The same for two unrelated masks of these densities."""
+        both = self.here * self.there / self.weights if self.weights else 0.0
+        either = self.here + self.there - both
+        return both / either if either else math.nan
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How far the other file agrees.
 
@@ -52,22 +90,32 @@ class Comparison:
     """
 
     path: Path
-    tensors: Mapping[str, Agreement]
+    tensors: Mapping[str, Agreement] | Mapping[str, Overlap]
     only_here: int
     only_there: int
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is known of a row."""
+        return Overlap.COLUMNS if isinstance(next(iter(self.tensors.values())), Overlap) else Agreement.COLUMNS
+
 
 def compare(source: Source, other: Path, track: Track | None = None) -> Comparison:
-    """Compare all tensors that two Fishers (or two checkpoints) have in common, one at a time.
+    """Compare all tensors that two Fishers, two checkpoints or two masks have in common, one at a time.
 
     Raises:
         CheckpointError: the other file cannot be read, has no tensor in common, or another shape.
-        OptionError: either file holds no numbers per weight (a mask, a JSON file).
+        OptionError: files of two kinds, or without numbers per weight (a subspace, a JSON file).
     """
+    if source.kind == "subspace":
+        raise OptionError(f"{source.path}: subspaces are not compared; compare two masks, Fishers or checkpoints")
+    if source.kind == "mask":
+        return _compare_masks(source.path, other, track)
     from fisherkit.checkpoint.reader import Reader
 
     here, there = (_open(path) for path in (source.path, other))
-    common = _common(here, there, source.path, other)
+    shapes = [{name: info.shape for name, info in index.tensors.items()} for index in (here, there)]
+    common = _common(shapes[0], shapes[1], source.path, other)
     agreements: dict[str, Agreement] = {}
     with Reader(here) as reader_here, Reader(there) as reader_there:
         for done, name in enumerate(common, start=1):
@@ -77,9 +125,14 @@ def compare(source: Source, other: Path, track: Track | None = None) -> Comparis
     return Comparison(other, agreements, len(here.tensors) - len(common), len(there.tensors) - len(common))
 
 
-def mean_agreement(comparison: Comparison, names: Sequence[str]) -> Agreement | None:
-    """The mean over the named tensors, weighted by size; None when none of them was compared."""
-    found = [comparison.tensors[name] for name in names if name in comparison.tensors]
+def mean_agreement(comparison: Comparison, names: Sequence[str]) -> Agreement | Overlap | None:
+    """The mean over the named tensors, weighted by size, or for masks the counts; None when none was compared."""
+    compared = [comparison.tensors[name] for name in names if name in comparison.tensors]
+    masks = [one for one in compared if isinstance(one, Overlap)]
+    found = [one for one in compared if isinstance(one, Agreement)]
+    if masks:
+        counts = [[one.weights, one.here, one.there, one.both] for one in masks]
+        return Overlap(*map(sum, zip(*counts, strict=True)))
     if not found:
         return None
     return Agreement(sum(one.weights for one in found), *(_mean(found, column) for column in Agreement.COLUMNS))
@@ -100,15 +153,46 @@ def _open(path: Path) -> CheckpointIndex:
     return index
 
 
-def _common(here: CheckpointIndex, there: CheckpointIndex, path: Path, other: Path) -> list[str]:
-    common = [name for name in here.tensors if name in there.tensors]
+def _common(here: Mapping[str, Shape | None], there: Mapping[str, Shape | None], path: Path, other: Path) -> list[str]:
+    """Names that both have; shapes are held against each other where both are known."""
+    common = [name for name in here if name in there]
     if not common:
         raise CheckpointError(f"{path} and {other} have no tensor in common: they are not of the same model")
     for name in common:
-        shapes = [tuple(index.tensors[name].shape) for index in (here, there)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(f"{name} is {list(shapes[0])} in {path} and {list(shapes[1])} in {other}")
+        one, two = here[name], there[name]
+        if one is not None and two is not None and one != two:
+            raise CheckpointError(f"{name} is {list(one)} in {path} and {list(two)} in {other}")
     return common
+
+
+def _compare_masks(path: Path, other: Path, track: Track | None) -> Comparison:
+    from fisherkit.checkpoint.maskfile import open_mask  # brings numpy in
+
+    with open_mask(path) as here, open_mask(other) as there:
+        if there.kind != "mask":
+            raise OptionError(f"{other}: is a {there.kind}; a mask is compared with a mask")
+        shapes = [{name: file.shape(name) for name in file.names} for file in (here, there)]
+        common = _common(shapes[0], shapes[1], path, other)
+        found: dict[str, Overlap] = {}
+        for done, name in enumerate(common, start=1):
+            shape = here.shape(name) or there.shape(name)
+            found[name] = _overlap(here.read(name, shape), there.read(name, shape), shape)
+            if track is not None:
+                track("comparing", done, len(common))
+    return Comparison(other, found, len(here.names) - len(common), len(there.names) - len(common))
+
+
+def _overlap(here: "Flags", there: "Flags", shape: Shape | None) -> Overlap:
+    """Counts of entries, whichever axes the flags are spread over."""
+    import numpy as np
+
+    if shape is None and here.shape != there.shape:
+        raise CheckpointError(
+            f"flags of {list(here.shape)} and {list(there.shape)}: only a .json beside them tells more"
+        )
+    weights = math.prod(here.shape if shape is None else shape)
+    counted = (int(np.count_nonzero(flags)) * weights // max(flags.size, 1) for flags in (here, there, here & there))
+    return Overlap(weights, *counted)
 
 
 def _agreement(here: "Tensor", there: "Tensor") -> Agreement:

@@ -18,6 +18,7 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.engine.config import choose_dtype, read_config
 from fisherkit.engine.device import choose_device
 from fisherkit.engine.memory import available_bytes
+from fisherkit.engine.moments import memory_of_moments
 from fisherkit.engine.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.prompts import PromptSet, load_prompts
 from fisherkit.engine.skeleton import Skeleton, blocks_in_groups, build_skeleton
@@ -113,6 +114,7 @@ class Run:
             batch_tokens=self.options.batch_tokens,
             longest=self.options.max_length,
             on_host=False,
+            moments=moment_memory(self.skeleton, self.plan, self.options),
         )
         return bool(weights + need.device <= HEADROOM * available_bytes(self.device))
 
@@ -164,10 +166,16 @@ def make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device,
         batch_tokens=options.batch_tokens,
         longest=longest,
         on_host=device.type == "cpu",
+        moments=moment_memory(skeleton, wanted, options),
     )
     if len(plan.groups) != len(wanted.groups):
         say(f"group size lowered from {options.group_size} to {len(plan.groups[0])}: more would not fit the memory")
     return plan
+
+
+def moment_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
+    """What second moments take in memory, see ``memory_of_moments``; nothing where none are gathered."""
+    return memory_of_moments(skeleton, plan) if options.statistics == "activations" else {}
 
 
 def load_tokenizer(source: ModelSource, options: ExtractOptions) -> Any:

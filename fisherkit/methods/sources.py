@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fisherkit.checkpoint.reader import Reader
     from fisherkit.kernels.stats import TensorStats
 
-Kind = Literal["fisher", "mask", "checkpoint", "importance"]
+Kind = Literal["fisher", "mask", "subspace", "checkpoint", "importance"]
 Track = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
 
@@ -31,7 +31,11 @@ _ROWS_BYTES = 32 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor: where it sits and what is in it. Figures are of magnitudes; see kernels.stats."""
+    """One tensor: where it sits and what is in it. Figures are of magnitudes; see kernels.stats.
+
+    Of a mask, ``sum`` counts the weights that may change. Of a subspace it is the share of energy held, times the
+    weights; ``rank`` is the number of modes and ``effective_rank`` that which the matrix spreads over.
+    """
 
     name: str
     layer: int | None
@@ -42,18 +46,20 @@ class Entry:
     max: float = math.nan
     zeros: int = 0
     nonfinite: int = 0
+    rank: int = 0
+    effective_rank: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What was read: a Fisher, a mask, a plain checkpoint, or a ``layer_importance.json``.
+    """What was read: a Fisher, a mask, a subspace, a plain checkpoint, or a ``layer_importance.json``.
 
     Attributes:
         kind: what the file holds.
         path: the file or folder.
         entries: one per tensor, in the file's order (one per layer for ``importance``).
         histogram: of all tensors together.
-        provenance: how it was made, as extract wrote it; None when nothing was written.
+        provenance: how it was made, as extract or mask wrote it; None when nothing was written.
         notes: what a person should know about how this was read.
     """
 
@@ -79,6 +85,8 @@ def read_source(path: Path, track: Track | None = None) -> Source:
             return _from_sidecar(found, path)
         note = f"{sidecar.name} does not belong to this file ({stale}): reading the tensors instead"
         return _read_tensors(path, track, (note,))
+    if isinstance(found, dict) and str(found.get("format", "")).startswith("fisherkit.mask/"):
+        return _from_mask(found, path)
     return _read_tensors(path, track, ())
 
 
@@ -105,6 +113,8 @@ def _read_json(path: Path) -> Source:
         if problem:
             raise CheckpointError(f"{path}: {problem}; run extract again or inspect the tensor file itself")
         return _from_sidecar(content, path)
+    if isinstance(content, dict) and str(content.get("format", "")).startswith("fisherkit.mask/"):
+        return _from_mask(content, path.with_name(str(content.get("file"))))
     return _from_importance(content, path)
 
 
@@ -176,6 +186,33 @@ def _placed(figures: Mapping[str, Mapping[str, Any]]) -> tuple[Entry, ...]:
     return tuple(Entry(name=name, **vars(places[name]), **known) for name, known in figures.items())
 
 
+# What mask wrote
+
+
+def _from_mask(made: Mapping[str, Any], path: Path) -> Source:
+    """A mask or subspace with its description; raises CheckpointError where the two do not fit."""
+    from fisherkit.checkpoint.maskfile import open_mask  # brings numpy in
+
+    with open_mask(path) as file:
+        found = {name: entry for name in file.names if (entry := file.entry(name)) is not None}
+        kind = file.kind
+    figures: dict[str, dict[str, Any]] = {}
+    for name, entry in found.items():
+        if kind == "mask":
+            figures[name] = {"sum": float(entry.kept), "max": float(entry.kept > 0), "zeros": entry.numel - entry.kept}
+        else:
+            figures[name] = _modes_figures(made["tensors"][name], entry.numel)
+        figures[name]["weights"] = entry.numel
+    provenance = {key: value for key, value in made.items() if key != "tensors"}
+    return Source(kind=kind, path=path, entries=_placed(figures), provenance=provenance)
+
+
+def _modes_figures(row: Mapping[str, Any], weights: int) -> dict[str, Any]:
+    energy = _number(row.get("energy"))
+    known = {"rank": int(row.get("rank") or 0), "effective_rank": _number(row.get("effective_rank"))}
+    return {"sum": energy * weights, "max": energy, **known}
+
+
 # The tensors themselves
 
 
@@ -222,7 +259,7 @@ def _kind(index: CheckpointIndex, path: Path, negative: int) -> Kind:
     if dtypes == {"BOOL"}:
         return "mask"
     if dtypes == {"U8"}:
-        raise CheckpointError(f"{path}: holds packed bits, whose shapes this version cannot read")
+        raise CheckpointError(f"{path}: holds packed bits, whose shapes are in {path.stem}.json; put that beside it")
     return "checkpoint" if negative or (path / "config.json").is_file() else "fisher"
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from fisherkit.errors import OptionError
 from fisherkit.kernels.histogram import Histogram
-from fisherkit.methods.compare import Agreement, Comparison, compare, mean_agreement
+from fisherkit.methods.compare import Agreement, Comparison, Overlap, compare, mean_agreement
 from fisherkit.methods.records import Value, finite
 from fisherkit.methods.sources import Entry, Kind, Source, Track, read_source
 
@@ -27,6 +27,7 @@ _NAMES: Mapping[By, Callable[[Entry], str]] = {
     "module": lambda entry: entry.module,
     "tensor": lambda entry: entry.name,
 }
+_MODES = ("tensors", "weights", "rank", "energy", "effective_rank")
 _FIGURES = ("tensors", "weights", "sum", "mean", "share", "max", "zeros", "nonfinite")
 
 
@@ -40,12 +41,14 @@ class Row:
         tensors: how many tensors were added up.
         weights: how many entries they have.
         sum: of their finite entries.
-        mean: ``sum / weights``; for a mask, the share of weights that may change.
+        mean: ``sum / weights``; for a mask, the share of weights that may change, for a subspace that of energy held.
         share: of the file's total sum.
         max: the largest finite entry.
         zeros: entries that are exactly zero.
         nonfinite: infinities and NaN.
         agreement: with the other file, where two are compared.
+        rank: protected directions per tensor, on average.
+        effective_rank: over how many each matrix spreads, on average.
     """
 
     name: str
@@ -58,7 +61,9 @@ class Row:
     max: float
     zeros: int
     nonfinite: int
-    agreement: Agreement | None = None
+    agreement: Agreement | Overlap | None = None
+    rank: float = 0.0
+    effective_rank: float = 0.0
 
     @property
     def dead(self) -> bool:
@@ -68,19 +73,21 @@ class Row:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Mean per layer and module of the text model's blocks: of magnitudes on a log scale, of flags from 0 to 1.
+    """Mean per layer and module of the text model's blocks: of magnitudes on a log scale, of shares from 0 to 1.
 
     Attributes:
         layers: block numbers, ascending.
         modules: in order of first appearance.
         means: by ``(layer, module)``; a pair without a tensor is missing.
-        linear: the means are densities.
+        linear: the means are shares.
+        measure: what they are: ``mean``, ``density`` or ``energy``.
     """
 
     layers: tuple[int, ...]
     modules: tuple[str, ...]
     means: Mapping[tuple[int, str], float]
     linear: bool = False
+    measure: str = "mean"
 
     @cached_property
     def bounds(self) -> tuple[float, float] | None:
@@ -106,7 +113,7 @@ class Summary:
     """What ``inspect`` found.
 
     Attributes:
-        kind: ``fisher``, ``mask``, ``checkpoint`` or ``importance`` (a ``layer_importance.json``).
+        kind: ``fisher``, ``mask``, ``subspace``, ``checkpoint`` or ``importance`` (a ``layer_importance.json``).
         path: the file or folder.
         by: what a row is.
         columns: names of the columns that apply, the row's name first.
@@ -142,16 +149,16 @@ class Summary:
 
         Empty where that is unknown, and for masks, whose flags are all alike.
         """
-        known = self.histogram.total > 0 and self.kind != "mask"
+        known = self.histogram.total > 0 and self.kind not in ("mask", "subspace")
         return tuple((top, self.histogram.mass(top)) for top in MASS_POINTS) if known else ()
 
     def value(self, row: Row, column: str) -> Value:
         """What a row has in a column; None for what is unknown or not finite."""
         if column == self.by:
             return row.name
-        if column in Agreement.COLUMNS:
+        if self.comparison is not None and column in self.comparison.columns:
             return finite(getattr(row.agreement, column, None))
-        return finite(getattr(row, "mean" if column == "density" else column))
+        return finite(getattr(row, "mean" if column in ("density", "energy") else column))
 
     def records(self) -> list[dict[str, Value]]:
         """The rows as plain dictionaries, fit for JSON."""
@@ -180,7 +187,7 @@ class Summary:
 def inspect(
     path: str | Path, other: str | Path | None = None, *, by: By = "layer", track: Track | None = None
 ) -> Summary:
-    """Summarise a Fisher, a mask, a plain checkpoint or a ``layer_importance.json``.
+    """Summarise a Fisher, a mask, a subspace, a plain checkpoint or a ``layer_importance.json``.
 
     Statistics beside a Fisher are used when they belong to it; otherwise its tensors are read once in constant memory.
 
@@ -214,7 +221,7 @@ def _summarise(source: Source, by: By, comparison: Comparison | None) -> Summary
         rows=_rows(entries, _NAMES[by], total, comparison),
         layers=_rows(entries, _NAMES["layer"], total, comparison),
         total=_row("total", entries, total, comparison),
-        heat=_heat_map(entries, linear=source.kind == "mask"),
+        heat=_heat_map(entries, {"mask": "density", "subspace": "energy"}.get(source.kind, "mean")),
         histogram=source.histogram,
         dead=tuple(entry.name for entry in entries if 0 < entry.weights == entry.zeros),
         broken=tuple(entry.name for entry in entries if entry.nonfinite),
@@ -228,8 +235,10 @@ def _columns(source: Source, by: By, comparison: Comparison | None) -> tuple[str
     if source.kind == "importance":
         known = any(entry.weights for entry in source.entries)
         return (by, "weights", "sum", "mean", "share") if known else (by, "sum", "share")
+    if source.kind == "subspace":
+        return (by, *_MODES)
     figures = tuple("density" if source.kind == "mask" and name == "mean" else name for name in _FIGURES)
-    return (by, *figures, *(Agreement.COLUMNS if comparison else ()))
+    return (by, *figures, *(comparison.columns if comparison else ()))
 
 
 def _model_order(entries: Sequence[Entry]) -> list[Entry]:
@@ -264,15 +273,21 @@ def _row(name: str, entries: Sequence[Entry], total: float, comparison: Comparis
         zeros=sum(entry.zeros for entry in entries),
         nonfinite=sum(entry.nonfinite for entry in entries),
         agreement=mean_agreement(comparison, [entry.name for entry in entries]) if comparison else None,
+        rank=_average([entry.rank for entry in entries]),
+        effective_rank=_average([entry.effective_rank for entry in entries]),
     )
 
 
-def _heat_map(entries: Sequence[Entry], *, linear: bool) -> HeatMap:
+def _average(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _heat_map(entries: Sequence[Entry], measure: str) -> HeatMap:
     inside = [entry for entry in entries if entry.layer is not None and entry.module]
     cells = _grouped(inside, lambda entry: (entry.layer or 0, entry.module))
     means = {cell: _row("", group, math.nan, None).mean for cell, group in cells.items()}
     layers = tuple(dict.fromkeys(layer for layer, _ in means))
-    return HeatMap(layers, tuple(dict.fromkeys(module for _, module in means)), means, linear)
+    return HeatMap(layers, tuple(dict.fromkeys(module for _, module in means)), means, measure != "mean", measure)
 
 
 def _natural(value: Value) -> Any:

@@ -1,0 +1,48 @@
+"""``fisherkit export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherkit import console
+from fisherkit.cli.app import OUTPUT, Debug, Force, app, run
+from fisherkit.options import ExportOptions
+
+
+@app.command()
+def export(
+    mask: Annotated[Path, typer.Argument(help="A mask, or a layer_importance.json where layers are enough.")],
+    to: Annotated[str, typer.Option("--to", help="peft-shira, axolotl, llamafactory, or mergekit.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a file; stdout otherwise.", rich_help_panel=OUTPUT)
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(help="axolotl: of the layer that may change most; others are scaled down.")
+    ] = 1e-5,
+    base: Annotated[str | None, typer.Option(help="mergekit: the base; that of the Fisher otherwise.")] = None,
+    tuned: Annotated[str | None, typer.Option(help="mergekit: the fine-tune.")] = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write what other tools can take of a mask: config for trainers and mergers, masks for peft's SHiRA.
+
+    Example: fisherkit export mask.safetensors --to axolotl >> config.yaml
+    """
+
+    def command() -> None:
+        from fisherkit.methods import export as exports
+
+        options = ExportOptions(
+            to=to,  # type: ignore[arg-type]  # checked by the dataclass
+            learning_rate=learning_rate,
+            base=base,
+            tuned=tuned,
+            force=force,
+        )
+        if out is None:
+            console.show_text(exports.export(mask, options))
+            return
+        typer.echo(str(exports.write_export(mask, out, options)))
+
+    run(command, debug=debug)

@@ -1,0 +1,152 @@
+"""``fisherkit mask``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherkit import console
+from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
+from fisherkit.options import MaskOptions
+
+WHICH, SCORES, SUBSPACE = "Which entries may change", "What is ranked", "Protected directions instead"
+
+
+@app.command()
+def mask(
+    fisher: Annotated[Path, typer.Argument(help="A Fisher that extract wrote: .safetensors, a folder, or .pt.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="A .safetensors file; a .json goes beside it.", rich_help_panel=OUTPUT)
+    ] = Path("mask.safetensors"),
+    train: Annotated[
+        str | None,
+        typer.Option(help="top: what ranks highest may change, all else is frozen (new task).", rich_help_panel=WHICH),
+    ] = None,
+    protect: Annotated[
+        str | None,
+        typer.Option(
+            help="top: what ranks highest is frozen, all else may change (old ability).", rich_help_panel=WHICH
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share that is the top; 0.3 unless a preset says.", rich_help_panel=WHICH)
+    ] = None,
+    aggregate: Annotated[
+        str | None,
+        typer.Option(
+            help="Rank output rows by scores combined over their input, columns by those over their output, or entries "
+            "(none); input unless a preset says.",
+            rich_help_panel=WHICH,
+        ),
+    ] = None,
+    combine: Annotated[
+        str | None, typer.Option(help="How scores are combined: sum (default), mean, max.", rich_help_panel=WHICH)
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Take the top of every tensor (default), every layer, or global.", rich_help_panel=WHICH),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="fggm (rows, 0.3 of every tensor, train), fish (entries, 0.005 global, train), ssu (columns, 0.5 of "
+            "every tensor, protect); other options win.",
+            rich_help_panel=WHICH,
+        ),
+    ] = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            help="fisher, magnitude (|W|), fisher-weight (F W^2), gallop (sqrt F / |W|), or random, the control.",
+            rich_help_panel=SCORES,
+        ),
+    ] = "fisher",
+    weights: Annotated[
+        str | None, typer.Option(help="The model, for what looks at its weights.", rich_help_panel=SCORES)
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A second Fisher: rank by how far the first exceeds it.", rich_help_panel=SCORES)
+    ] = None,
+    contrast: Annotated[
+        str | None,
+        typer.Option(
+            help="How: ratio (default), difference, relu-difference; each Fisher by its own mean.",
+            rich_help_panel=SCORES,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random scores.", rich_help_panel=SCORES)] = 0,
+    svd_rank: Annotated[
+        int | None, typer.Option(help="Protect so many singular modes per matrix.", rich_help_panel=SUBSPACE)
+    ] = None,
+    svd_energy: Annotated[
+        float | None,
+        typer.Option(help="Protect as many as hold this share of the sum of squares.", rich_help_panel=SUBSPACE),
+    ] = None,
+    basis: Annotated[
+        str | None,
+        typer.Option(
+            help="Modes of fisher (default), sqrt-fisher, weight, fisher-weight (sqrt F W), delta (FT - W), activation "
+            "(what goes into each layer), or kron (that, and the gradients at what comes out).",
+            rich_help_panel=SUBSPACE,
+        ),
+    ] = None,
+    delta: Annotated[
+        str | None, typer.Option(help="The fine-tune, for --basis delta.", rich_help_panel=SUBSPACE)
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            help="For these two: from extract --statistics activations; found beside FISHER otherwise.",
+            rich_help_panel=SUBSPACE,
+        ),
+    ] = None,
+    side: Annotated[
+        str | None,
+        typer.Option(
+            help="Store modes of outputs (left), inputs (right; what activation has), or both (default).",
+            rich_help_panel=SUBSPACE,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="For subspaces: auto, cpu, cuda, cuda:N.", rich_help_panel=MACHINE)
+    ] = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a Fisher into a mask of weights that may change, or into directions to protect.
+
+    Example: fisherkit mask fisher.pt --keep 0.3 --train top -o mask.safetensors
+    """
+
+    def command() -> None:
+        options = MaskOptions(
+            train=train,  # type: ignore[arg-type]  # checked by the dataclass
+            protect=protect,  # type: ignore[arg-type]
+            keep=keep,
+            aggregate=aggregate,  # type: ignore[arg-type]
+            combine=combine,  # type: ignore[arg-type]
+            scope=scope,  # type: ignore[arg-type]
+            preset=preset,  # type: ignore[arg-type]
+            score=score,  # type: ignore[arg-type]
+            weights=weights,
+            against=against,
+            contrast=contrast,  # type: ignore[arg-type]
+            seed=seed,
+            svd_rank=svd_rank,
+            svd_energy=svd_energy,
+            basis=basis,  # type: ignore[arg-type]
+            delta=delta,
+            activations=activations,
+            side=side,  # type: ignore[arg-type]
+            device=device,
+            force=force,
+        )
+        from fisherkit.methods import masks
+
+        report = masks.mask(fisher, out, options, track=console.tracker("mask", quiet=quiet), say=sayer(quiet))
+        typer.echo(json.dumps(report.as_json(), indent=1) if as_json else str(report.path))
+
+    run(command, debug=debug)

@@ -1,0 +1,139 @@
+"""Scores of weights, and of the units that a mask treats alike: entries, output rows, or input columns.
+
+A *unit* of a weight is all entries along one axis (``over``), or one entry. A weight counts as matrices [L, M, N], L
+being 1 or the experts, and ``over`` is one of the last two axes. Entry scores are float32, combined scores float64.
+Flat numpy blocks in, scores out; knows no file.
+
+- ``fisher``: F.
+- ``magnitude``: |W|.
+- ``fisher-weight``: F W^2, twice the loss that setting the weight to zero costs by a diagonal quadratic model (Optimal
+  Brain Damage, LeCun 1989, with the Fisher for the second derivative).
+- ``gallop``: sqrt(F) / |W|: large gradients on small weights (GaLLoP, arXiv 2510.19778; sqrt(F) is the gradient's root
+  mean square over the samples).
+
+Two Fishers f and g, each divided by its own mean over all weights, are contrasted unit by unit: ``difference`` f - g,
+``relu-difference`` max(f - g, 0), and ``ratio`` f / max(g, 1e-6).
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherkit.floats import Floats
+from fisherkit.kernels.select import EVERYTHING, Bracket, settle
+
+Doubles = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+_LARGEST = np.finfo(np.float32).max
+_SMALLEST = np.finfo(np.float32).tiny
+_LITTLE = sys.byteorder == "little"
+_LEAST_RATIO = 1e-6  # where the old task's Fisher is below a millionth of its mean, the new one's decides
+
+
+@dataclass(frozen=True)
+class Units:
+    """How a weight is divided.
+
+    Attributes:
+        shape: of the weight.
+        over: the axis along which entries share a flag, one of the last two; None for a flag per entry.
+    """
+
+    shape: tuple[int, ...]
+    over: int | None
+
+    @property
+    def numel(self) -> int:
+        """Entries of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def flags_shape(self) -> tuple[int, ...]:
+        """The weight's shape without ``over``."""
+        return tuple(size for axis, size in enumerate(self.shape) if axis != self.over)
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        return math.prod(self.flags_shape)
+
+    @property
+    def size(self) -> int:
+        """Entries per unit."""
+        return 1 if self.over is None else self.shape[self.over]
+
+    @property
+    def along_rows(self) -> bool:
+        """Whether a unit is a run of neighbours in memory."""
+        return self.over == len(self.shape) - 1
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """[L, M, N]."""
+        return math.prod(self.shape[:-2]), self.shape[-2], self.shape[-1]
+
+
+def entry_scores(score: str, f: Floats | None, w: Floats | None) -> Floats:
+    """Scores of a block of entries.
+
+    Args:
+        score: one of the above.
+        f: the Fisher's entries, unless the score does without.
+        w: the weight's, unless the score does without.
+    """
+    if score == "fisher":
+        assert f is not None
+        return f
+    assert w is not None
+    if score == "magnitude":
+        return np.abs(w)
+    assert f is not None
+    if score == "fisher-weight":
+        return np.asarray(f * w * w)
+    with np.errstate(over="ignore"):
+        return np.minimum(np.sqrt(f) / np.maximum(np.abs(w), _SMALLEST), _LARGEST)
+
+
+def combined(combine: str, scores: Floats, axis: int) -> Doubles:
+    """Scores [rows, columns] combined over an axis: their ``max``, or for ``sum`` and ``mean`` their sum."""
+    if combine == "max":
+        return np.asarray(scores.max(axis=axis), np.float64)
+    return np.asarray(scores.sum(axis=axis, dtype=np.float64))
+
+
+def joined(combine: str, parts: list[Doubles]) -> Doubles:
+    """What blocks of rows give together, where a unit is a column."""
+    return np.asarray(np.maximum.reduce(parts) if combine == "max" else np.add.reduce(parts))
+
+
+def contrasted(contrast: str, f: Doubles, g: Doubles) -> Doubles:
+    """Scores of two Fishers against each other; both are in units of their own means."""
+    if contrast == "ratio":
+        return f / np.maximum(g, _LEAST_RATIO)
+    return f - g if contrast == "difference" else np.maximum(f - g, 0)
+
+
+def top(scores: Doubles, wanted: int) -> Flags:
+    """Flags of the ``wanted`` highest scores, ties going to the lower index."""
+    return settle(scores, wanted)  # type: ignore[arg-type]  # any floating type will do
+
+
+def coarse_counts(scores: Floats) -> NDArray[np.int64]:
+    """How many scores share the upper half of their bits, which for bfloat16 is all of them; [65536], ascending."""
+    upper = scores.view(np.uint16)[1::2] if _LITTLE else scores.view(np.uint16)[::2]
+    counts = np.bincount(upper, minlength=1 << 16)
+    return np.concatenate([counts[:0x7FFF:-1], counts[:0x8000]])  # of negative numbers, higher bits are lower
+
+
+def coarse_bracket(counts: NDArray[np.int64], wanted: int) -> Bracket:
+    """The scores among which the ``wanted``-th highest is, from the sum of their coarse counts."""
+    place = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), wanted))
+    if place < 0:
+        return EVERYTHING
+    upper = place - 0x8000 if place >= 0x8000 else 0xFFFF - place
+    ends = np.array([upper << 16, upper << 16 | 0xFFFF], np.uint32).view(np.float32)
+    return Bracket(ends.min(), ends.max()) if np.isfinite(ends).all() else EVERYTHING
