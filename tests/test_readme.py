@@ -20,7 +20,7 @@ COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     for line in block.splitlines()
-    if line.startswith("fisherkit ") and "MODEL" not in line
+    if line.startswith("fisherkit ") and not re.search(r"\b(?:MODEL|BASE|FISHER)\b", line)
 ]
 
 
@@ -35,6 +35,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place / "demo" / "model"
     )
     tiny_tokenizer(CHATML).save_pretrained(place / "demo" / "model")
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(place / "demo" / "model", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    tuned.save_pretrained(place / "demo" / "tuned")
+    tiny_tokenizer(CHATML).save_pretrained(place / "demo" / "tuned")
     tiny.write_prompts(place / "prompts.jsonl")
     chat = [{"role": "user", "content": "Name three rivers."}, {"role": "assistant", "content": "Ebro, Po, Don."}]
     (place / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
@@ -93,5 +99,5 @@ def test_readme_tree_names_what_is_there() -> None:
 
 
 def test_links_in_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\((?!https:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -5,6 +5,7 @@ experts; tensors trained whole and rows of trainable tokens. Values equal those 
 Everything else is refused with the lines that merge it; so is an adapter of which anything would go unused.
 """
 
+import hashlib
 import re
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -41,7 +42,10 @@ class Adapter:
         base_model: what it was trained on, as it was called then; None if it does not say.
     """
 
-    def __init__(self, reader: ArrayReader, plan: Plan, config: AdapterConfig, base: CheckpointIndex) -> None:
+    def __init__(
+        self, folder: Path, reader: ArrayReader, plan: Plan, config: AdapterConfig, base: CheckpointIndex
+    ) -> None:
+        self._folder = folder
         self._reader = reader
         self._factors = Factors(reader)
         self._updates = plan.updates
@@ -69,7 +73,7 @@ class Adapter:
             for name in index.tensors:
                 _check_values(reader, name)
             plan = Plan(keys, config, BaseWeights(base), Factors(reader))
-            return cls(reader, plan, config, base)
+            return cls(folder, reader, plan, config, base)
         except BaseException:
             reader.__exit__(None, None, None)
             raise
@@ -95,6 +99,11 @@ class Adapter:
             for update in self._updates.get(name, ()):
                 update.apply(weight, self._factors)
         return weight
+
+    def fingerprint(self) -> str:
+        """Changes when its tensors or its settings do."""
+        settings = hashlib.sha256((self._folder / CONFIG_NAME).read_bytes()).hexdigest()
+        return f"{self._reader.index.fingerprint()} {settings}"
 
     def close(self) -> None:
         """Close the adapter's file; nothing can be asked afterwards."""

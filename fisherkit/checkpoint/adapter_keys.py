@@ -23,16 +23,16 @@ from fisherkit.errors import CheckpointError
 Role = Literal["A", "B", "embedding_A", "embedding_B", "magnitude", "tokens", "copy", "whole"]
 
 _NAME = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
-_ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = tuple(
-    (role, re.compile(rf"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.{ending}"))
-    for role, ending in (
-        ("A", rf"lora_A{_NAME}\.weight"),
-        ("B", rf"lora_B{_NAME}\.weight"),
-        ("embedding_A", rf"lora_embedding_A{_NAME}"),
-        ("embedding_B", rf"lora_embedding_B{_NAME}"),
-        ("magnitude", rf"lora_magnitude_vector{_NAME}(?:\.weight)?"),
-        ("tokens", rf"(?:token_adapter\.)?trainable_tokens_delta{_NAME}"),
-    )
+_ENDINGS: tuple[tuple[Role, str], ...] = (
+    ("A", rf"lora_A{_NAME}\.weight"),
+    ("B", rf"lora_B{_NAME}\.weight"),
+    ("embedding_A", rf"lora_embedding_A{_NAME}"),
+    ("embedding_B", rf"lora_embedding_B{_NAME}"),
+    ("magnitude", rf"lora_magnitude_vector{_NAME}(?:\.weight)?"),
+    ("tokens", rf"(?:token_adapter\.)?trainable_tokens_delta{_NAME}"),
+)
+_ROLES = tuple(
+    (role, re.compile(rf"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.{ending}")) for role, ending in _ENDINGS
 )
 _FOREIGN = re.compile(r"\.(?:lora_|trainable_tokens|token_adapter\b|original_module\b)")
 

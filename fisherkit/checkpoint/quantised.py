@@ -57,7 +57,7 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _is_quantised(info: TensorInfo) -> bool:
     leaf = info.name.rpartition(".")[2]
-    if info.dtype.startswith(("F8", "F6", "F4")) or leaf in _LEAVES:
+    if info.dtype.startswith(("F8_", "F6_", "F4")) or leaf in _LEAVES:
         return True
     # Weights packed into bytes; masks and other buffers of bytes are no weights by their names.
     return info.dtype in ("U8", "I8") and (leaf.endswith(_ENDINGS) or (leaf == "weight" and len(info.shape) > 1))

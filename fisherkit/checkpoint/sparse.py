@@ -10,6 +10,7 @@ A `.safetensors` file; for each tensor NAME with kept entries
 base's size, at 0.005 a hundredth. numpy only.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,12 +22,13 @@ from numpy.typing import NDArray
 
 from fisherkit.checkpoint.arrays import ArrayReader
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
-from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.errors import CheckpointError
+from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec, disk_errors
+from fisherkit.errors import CheckpointError, OutputError
 from fisherkit.floats import STORED, Stored
 
 FORMAT = "fisherkit.delta/1"
 STRETCH = 1 << 16
+_PARTS = (".value", ".place", ".count")
 
 
 def sidecar_of(path: Path) -> Path:
@@ -35,8 +37,31 @@ def sidecar_of(path: Path) -> Path:
 
 
 def is_sparse_delta(path: Path) -> bool:
-    """Whether a file is one that this module wrote."""
-    return path.is_file() and path.suffix == ".safetensors" and _about(path).get("format") == FORMAT
+    """Whether a file is one that this module wrote.
+
+    Raises:
+        CheckpointError: its tensors are those of one, and the JSON beside it is not there, or another's.
+    """
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    if _about(path).get("format") == FORMAT:
+        return True
+    if all(name.endswith(_PARTS) for name in open_index(path).tensors):
+        raise CheckpointError(
+            f"{path}: is a sparse delta without its {sidecar_of(path).name}; put that beside it, named as it was made"
+        )
+    return False
+
+
+def check_sidecar(path: Path) -> None:
+    """Refuse a target beside which a JSON lies that is not its own; called before any work.
+
+    Raises:
+        OutputError: see above.
+    """
+    beside = sidecar_of(path)
+    if os.path.lexists(beside) and not _about(path):
+        raise OutputError(f"{beside}: exists already, and what {path.name} is goes there; choose another name")
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -111,7 +136,13 @@ class SparseWriter:
         places = (indices % STRETCH).astype(np.uint16)
         for suffix, kind, data in (("value", code, values), ("place", "U16", places), ("count", "U32", counts)):
             self._specs.append(TensorSpec(f"{name}.{suffix}", kind, data.shape))
-            self._file.write(np.ascontiguousarray(data).view(np.uint8).data)
+            with disk_errors(self._raw, data.nbytes):
+                self._file.write(np.ascontiguousarray(data).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Close the file of collected entries."""
+        with contextlib.suppress(OSError):  # what could not be written is of no use any more
+            self._file.close()
 
     def finish(self, target: Path, about: dict[str, Any], *, force: bool) -> Path:
         """Write ``target`` and the JSON beside it.
@@ -120,7 +151,8 @@ class SparseWriter:
             CheckpointError: nothing was kept.
             OutputError: the target exists (unless ``force``) or cannot be written.
         """
-        self._file.close()
+        with disk_errors(self._raw, self._raw.stat().st_size):
+            self._file.close()
         if not self._specs:
             raise CheckpointError(f"{target}: no entry was kept, so there is nothing to write")
         with StreamedWriter.create(target, self._specs, work=self._work) as writer, self._raw.open("rb") as raw:
@@ -129,10 +161,10 @@ class SparseWriter:
             sidecar_of(target).unlink(missing_ok=True)
             writer.finish(force=force)
         aside = self._work / "about.json"
-        aside.write_text(
-            json.dumps({"format": FORMAT, "file": target.name, **about}, indent=1) + "\n", encoding="utf-8"
-        )
-        os.replace(aside, sidecar_of(target))
+        text = json.dumps({"format": FORMAT, "file": target.name, **about}, indent=1) + "\n"
+        with disk_errors(sidecar_of(target), len(text)):
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, sidecar_of(target))
         self._raw.unlink()
         return target
 

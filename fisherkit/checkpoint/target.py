@@ -1,9 +1,11 @@
 """Where an output goes: which names are possible, what may be replaced, and the rename at the end."""
 
+import glob
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fisherkit.errors import OutputError
@@ -65,11 +67,35 @@ def _foreign_file(folder: Path) -> str | None:
     ending = ".safetensors.index.json"
     stems = [re.escape(entry.name.removesuffix(ending)) for entry in folder.iterdir() if entry.name.endswith(ending)]
     ours = "|".join(
-        rf"{stem}(-\d{{5}}-of-\d{{5}}\.safetensors|\.safetensors\.index\.json|\.json)" for stem in stems[:1]
+        rf"{stem}(-\d{{5}}-of-\d{{5}}\.safetensors|\.safetensors\.index\.json|\.json|\.activations\.(safetensors|json))"
+        for stem in stems[:1]
     )
     known = re.compile(rf"{ours}|layer_importance\.json|README\.md" if ours else r"(?!)")
     names = sorted(entry.name for entry in folder.iterdir())
     return next((n for n in names if not known.fullmatch(n) or not (folder / n).is_file()), None)
+
+
+def check_apart(written: Sequence[Path], inputs: Sequence[Path], out: Path | None) -> None:
+    """Refuse files beside an output that would replace a part of an input, each other, or lie in the output's place.
+
+    Args:
+        written: the files.
+        inputs: folders and files that are read; those that don't exist are passed over.
+        out: the output; None where there is none.
+
+    Raises:
+        OutputError: see above.
+    """
+    seen: set[Path] = set()
+    for path in written:
+        real = path.resolve()
+        if real in seen:
+            raise OutputError(f"{path}: would be written twice; give each output a name of its own")
+        seen.add(real)
+        if any(real == i or (i in real.parents and real.exists()) for i in (path.resolve() for path in inputs)):
+            raise OutputError(f"{path}: belongs to an input; choose another name")
+        if out is not None and out.resolve() in (real, *real.parents):
+            raise OutputError(f"{path}: lies in {out}, which is renamed into place as a whole; put it beside it")
 
 
 def _manifest(folder: Path) -> set[str] | None:
@@ -84,7 +110,8 @@ def _manifest(folder: Path) -> set[str] | None:
 def swap_in(staged: Path, target: Path) -> None:
     """Rename ``staged`` to ``target`` and make that last through a crash.
 
-    A full folder at the target steps aside first, and comes back if the new one cannot be put there.
+    A full folder at the target steps aside first, and comes back if the new one cannot be put there. What stepped aside
+    in a run that was killed before it could drop it, is dropped now.
 
     Raises:
         OSError: the system refuses.
@@ -97,9 +124,10 @@ def swap_in(staged: Path, target: Path) -> None:
         except OSError:
             aside.rename(target)
             raise
-        aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
     else:
         staged.replace(target)
+    for aside in target.parent.glob(f"{glob.escape(f'.{target.name}.replaced-')}[0-9]*"):
+        aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
     parent = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(parent)

@@ -82,7 +82,7 @@ class StreamedWriter:
         """
         plan = _plan_files(target, specs, work, stem, shard_bytes, shards)
         total = sum(spec.nbytes for spec in specs)
-        with _disk_errors(target, total):
+        with disk_errors(target, total):
             _make_room(target, work, total)
             slots = [slot for path, part in plan for slot in lay_out(path, part)]
         return cls(target, "" if shards is not None and len(shards) == 1 else stem, slots, work)
@@ -129,7 +129,7 @@ class StreamedWriter:
         """
         slot = self._slot_for(name, tensor)
         crc, at = 0, slot.offset
-        with _disk_errors(self._target, self._total):
+        with disk_errors(self._target, self._total):
             descriptor = self._files.descriptor(slot.file)
             for block in _blocks(tensor, slot.spec.torch_dtype):
                 if slot.file.suffix.lower() == ".pt":
@@ -157,7 +157,7 @@ class StreamedWriter:
             )
         if slot.file.suffix.lower() == ".pt":
             raise ValueError(f"{slot.file}: parts of tensors can only be written to safetensors")
-        with _disk_errors(self._target, self._total):
+        with disk_errors(self._target, self._total):
             view = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
             _write_all(self._files.descriptor(slot.file), view.data, slot.offset + at)
 
@@ -185,7 +185,7 @@ class StreamedWriter:
         Raises:
             OutputError: the disk is full or failed.
         """
-        with _disk_errors(self._target, self._total):
+        with disk_errors(self._target, self._total):
             for file in self._paths():
                 os.fsync(self._files.descriptor(file))
 
@@ -204,7 +204,7 @@ class StreamedWriter:
             raise RuntimeError(f"{self._target}: {len(absent)} tensors were never written, such as {min(absent)!r}")
         check_target(self._target, force=force)
         names = [path.name for path in self._paths()]
-        with _disk_errors(self._target, self._total):
+        with disk_errors(self._target, self._total):
             self._complete_checksums()
             self.sync()
             if self._staged.is_dir() and self._stem:
@@ -314,7 +314,7 @@ def _write_all(descriptor: int, block: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def _disk_errors(target: Path, total: int) -> Iterator[None]:
+def disk_errors(target: Path, total: int) -> Iterator[None]:
     """What the system says about the disk, as one line that says what to do."""
     try:
         yield

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fisherkit import console
+from fisherkit.checkpoint.target import check_apart
 from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
-from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, Seed, ShardSize, Skip, shard_bytes, typed
+from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, Seed, ShardSize, Skip, hint, shard_bytes, typed
 from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, parse_shares
 
@@ -85,7 +86,10 @@ def fapm(
             force=force,
         )
         shares = parse_shares("sweep", sweep) if sweep is not None else None
+        if dry_run and (shares is not None or report is not None):
+            raise OptionError("--dry-run writes nothing and tries nothing out; it goes without --sweep and --report")
         _check(out, sparse, report, figure, alone=shares is not None or dry_run, force=force)
+        check_apart(_written(sparse, report, figure), (Path(base), Path(tuned)), out)
         from fisherkit.methods import fapm as methods
 
         say, track = sayer(quiet), console.tracker("fapm", quiet=quiet)
@@ -109,7 +113,7 @@ def fapm(
             console.say_kept(made.totals, quiet=quiet)
             typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out or sparse or report or figure))
 
-    run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")
+    run(command, debug=debug, hint=hint(out))
 
 
 def _check(
@@ -126,6 +130,12 @@ def _check(
         check_report(report, force=force)
     if figure is not None:
         check_figure(figure, force=force)
+
+
+def _written(sparse: Path | None, report: Path | None, figure: Path | None) -> list[Path]:
+    """The files beside OUT."""
+    beside = sparse.with_suffix(".json") if sparse is not None else None
+    return [path for path in (sparse, beside, report, figure) if path is not None]
 
 
 def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None:

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from fisherkit import console
+from fisherkit.checkpoint.target import check_apart
 from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
-from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, ShardSize, Skip, shard_bytes, typed
+from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, ShardSize, Skip, hint, shard_bytes, typed
 from fisherkit.options import MergeOptions
 
 HOW = "What is done to the delta"
@@ -79,6 +80,9 @@ def merge(
             from fisherkit.figures import check_report
 
             check_report(report, force=force)
+            given = [path for path in (mask, subspace, layer_scale) if path is not None]
+            beside = [path.with_suffix(".json") for path in given]
+            check_apart((report,), (Path(base), Path(tuned), Path(tuned).with_suffix(".json"), *given, *beside), out)
         from fisherkit.methods import merge as methods
         from fisherkit.methods.sidecar import write_json
 
@@ -96,4 +100,4 @@ def merge(
         console.say_kept(made.totals, quiet=quiet)
         typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out))
 
-    run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")
+    run(command, debug=debug, hint=hint(out))

@@ -1,6 +1,7 @@
 """Options that ``fapm`` and ``merge`` share."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,11 @@ def shard_bytes(text: str | None) -> int | None:
     return parse_bytes("max-shard-size", text) if text is not None else None
 
 
+def hint(out: Path | None) -> str:
+    """What to say to a person who interrupted the command."""
+    return f"What is finished is in {out}.partial; --resume goes on with it." if out is not None else ""
+
+
 def typed() -> list[str]:
-    """The command line as it was typed, for the model card."""
-    return ["fisherkit", *sys.argv[1:]]
+    """The command line for the model card: as it was typed, but for what makes no other output of it."""
+    return ["fisherkit", *(word for word in sys.argv[1:] if word not in ("--resume", "--force"))]

@@ -88,7 +88,7 @@ def _survey(
         track("surveying", at, len(stream.names))
         sides = stream.load(name, None)
         means[name] = sides.mean
-        share = -(-4 * SAMPLE * sides.w.size // sizes[stream.group[name]])
+        share = -(-4 * SAMPLE * sides.w.size // max(sizes[stream.group[name]], 1))
         samples[stream.group[name]].append(sample_scores(sides, share, stream.seed, stream.stream[name]))
     track("surveying", len(stream.names), len(stream.names))
     return means, samples

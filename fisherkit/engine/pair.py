@@ -83,6 +83,8 @@ def open_pair(base: str, tuned: str) -> Iterator[Pair]:
         raise CheckpointError(f"{tuned_source.path}: BASE and FT are the same; give the fine-tuned one second")
     if is_adapter(base_source.path):
         raise CheckpointError(f"{base_source.path}: is an adapter; BASE is the model that it was trained on")
+    if is_sparse_delta(base_source.path):
+        raise CheckpointError(f"{base_source.path}: is a sparse delta; BASE is the model that it was made for")
     base_index = open_index(base_source.path)
     with ExitStack() as stack:
         reader = stack.enter_context(ArrayReader(base_index))
@@ -90,7 +92,7 @@ def open_pair(base: str, tuned: str) -> Iterator[Pair]:
         if is_adapter(tuned_source.path):
             adapter = Adapter.open(tuned_source.path, base_index)
             stack.callback(adapter.close)
-            side = _AdapterSide(adapter, reader, tuned_source.path)
+            side = _AdapterSide(adapter, reader)
         elif is_sparse_delta(tuned_source.path):
             side = _SparseSide(stack.enter_context(SparseDelta(tuned_source.path, base_index)), reader)
         else:
@@ -136,10 +138,9 @@ class _CheckpointSide:
 class _AdapterSide:
     kind = "adapter"
 
-    def __init__(self, adapter: Adapter, base: ArrayReader, path: Path) -> None:
+    def __init__(self, adapter: Adapter, base: ArrayReader) -> None:
         self._adapter = adapter
         self._base = base
-        self._path = path
         self.names = adapter.touched
         self.dropped: tuple[str, ...] = ()
         self.notes = adapter.notes
@@ -157,7 +158,7 @@ class _AdapterSide:
         """Factors are small, and in memory."""
 
     def fingerprint(self) -> str:
-        return open_index(self._path).fingerprint()
+        return self._adapter.fingerprint()
 
 
 class _SparseSide:

@@ -1,5 +1,6 @@
 """A checkpoint like BASE, written tensor by tensor, in constant memory, with resume; it appears when it is whole."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,20 @@ Track = Callable[[str, int, int], None]
 _COMMIT_SECONDS = 5.0
 
 
-def check_output(out: Path, pair: Pair, *, force: bool) -> None:
+def work_folder(out: Path) -> Path:
+    """Where an output is made."""
+    return out.parent / f"{out.name}.partial"
+
+
+def may_replace(out: Path, *, force: bool, resume: bool) -> bool:
+    """Whether an earlier output of fisherkit's may be replaced.
+
+    By --force; and where a run is resumed that was given it, or that was killed when all but the tidying was done.
+    """
+    return force or (resume and is_folder(out) and work_folder(out).is_dir())
+
+
+def check_output(out: Path, pair: Pair, *, force: bool, resume: bool = False) -> None:
     """Refuse an output that is one of the inputs, lies in one, or holds one; and what check_target refuses.
 
     Raises:
@@ -33,9 +47,11 @@ def check_output(out: Path, pair: Pair, *, force: bool) -> None:
         path = source.path.resolve()
         if target == path or target in path.parents or path in target.parents:
             raise OutputError(f"{out}: is {side} itself, or one lies inside of the other; choose another output")
-    if out.suffix.lower() == ".pt":
+        if work_folder(out).resolve() in path.parents:
+            raise OutputError(f"{out}: {side} lies in {work_folder(out)}, where the output is made; move it away first")
+    if re.fullmatch(r"\.[a-z]+", out.suffix.lower()) and out.suffix.lower() != ".safetensors":
         raise OutputError(f"{out}: models are written as safetensors; give a folder's name, or one in .safetensors")
-    check_target(out, force=force)
+    check_target(out, force=may_replace(out, force=force, resume=resume))
 
 
 def rewrite(
@@ -47,6 +63,7 @@ def rewrite(
     shard_bytes: int | None,
     resume: bool,
     force: bool,
+    recall: Callable[[Mapping[str, Row]], object],
     finish: Callable[[Path | None, Mapping[str, Row]], object],
     track: Track,
 ) -> tuple[tuple[Path, ...], dict[str, Row]]:
@@ -60,6 +77,7 @@ def rewrite(
         shard_bytes: largest shard; None for the base's own division.
         resume: go on with what a killed run left.
         force: replace an earlier output.
+        recall: called with the rows that a killed run left, before any other.
         finish: called when all tensors are written, with the folder that is to be renamed (None for a single file)
             and the rows; puts the other files there. If it raises, nothing appears.
         track: progress in bytes.
@@ -73,23 +91,33 @@ def rewrite(
     """
     index = tensors.pair.base.index
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in index.tensors.values()]
-    folder = out.with_name(out.name + ".partial")
     shards = plan_shards(index, shard_bytes) if is_folder(out) else None
-    with _open_work(folder, fingerprint, resume) as work:
+    force = may_replace(out, force=force, resume=resume)
+    with _open_work(out, fingerprint, resume) as work:
         rows: dict[str, Row] = dict(work.progress.get("rows", {}))
+        recall(rows)
         make = StreamedWriter.reopen if rows else StreamedWriter.create
-        with make(out, specs, work=work.folder, shards=shards) as writer:
-            writer.mark_written(rows)
-            _write_all(tensors, change, writer, work, rows, track)
-            finish(writer.staged if is_folder(out) else None, rows)
-            files = writer.finish(force=force)
+        try:
+            with make(out, specs, work=work.folder, shards=shards) as writer:
+                writer.mark_written(rows)
+                _write_all(tensors, change, writer, work, rows, track)
+                finish(writer.staged if is_folder(out) else None, rows)
+                files = writer.finish(force=force)
+        except CheckpointError:
+            if len(rows) == len(specs) or not work.progress.get("rows"):
+                work.remove()  # the inputs were refused, and there is nothing to go on with
+            raise
         work.remove()
     return files, rows
 
 
-def _open_work(folder: Path, fingerprint: Mapping[str, str], resume: bool) -> Work:
-    found = Work.resume(folder, dict(fingerprint)) if resume else None
-    return found or Work.start(folder, dict(fingerprint))
+def _open_work(out: Path, fingerprint: Mapping[str, str], resume: bool) -> Work:
+    folder = work_folder(out)
+    if resume and (folder / out.name).exists():  # else it was killed before anything, or after everything
+        found = Work.resume(folder, dict(fingerprint))
+        if found is not None:
+            return found
+    return Work.start(folder, dict(fingerprint))
 
 
 def _write_all(

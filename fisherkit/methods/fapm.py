@@ -6,6 +6,7 @@ undefined scores (0/0) win, entries that did not change and entries that are zer
 is exact: ``floor((1 - sparsity) n)``, ties going to the lower index.
 """
 
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -15,11 +16,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from fisherkit.checkpoint.sparse import SparseWriter, sidecar_of
-from fisherkit.checkpoint.target import check_target
+import numpy as np
+
+from fisherkit.checkpoint.sparse import SparseWriter, check_sidecar, sidecar_of
+from fisherkit.checkpoint.target import check_apart, check_target
 from fisherkit.engine.cuts import Stream, find_cuts
 from fisherkit.engine.prune import Outcome, Pruning, stream_of
-from fisherkit.engine.rewrite import Row, Track
+from fisherkit.engine.rewrite import Row, Track, work_folder
 from fisherkit.engine.work import Work
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
@@ -46,7 +49,7 @@ class FapmReport:
         density: share that was to be kept.
         tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept``, ``zero_deltas``, ``zero_weights``,
             ``nonfinite``, ``threshold`` (the lowest score that was kept), ``energy`` (sum of d^2) and ``energy_kept``
-            (the share of it that is left).
+            (the share of it that is left), and ``unrelated`` where about half of the signs changed.
         totals: the same over all tensors that took part.
         rules: what happened to the tensors that did not.
         warnings: what a person should know.
@@ -114,7 +117,11 @@ def fapm(
     options = options or FapmOptions()
     target = Path(out) if out is not None else None
     if sparse is not None:
+        if options.resume:
+            say("note: a sparse delta is not gone on with; starting over")
+            options = replace(options, resume=False, force=options.force or work_folder(sparse).is_dir())
         _check_sparse(sparse, options)
+        check_apart((sparse, sidecar_of(sparse)), (Path(base), Path(tuned)), target)
     request = Request("fapm", str(base), str(tuned), target, options, command, track, say)
     with Run(request) as run:
         return _Fapm(run, options, list_kept=sparse is not None, figure=figure).run(sparse)
@@ -159,9 +166,8 @@ def _check_sparse(sparse: Path, options: FapmOptions) -> None:
         raise OptionError(f"--sparse is for metrics that select; {options.metric} changes every entry")
     if sparse.suffix != ".safetensors":
         raise OptionError(f"--sparse {sparse}: a sparse delta ends in .safetensors")
-    if options.resume:
-        raise OptionError("--resume does not go on with a sparse delta; run it without")
     check_target(sparse, force=options.force)
+    check_sidecar(sparse)
 
 
 class _Fapm:
@@ -190,16 +196,24 @@ class _Fapm:
     def run(self, sparse: Path | None) -> FapmReport:
         if sparse is None:
             return self._write(())
-        work = sparse.with_name(sparse.name + ".partial")
-        with Work.start(work, {"sparse": sparse.name}) as held:
-            self._sparse = SparseWriter(held.folder)
-            report = self._write((sparse, sidecar_of(sparse)))
-            about = {
-                "base": report.provenance["base"]["id"],
-                "base_fingerprint": self._run.pair.base.index.fingerprint(),
-            }
-            self._sparse.finish(sparse, about | {"made": dict(report.provenance)}, force=self._options.force)
+        with Work.start(work_folder(sparse), {"sparse": sparse.name}) as held:
+            try:
+                with contextlib.closing(SparseWriter(held.folder)) as writer:
+                    report = self._write_both(sparse, writer)
+            except Exception:
+                held.remove()  # it is no use to a later run
+                raise
             held.remove()
+        return report
+
+    def _write_both(self, sparse: Path, writer: SparseWriter) -> FapmReport:
+        self._sparse = writer
+        report = self._write((sparse, sidecar_of(sparse)))
+        about = {
+            "base": report.provenance["base"]["id"],
+            "base_fingerprint": self._run.pair.base.index.fingerprint(),
+        }
+        writer.finish(sparse, about | {"made": dict(report.provenance)}, force=self._options.force)
         return report
 
     def sweep(self, shares: Sequence[Fraction]) -> list[FapmReport]:
@@ -208,9 +222,12 @@ class _Fapm:
         for at, name in enumerate(self._walk("sweeping")):
             sides = self._sides(name)
             for number, share in enumerate(shares):
-                rows[number][name] = self._placed(name, self._prune(name, lambda sides=sides: sides, share, number)[1])  # type: ignore[misc]
+                outcome = self._prune(name, lambda sides=sides: sides, share, number)[1]  # type: ignore[misc]
+                self._run.check_finite(name, outcome.nonfinite)
+                rows[number][name] = self._placed(name, outcome)
             self._run.request.track("sweeping", at + 1, len(self._run.chosen.names))
         self._refuse_identical(rows[0])
+        self._run.say_warnings()
         return [self._report(row, float(share), ()) for row, share in zip(rows, shares, strict=True)]
 
     def plan(self) -> dict[str, Any]:
@@ -255,18 +272,22 @@ class _Fapm:
         self._find_cuts([self._share])
         if run.request.out is None:
             rows = {}
-            for at, name in enumerate(self._walk("pruning")):
+            names = self._listed()
+            for at, name in enumerate(run.tensors.walk(names)):
+                run.request.track("pruning", at, len(names))
                 rows[name] = self._change(name)[1]
-                run.request.track("pruning", at + 1, len(run.chosen.names))
+            run.request.track("pruning", len(names), len(names))
             self._refuse_identical(rows)
+            self._run.say_warnings()
             return self._report(rows, float(self._share), extra)
-        settings = {**provenance(run)["options"], "share": str(self._share), "names": run.chosen.names}
+        settings = {**provenance(run)["options"], "sparsity": str(1 - self._share), "names": run.chosen.names}
+        del settings["density"]  # says the same
 
         def report(rows: Mapping[str, Row]) -> dict[str, Any]:
             self._made = self._report(self._refuse_identical(rows), float(self._share), ())
             return self._made.as_json()
 
-        files, _ = run.write(self._change, settings, report, _facts)
+        files, _ = run.write(self._change, settings, report, _facts, self._recall_ties)
         return replace(self._made, files=(*files, *extra))
 
     def _walk(self, stage: str) -> Any:
@@ -277,15 +298,30 @@ class _Fapm:
         """The tensor as the output should have it, and its row."""
         data = self._run.untouched(name)
         if data is not None:
+            self._list_changed(name, data)
             return data, {}
         sides, outcome = self._prune(name, lambda: self._sampled(name), self._share, 0)
-        self._run.check_finite(name, outcome.nonfinite)
+        self._run.check_finite(name, outcome.nonfinite, sides.w)
         if self._sparse is not None and outcome.indices is not None:
             info = self._run.tensors.info(name)
             kept = converted(sides.f[outcome.indices], sides.f_code, sides.w_code)
             self._sparse.add(name, info.numel, info.dtype, outcome.indices, kept)
         self._add_to_map(name, outcome.threshold)
         return sides.w, self._placed(name, outcome)
+
+    def _listed(self) -> list[str]:
+        """The tensors to look at where no checkpoint is written: a sparse delta also has those that are FT's anyway."""
+        run = self._run
+        listed = {*run.chosen.names, *(run.chosen.rest if self._sparse and self._options.rest == "tuned" else ())}
+        return [name for name in run.pair.base.index.tensors if name in listed]
+
+    def _list_changed(self, name: str, data: Stored) -> None:
+        """Put into the sparse delta what a tensor that does not take part has of FT."""
+        if self._sparse is not None and name in self._run.chosen.rest and self._options.rest == "tuned":
+            info, bits, taken = self._run.tensors.info(name), np.dtype(f"u{data.itemsize}"), data.copy()
+            indices = np.flatnonzero(taken.view(bits) != self._run.tensors.base(name).view(bits))
+            data[:] = taken  # the buffer into which BASE was read
+            self._sparse.add(name, info.numel, info.dtype, indices, taken[indices])
 
     def _sides(self, name: str) -> Sides:
         return self._run.sides(name, self._options.metric, self._means.get(name))
@@ -299,8 +335,9 @@ class _Fapm:
 
     def _add_to_map(self, name: str, threshold: float | None) -> None:
         if self._map is not None:
-            stream = _stream(self._run, name)
-            scores = block_scores(self._sample, Scratch(self._sample.w.size), self._options.seed, stream, -BLOCK)
+            stream, scores = _stream(self._run, name), None
+            if self._options.selects:
+                scores = block_scores(self._sample, Scratch(self._sample.w.size), self._options.seed, stream, -BLOCK)
             self._map.add(name, self._sample, self._run.tensors.info(name).numel, threshold, scores)
 
     def _prune(self, name: str, load: Callable[[], Sides], share: Fraction, number: int) -> tuple[Sides, Outcome]:
@@ -344,21 +381,35 @@ class _Fapm:
 
         Two tensors that both sides tie stay equal: the second keeps what the first did.
         """
-        group, twin = f"{number} {self._group(name)}", self._run.pair.tuned.twins.get(name)
+        group, twin = f"{number} {self._group(name)}", f"{number} {self._twin(name)}"
         cut = self._cuts[self._group(name)][number]
-        left = self._ties_of.get(f"{number} {twin}", cut.ties - self._ties[group])
+        left = self._ties_of.get(twin, cut.ties - self._ties[group])
         sides, outcome = self._pruning.by_cut(sides, Cut(cut.at, left), stream)
-        self._ties_of[f"{number} {name}"] = outcome.ties
-        if twin is None:
-            self._ties[group] += outcome.ties
+        self._count_ties(name, number, outcome.ties)
         return sides, outcome
+
+    def _count_ties(self, name: str, number: int, ties: int) -> None:
+        if f"{number} {self._twin(name)}" not in self._ties_of:
+            self._ties[f"{number} {self._group(name)}"] += ties
+        self._ties_of[f"{number} {name}"] = ties
+
+    def _twin(self, name: str) -> str | None:
+        """The tensor that both sides tie this one to."""
+        twins = self._run.pair.tuned.twins
+        return twins.get(name) or next((head for head, body in twins.items() if body == name), None)
+
+    def _recall_ties(self, rows: Mapping[str, Row]) -> None:
+        """What is left of the quotas after the tensors of the run that this one goes on with."""
+        for name, row in rows.items():
+            self._count_ties(name, 0, row.get("ties", 0))
 
     # Reports
 
     def _placed(self, name: str, outcome: Outcome) -> Row:
         place, info = self._run.chosen.places[name], self._run.tensors.info(name)
         where = {"layer": place.layer, "module": place.module, "shape": list(info.shape), "weights": info.numel}
-        return where | outcome.row() | ({} if self._options.scope == "tensor" else {"ties": outcome.ties})
+        ties = {} if self._options.scope == "tensor" else {"ties": outcome.ties}
+        return where | outcome.row() | ties | self._run.remark(name)
 
     def _pruned(self, rows: Mapping[str, Row]) -> dict[str, Row]:
         return {name: row for name, row in rows.items() if row}

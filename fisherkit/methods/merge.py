@@ -14,14 +14,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from fisherkit.checkpoint.aliases import spelling
+from fisherkit.checkpoint.axes import AxisFinder
 from fisherkit.checkpoint.importance import layer_scales, read_importance
 from fisherkit.checkpoint.maskfile import MaskFile, open_mask
+from fisherkit.checkpoint.target import check_apart
 from fisherkit.engine.blend import Treatment, blend
 from fisherkit.engine.rewrite import Row, Track
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
 from fisherkit.methods.output import Request, Run, Say, provenance
-from fisherkit.options import MergeOptions
+from fisherkit.options import MergeOptions, Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class MergeReport:
         path: the output.
         files: everything that was written.
         tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept`` (entries that differ from BASE's),
-            ``zero_deltas``, ``nonfinite``, ``scale``, ``energy`` (sum of d^2) and ``energy_kept`` (the share left).
+            ``zero_deltas``, ``nonfinite``, ``scale``, ``energy`` (sum of d^2) and ``energy_kept`` (the share left), and
+            ``unrelated`` where about half of the signs changed.
         totals: the same over all tensors that took part.
         rules: what happened to the tensors that did not.
         warnings: what a person should know.
@@ -88,6 +91,8 @@ def merge(
         ResumeError: the work folder belongs to another run.
     """
     options = options or MergeOptions()
+    inputs = [path for path in (options.mask, options.subspace, options.layer_scale) if path is not None]
+    check_apart((Path(out),), inputs, None)
     request = Request("merge", str(base), str(tuned), Path(out), options, command, track, say)
     with Run(request) as run, _Merge(run, options) as job:
         return job.run()
@@ -107,6 +112,8 @@ class _Merge:
             self._masks = self._by_tensor(stack, self._options.mask, "mask")
             self._modes = self._by_tensor(stack, self._options.subspace, "subspace")
             self._scales = self._layer_scales()
+            tensors = self._run.pair.base.index.tensors
+            self._axes = AxisFinder({name: info.shape for name, info in tensors.items()})
             self._stack = stack.pop_all()
         return self
 
@@ -168,7 +175,7 @@ class _Merge:
         treatment = self._treatment(name, info.shape)
         sides = self._run.sides(name)
         found = blend(sides, info.shape, treatment, self._run.tensors.team)
-        self._run.check_finite(name, found.nonfinite)
+        self._run.check_finite(name, found.nonfinite, sides.w)
         row = {
             "layer": place.layer,
             "module": place.module,
@@ -180,6 +187,7 @@ class _Merge:
             "scale": treatment.scale,
             "energy": found.energy,
             "energy_kept": found.energy_kept / found.energy if found.energy else 0.0,
+            **self._run.remark(name),
         }
         return sides.w, row
 
@@ -193,13 +201,19 @@ class _Merge:
         if name in self._modes:
             file, own = self._modes[name]
             modes = file.modes(own, shape)
-            u = modes.u if self._options.side in ("both", "left") else None
-            v = modes.v if self._options.side in ("both", "right") else None
+            of_u, of_v = self._sides(name)
+            u = modes.u if self._options.side in ("both", of_u) else None
+            v = modes.v if self._options.side in ("both", of_v) else None
             if u is None and v is None:
                 raise OptionError(
                     f"--side {self._options.side}: {file.path} has no directions of that side for {own!r}"
                 )
         return Treatment(mask, u, v, scale)
+
+    def _sides(self, name: str) -> tuple[Side, Side]:
+        """What U and V are of: outputs and inputs, or the other way round where the weight is stored so (Conv1D)."""
+        axes = self._axes.axes(name)
+        return ("left", "right") if axes is None or axes.output < axes.input else ("right", "left")
 
     def _report(self, rows: Mapping[str, Row]) -> MergeReport:
         run = self._run

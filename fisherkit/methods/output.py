@@ -23,7 +23,7 @@ from fisherkit.engine.rewrite import Row, Track, check_output, refuse_unwritable
 from fisherkit.engine.tensors import Tensors
 from fisherkit.engine.threads import Team
 from fisherkit.errors import CheckpointError, OutputError
-from fisherkit.floats import Stored
+from fisherkit.floats import Stored, widen
 from fisherkit.kernels.prune import Sides, converted
 from fisherkit.methods.chosen import Chosen, choose
 from fisherkit.options import PairOptions
@@ -70,7 +70,8 @@ class Run:
         with ExitStack() as stack:
             self.pair: Pair = stack.enter_context(open_pair(self.request.base, self.request.tuned))
             if self.request.out is not None:
-                check_output(self.request.out, self.pair, force=self.request.options.force)
+                options = self.request.options
+                check_output(self.request.out, self.pair, force=options.force, resume=options.resume)
                 refuse_unwritable(self.pair.base.index)
             self.tensors = stack.enter_context(Tensors(self.pair, stack.enter_context(Team())))
             self.chosen: Chosen = choose(self.tensors, self.request.options)
@@ -90,19 +91,53 @@ class Run:
             self._flipped.append(name)
         return sides
 
-    def check_finite(self, name: str, count: int) -> None:
-        """Refuse a tensor in which ``count`` differences were not finite, unless that was allowed."""
-        if count and self.request.options.nan == "refuse":
+    def remark(self, name: str) -> Row:
+        """What a tensor's row says besides its counts: whether it looks unrelated."""
+        return {"unrelated": True} if name in self._flipped else {}
+
+    def recall(self, rows: Mapping[str, Row]) -> None:
+        """Remember what the run had seen that this one goes on with."""
+        self._flipped += [name for name, row in rows.items() if row.get("unrelated")]
+
+    def say_warnings(self) -> None:
+        """Tell what a person should know of the result."""
+        for warning in self.all_warnings():
+            self.request.say(f"warning: {warning}")
+
+    def check_finite(self, name: str, count: int, result: Stored | None = None) -> None:
+        """Refuse a tensor in which ``count`` differences were not finite, or whose result is not, unless allowed to."""
+        if self.request.options.nan != "refuse":
+            return
+        if count:
             sides = self.tensors.sides(name)
             self.tensors.refuse_nonfinite(name, "FT", sides.f, sides.f_code)
-            raise CheckpointError(f"{name}: {count} differences are beyond float32; --nan keep-base takes BASE there")
+            raise CheckpointError(f"{name}: {count} differences are out of range; --nan keep-base takes BASE there")
+        if result is not None and self.tensors.info(name).dtype == "F16":
+            beyond = sum(self.tensors.team.map(lambda start, stop: _beyond_half(result[start:stop]), result.size))
+            if beyond:
+                raise CheckpointError(
+                    f"{name}: {beyond} values are beyond float16, BASE's type; convert BASE to bfloat16 first"
+                )
 
     def untouched(self, name: str) -> Stored | None:
         """A tensor that does not take part, as the output should have it; None if it does take part."""
         if name in self._rest and self.request.options.rest == "tuned":
-            sides = self.tensors.sides(name, keep_nonfinite=True, mean=0.0)
-            return converted(sides.f, sides.f_code, sides.w_code)
+            return self._tuned(name)
         return None if name in self._names else self.tensors.base(name)
+
+    def _tuned(self, name: str) -> Stored:
+        """All of FT's tensor in BASE's type; what is not finite is refused, or BASE's."""
+        sides = self.tensors.sides(name, keep_nonfinite=True, mean=0.0)
+
+        def take(start: int, stop: int) -> int:
+            part = sides.part(start, stop)
+            taken = converted(part.f, part.f_code, part.w_code)
+            finite = np.isfinite(widen(taken, part.w_code))
+            np.copyto(part.w, taken, where=finite)
+            return finite.size - int(np.count_nonzero(finite))
+
+        self.check_finite(name, sum(self.tensors.team.map(take, sides.w.size)))
+        return sides.w
 
     @property
     def _rest(self) -> frozenset[str]:
@@ -118,6 +153,7 @@ class Run:
         settings: Mapping[str, Any],
         report: Callable[[Mapping[str, Row]], dict[str, Any]],
         facts: Callable[[Mapping[str, Any]], Mapping[str, str]],
+        recall: Callable[[Mapping[str, Row]], object] = lambda rows: None,
     ) -> tuple[tuple[Path, ...], dict[str, Any]]:
         """Write the output.
 
@@ -126,6 +162,7 @@ class Run:
             settings: what makes another result; a run with others is not resumed.
             report: from the rows of all tensors to what goes into the manifest; may refuse.
             facts: rows of the card's table, from the report.
+            recall: called with the rows of a killed run that this one goes on with.
 
         Returns:
             The files of the output, and the report.
@@ -133,6 +170,10 @@ class Run:
         options, out = self.request.options, self.request.out
         assert out is not None, "only a run with a target writes"
         made: dict[str, Any] = {}
+
+        def recall_all(rows: Mapping[str, Row]) -> None:
+            self.recall(rows)
+            recall(rows)
 
         def finish(folder: Path | None, rows: Mapping[str, Row]) -> None:
             made.update(report(rows))
@@ -147,11 +188,11 @@ class Run:
             shard_bytes=options.shard_bytes,
             resume=options.resume,
             force=options.force,
+            recall=recall_all,
             finish=finish,
             track=self.request.track,
         )
-        for warning in self.all_warnings():
-            self.request.say(f"warning: {warning}")
+        self.say_warnings()
         return files, made
 
     def all_warnings(self) -> list[str]:
@@ -204,6 +245,11 @@ class Run:
             names.append("model.safetensors.index.json")
         _write(folder / MANIFEST, json.dumps({**report, "files": sorted(set(names))}, indent=1, default=str) + "\n")
         return [*sorted(set(names)), MANIFEST]
+
+
+def _beyond_half(stored: Stored) -> int:
+    """How many entries of a stored float16 array are infinite or NaN."""
+    return int(np.count_nonzero((stored.view(np.uint16) & 0x7C00) == 0x7C00))
 
 
 def _write(path: Path, text: str) -> str:
