@@ -22,7 +22,7 @@ from fisherkit.kernels.prune import (
 )
 from fisherkit.kernels.rescale import FACTORS
 from fisherkit.kernels.scores import BLOCK, drawing
-from fisherkit.kernels.select import EVERYTHING, SAMPLE, Bracket, Cut, Tally, bracket
+from fisherkit.kernels.select import EVERYTHING, Bracket, Cut, Tally, bracket, sample_size
 
 SIGN_SAMPLE = 1 << 12
 
@@ -95,7 +95,7 @@ class Pruning:
         exact threshold is counted out.
         """
         sides = load()
-        wanted = min(SAMPLE, max(1, sides.w.size // 16))
+        wanted = sample_size(sides.w.size)
         guess = bracket(sample_scores(sides, wanted, self.seed, stream), kept, sides.w.size) if kept else NOTHING
         parts = self._pass(sides, guess, stream)
         above, inside = sum(part.kept for part in parts), sum(part.scores.size for part in parts)

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ Track = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
 
 _COMMIT_SECONDS = 5.0
+_WRITE_BYTES = 8 << 20  # per call of the system
 
 
 def work_folder(out: Path) -> Path:
@@ -128,21 +130,37 @@ def _write_all(
     rows: dict[str, Row],
     track: Track,
 ) -> None:
+    """One tensor is written, and from time to time synced, while the next one is computed."""
     names = list(tensors.pair.base.index.tensors)
     total = sum(tensors.info(name).nbytes for name in names)
     done = sum(tensors.info(name).nbytes for name in rows)
     committed = time.monotonic()
-    for name in tensors.walk([name for name in names if name not in rows]):
-        track("writing", done, total)
-        data, row = change(name)
-        tensors.team.write(lambda part, start, name=name: writer.write_stored(name, part, start), data)  # type: ignore[misc]
+
+    def write(name: str, data: Stored, row: Row) -> None:
+        nonlocal committed
+        step = max(1, _WRITE_BYTES // data.itemsize)
+        for start in range(0, data.size, step):
+            writer.write_stored(name, data[start : start + step], start)
         writer.mark_written([name])
         rows[name] = row
-        done += data.nbytes
         if time.monotonic() - committed > _COMMIT_SECONDS:
             writer.sync()
             work.commit(rows=rows)
             committed = time.monotonic()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="fisherkit-write") as behind:
+        writing: Future[None] | None = None
+        for name in tensors.walk([name for name in names if name not in rows]):
+            track("writing", done, total)
+            data, row = change(name)
+            if writing is not None:
+                writing.result()
+            writing = behind.submit(write, name, data, row)
+            if not tensors.lend(data):
+                writing.result()
+            done += data.nbytes
+        if writing is not None:
+            writing.result()
     track("writing", total, total)
 
 

@@ -14,6 +14,8 @@ from fisherkit.kernels.prune import Sides, magnitude_sum, nonfinite
 
 AHEAD_BYTES = 256 << 20
 """How much of the files to come the system is asked for."""
+_LENT_BYTES = 64 << 20
+"""Tensors up to this size have two buffers to be in, so that one is written while the next one is computed."""
 
 
 class Tensors:
@@ -23,6 +25,7 @@ class Tensors:
         self.pair = pair
         self.team = team
         self._memory = Memory()
+        self._turn = 0
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fisherkit-ahead")
         self._tuned = frozenset(pair.tuned.names)
 
@@ -59,9 +62,20 @@ class Tensors:
     def base(self, name: str) -> Stored:
         """The base's tensor, flat."""
         info = self.info(name)
-        out = self._memory.take("base", info.numel, STORED[info.dtype])
+        role = f"base {self._turn}" if info.nbytes <= _LENT_BYTES else "base"
+        out = self._memory.take(role, info.numel, STORED[info.dtype])
         self.team.read(self.pair.base, name, out)
         return out
+
+    def lend(self, data: Stored) -> bool:
+        """Leave ``data`` as it is until the next call: the tensors up to then are read elsewhere.
+
+        False if that is not possible: ``data`` is not a tensor of the base's side, or a large one.
+        """
+        if not self._memory.holds(f"base {self._turn}", data):
+            return False
+        self._turn ^= 1
+        return True
 
     def sides(
         self, name: str, metric: str = "fapm", *, keep_nonfinite: bool = False, mean: float | None = None

@@ -71,6 +71,10 @@ class Memory:
             self._bytes[role] = np.empty(nbytes, np.uint8)
         return self._bytes[role][:nbytes].view(kind)
 
+    def holds(self, role: str, data: Stored) -> bool:
+        """Whether ``data`` lies in a role's buffer."""
+        return role in self._bytes and bool(np.may_share_memory(self._bytes[role], data))
+
 
 def starts(count: int, step: int = BLOCK) -> Iterator[int]:
     """Where the stretches of ``Team.map`` begin."""

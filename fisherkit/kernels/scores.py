@@ -15,7 +15,7 @@ from fisherkit.floats import Floats, Stored, widen
 Flags = NDArray[np.bool_]
 
 BLOCK = 1 << 18
-"""Entries of a block: large enough that numpy's calls cost little, small enough for a core's second-level cache."""
+"""Entries of a block: large enough that calls of numpy cost little, small enough that its buffers stay in cache."""
 LOWEST = np.float32(np.finfo(np.float32).min)
 """The lowest score that can be kept."""
 
