@@ -24,6 +24,7 @@ def make(folder: Path, *, blocks: int, hidden: int, intermediate: int, dtype: st
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
         dtype=dtype,
+        architectures=["LlamaForCausalLM"],
     )
     with torch.device("meta"):
         shapes = {
