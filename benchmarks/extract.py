@@ -9,6 +9,10 @@ these processes right before and right after, because the machines this runs on 
 stream   fisherkit.extract
 recipe   the published recipe: whole model resident, 8 layers unfrozen at a time, one pass for each 8 layers
 loop     the plain 40-line script: everything resident, every parameter unfrozen, one pass, grad**2 added up
+
+What --statistics activations costs beside the Fisher, in time and memory, both sides several times in turn:
+
+    python benchmarks/extract.py --activations 3 --blocks 16
 """
 
 import argparse
@@ -21,6 +25,7 @@ import time
 from pathlib import Path
 
 SIDES = ("stream", "recipe", "loop")
+WITH = "stream with activations"
 
 
 def main() -> None:
@@ -48,6 +53,9 @@ def main() -> None:
         f"{name}: {options.blocks * weights / 1e6:,.0f} M weights in blocks, {options.samples} samples of "
         f"{options.tokens} tokens, group size {options.group_size}, {torch.get_num_threads()} threads"
     )
+    if options.activations:
+        _activations(options, folder, name, options.blocks * weights * options.samples * options.tokens)
+        return
     found = {}
     for side in options.sides.split(","):
         found[side] = _run(options, side, folder, name)
@@ -66,10 +74,28 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--activations", type=int, default=0, metavar="TIMES", help="compare with and without them")
     parser.add_argument("--folder", help="keep checkpoints here (a temporary folder otherwise)")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(*SIDES, WITH), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _activations(options: argparse.Namespace, folder: Path, name: str, token_weights: int) -> None:
+    """Both sides in turn; the least of each is what the machine's other work disturbed least."""
+    found: dict[str, list[dict[str, float]]] = {"stream": [], WITH: []}
+    for _ in range(options.activations):
+        for side, runs in found.items():
+            runs.append(_run(options, side, folder, name))
+            _print(side, runs[-1], token_weights)
+    seconds, cpu, peak = (
+        {side: min(run[key] for run in runs) for side, runs in found.items()}
+        for key in ("seconds", "cpu_seconds", "peak_mb")
+    )
+    print(
+        f"with activations against without: time x{seconds[WITH] / seconds['stream']:.2f}, "
+        f"CPU time x{cpu[WITH] / cpu['stream']:.2f}, {peak[WITH] - peak['stream']:+,.0f} MB"
+    )
 
 
 def _run(options: argparse.Namespace, side: str, folder: Path, name: str) -> dict[str, float]:
@@ -83,7 +109,7 @@ def _run(options: argparse.Namespace, side: str, folder: Path, name: str) -> dic
 def _print(side: str, found: dict[str, float], token_weights: int) -> None:
     four_f = 4 * 2 * token_weights / found["gemm"]
     print(
-        f"{side:8} {found['seconds']:8.1f} s {found['cpu_seconds']:8.1f} CPU-s   "
+        f"{side:{8 if side in SIDES else len(WITH)}} {found['seconds']:8.1f} s {found['cpu_seconds']:8.1f} CPU-s   "
         f"peak {found['peak_mb']:6,.0f} MB over {found['base_mb']:,.0f}   "
         f"4F at {found['gemm'] / 1e9:,.0f} GFLOP/s: {four_f:6.1f} s ({four_f / found['seconds']:.0%})",
         flush=True,
@@ -116,16 +142,16 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(options.folder)
-    out = folder / f"{options.side}.pt"
-    out.unlink(missing_ok=True)
+    out = folder / f"{options.side.replace(' ', '-')}.pt"
+    for old in folder.glob(f"{out.stem}.*"):
+        old.unlink() if old.is_file() else None
     dtype = getattr(torch, options.dtype)
     before = _gemm_rate(dtype)
     base = _peak_mb()
     started, cpu = time.monotonic(), time.process_time()
-    if options.side == "stream":
+    if options.side in ("stream", WITH):
         from fisherkit.options import ExtractOptions
 
-        (folder / "stream.json").unlink(missing_ok=True)
         choice = ExtractOptions(
             max_length=options.tokens,
             limit=None,
@@ -133,6 +159,7 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
             batch_tokens=options.batch_tokens,
             store="fp32",
             engine="stream",
+            statistics="fisher" if options.side == "stream" else "activations",
         )
         fisher.extract(folder / options.model, folder / "prompts.jsonl", out, choice)
     else:

@@ -431,7 +431,7 @@ def test_the_outcome_does_not_depend_on_the_size_of_the_memory_budget(
 ) -> None:
     model = checkpoint("gemma4-e2b")
     one = run(model, prompts, tmp_path / "a.pt")
-    monkeypatch.setattr("fisherkit.engine.work.Budget.take", lambda self, count: False)  # everything from the disk
+    monkeypatch.setattr("fisherkit.engine.spool.Budget.take", lambda self, count: False)  # everything from the disk
     other = run(model, prompts, tmp_path / "b.pt")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

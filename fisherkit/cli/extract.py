@@ -60,6 +60,14 @@ def extract(
     reduction: Annotated[
         str, typer.Option(help="A sample's loss is the mean or the sum over its tokens.", rich_help_panel=MEASURE)
     ] = "mean",
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="fisher, or activations: beside it E[x x^T] of every matrix's inputs and of its output gradients, "
+            "for mask --basis activation.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = "fisher",
     seed: Annotated[int, typer.Option(help="Of sampled labels.", rich_help_panel=MEASURE)] = 0,
     group_size: Annotated[
         int, typer.Option(help="Layers in memory at a time; lowered if they do not fit.", rich_help_panel=MACHINE)
@@ -116,6 +124,7 @@ def extract(
             layers=parse_layers(layers) if layers is not None else None,
             labels=labels,  # type: ignore[arg-type]
             reduction=reduction,  # type: ignore[arg-type]
+            statistics=statistics,  # type: ignore[arg-type]
             seed=seed,
             group_size=group_size,
             batch_tokens=batch_tokens,

@@ -1,12 +1,15 @@
 """What an engine is asked to do: samples, targets, and where finished values go."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fisherkit.engine.gather import Gather
+from fisherkit.engine.moment_file import MomentFile
 from fisherkit.engine.plan import Plan
 from fisherkit.engine.prompts import Sample
 from fisherkit.engine.skeleton import Skeleton
@@ -39,6 +42,7 @@ class Job:
         batches: numbers of the samples that are padded together.
         general: parameters to leave to autograd although a linear layer holds them.
         keep_weights: leave weights on the device between the two sweeps.
+        moments: gathers second moments of activations and writes them; None where none are asked for.
     """
 
     skeleton: Skeleton
@@ -55,6 +59,7 @@ class Job:
     seed: int = 0
     keep_weights: bool = False
     general: frozenset[str] = field(default_factory=frozenset)
+    moments: MomentFile | None = None
 
     def ids(self, batch: Sequence[int]) -> Tensor:
         """Token ids [B, T] on the device, short samples filled up on the right with their own last token.
@@ -94,9 +99,25 @@ class Job:
         parts = torch.split(memory, [shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor]) -> None:
-        """Hand sums of squares to the sink as means over the samples, block by block."""
+    def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor], gathered: Gather | None = None) -> None:
+        """Hand sums of squares to the sink as means over the samples, block by block, and moments to their file."""
+        if gathered is not None and self.moments is not None:
+            self.moments.keep(gathered)
         for block in blocks:
             own = {name: sums.pop(name).div_(len(self.samples)) for name in self.plan.names([block])}
             if own:
                 self.sink.add(own)
+
+    def gathering(self, blocks: Sequence[int | None]) -> AbstractContextManager[Gather | None]:
+        """Gathers the moments of these blocks in its ``with``; does nothing where none are asked for."""
+        return nullcontext() if self.moments is None else self.moments.gather(blocks)
+
+    def state(self) -> dict[str, Any]:
+        """What the work folder must know to go on from here, once all is synced; a copy."""
+        return {"sink": self.sink.state()} | ({"moments": self.moments.state()} if self.moments is not None else {})
+
+    def sync(self) -> None:
+        """Everything that was delivered so far is on the disk when this returns."""
+        self.sink.sync()
+        if self.moments is not None:
+            self.moments.sync()

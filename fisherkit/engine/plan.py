@@ -90,7 +90,15 @@ class Needs:
     device: int
 
 
-def needs(skeleton: Skeleton, plan: Plan, *, batch_tokens: int, longest: int, on_host: bool) -> Needs:
+def needs(
+    skeleton: Skeleton,
+    plan: Plan,
+    *,
+    batch_tokens: int,
+    longest: int,
+    on_host: bool,
+    moments: Mapping[int | None, int] | None = None,
+) -> Needs:
     """Peak memory of a streamed run: one group's weights twice (one group is read ahead), its accumulators, one batch.
 
     Args:
@@ -99,10 +107,11 @@ def needs(skeleton: Skeleton, plan: Plan, *, batch_tokens: int, longest: int, on
         batch_tokens: padded tokens of a batch.
         longest: tokens of the longest sample, which the head sees alone.
         on_host: whether the device's memory is the host's.
+        moments: bytes of second moments by block, where they are gathered, and under None what one takes besides.
     """
     size = torch.empty((), dtype=skeleton.dtype).element_size()
     batch_tokens = max(batch_tokens, longest)  # a sample is never split
-    group = max(_group_bytes(skeleton, plan, group, size, batch_tokens) for group in plan.groups)
+    group = max(_group_bytes(skeleton, plan, group, size, batch_tokens, moments or {}) for group in plan.groups)
     ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
     around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
     outer = sum(tensor.numel for tensors in plan.targets.get(None, {}).values() for tensor in tensors)
@@ -115,24 +124,39 @@ def needs(skeleton: Skeleton, plan: Plan, *, batch_tokens: int, longest: int, on
 
 
 def fit_groups(
-    skeleton: Skeleton, plan: Plan, group_size: int, room: int, *, batch_tokens: int, longest: int, on_host: bool
+    skeleton: Skeleton,
+    plan: Plan,
+    group_size: int,
+    room: int,
+    *,
+    batch_tokens: int,
+    longest: int,
+    on_host: bool,
+    moments: Mapping[int | None, int] | None = None,
 ) -> Plan:
     """The plan with the largest group size up to ``group_size`` whose needs fit ``room`` bytes (at least 1)."""
     for size in range(min(group_size, len(skeleton.blocks)), 0, -1):
         plan = Plan(blocks_in_groups(len(skeleton.blocks), size), plan.targets)
-        need = needs(skeleton, plan, batch_tokens=batch_tokens, longest=longest, on_host=on_host)
+        need = needs(skeleton, plan, batch_tokens=batch_tokens, longest=longest, on_host=on_host, moments=moments)
         if (need.host if on_host else need.device) <= HEADROOM * room:
             break
     return plan
 
 
-def _group_bytes(skeleton: Skeleton, plan: Plan, group: Sequence[int], size: int, batch_tokens: int) -> int:
+def _group_bytes(
+    skeleton: Skeleton,
+    plan: Plan,
+    group: Sequence[int],
+    size: int,
+    batch_tokens: int,
+    moments: Mapping[int | None, int],
+) -> int:
     weights = sum(_weights(skeleton, block) for block in group) * size
     accumulators = 4 * sum(
         tensor.numel for block in group for ts in plan.targets.get(block, {}).values() for tensor in ts
     )
     kept = sum(_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
-    return weights + accumulators + kept
+    return weights + accumulators + kept + sum(moments.get(block, 0) for block in (*group, None))
 
 
 def _weights(skeleton: Skeleton, block: int) -> int:

@@ -24,22 +24,38 @@ def resident(job: Job) -> None:
             weights.enter([block], [block + 1] if block + 1 < len(job.skeleton.blocks) else [])
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
         groups += [(None,)] if job.plan.names([None]) else []
+        if job.moments is not None and not job.moments.is_laid_out:
+            _hear(job)
         for number in range(job.work.progress.get("resident", 0), len(groups)):
             _measure(job, groups[number], number, len(groups))
+
+
+@torch.no_grad()
+def _hear(job: Job) -> None:
+    """Which layers share their inputs; one sample tells."""
+    assert job.moments is not None
+    with job.moments.hearing(range(len(job.skeleton.blocks))):
+        job.skeleton.model(input_ids=job.ids([0]), use_cache=False)
+    job.moments.lay_out()
+    job.work.commit(moments=job.moments.state())
 
 
 def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -> None:
     sums = job.accumulators(job.plan.names(group))
     losses = []
-    with trainable(job.skeleton.model, sums) as parameters:
+    with trainable(job.skeleton.model, sums) as parameters, job.gathering(group) as gather:
         for sample in range(len(job.samples)):
+            if gather is not None:
+                gather.begin(job.lengths([sample]))
             with torch.enable_grad():
                 logits = job.skeleton.model(input_ids=job.ids([sample]), use_cache=False).logits[0]
                 loss = job.loss(sample, logits)
             losses.append(loss.item())
             loss.backward()  # type: ignore[no-untyped-call]
             add_squared_parameters_(sums, parameters)
+            if gather is not None:
+                gather.finish()
             job.track("resident", number * len(job.samples) + sample + 1, count * len(job.samples))
-    job.deliver(group, sums)
-    job.sink.sync()
-    job.work.commit(resident=number + 1, sink=job.sink.state(), loss=sum(losses) / len(losses))
+    job.deliver(group, sums, gather)
+    job.sync()
+    job.work.commit(resident=number + 1, loss=sum(losses) / len(losses), **job.state())

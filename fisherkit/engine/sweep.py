@@ -7,6 +7,7 @@ accumulators and one batch (DESIGN section 3).
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from fisherkit.engine.arguments import Arguments
 from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.gather import Gather
 from fisherkit.engine.job import Job
 from fisherkit.engine.selfcheck import check_replay
 from fisherkit.engine.spool import Spool
@@ -76,6 +78,7 @@ class _Sweep:
         self._record()
         if "backward" not in progress:
             self._forward(progress["forward"])
+            self._hear_top()
         for number in range(progress.get("backward", self.top + 1) - 1, lowest - 1, -1):
             self._backward(number, lowest)
         if self.has_outer and "outer" not in progress:
@@ -104,20 +107,33 @@ class _Sweep:
                 leaving.put(str(batch), *self._push(number, batch).pack())
                 self.job.track("forward", number * len(self.job.batches) + batch + 1, self.top * len(self.job.batches))
             leaving.finish()
-            self.job.work.commit(forward=number + 1)
+            heard = {} if self.job.moments is None else {"heard": dict(self.job.moments.heard)}
+            self.job.work.commit(forward=number + 1, **heard)
             self.weights.leave(self.groups[number])
 
     @torch.no_grad()
     def _push(self, number: int, batch: int) -> Boundary:
-        """A batch through a group; the first batch also tells whether batches may hold several samples."""
+        """A batch through a group; the first also tells if batches may hold several samples, and who shares inputs."""
         job, group = self.job, self.groups[number]
         record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
         if batch:
             return run_blocks(job.skeleton, group, record, entering)
-        with Census(job.skeleton.model, job.plan.names(group), job.general) as census:
+        hearing: AbstractContextManager[None] = nullcontext() if job.moments is None else job.moments.hearing(group)
+        with Census(job.skeleton.model, job.plan.names(group), job.general) as census, hearing:
             leaving = run_blocks(job.skeleton, group, record, entering)
         census.check(job.ids(job.batches[batch]))
         return leaving
+
+    def _hear_top(self) -> None:
+        """The forward sweep leaves the last group out; moments need it heard, and then know what there is to store."""
+        moments = self.job.moments
+        if moments is None or moments.is_laid_out:
+            return
+        if self.job.plan.names(self.groups[self.top]):
+            self.weights.enter(self.groups[self.top])
+            self._push(self.top, 0)
+        moments.lay_out()
+        self.job.work.commit(moments=moments.state())
 
     def _backward(self, number: int, lowest: int) -> None:
         """Replay a group, add up its targets' squares, and pass the gradient down to the boundary that enters it."""
@@ -125,15 +141,18 @@ class _Sweep:
         self.weights.enter(group, self.groups[number - 1] if number > lowest else ())
         sums = job.accumulators(job.plan.names(group))
         passed = self._spool(f"gradient-{number}", fresh=True)
-        with Capture(job.skeleton.model, sums, job.general) as capture:
+        with Capture(job.skeleton.model, sums, job.general) as capture, job.gathering(group) as gather:
+            listeners: list[Capture | Gather] = [capture] if gather is None else [capture, gather]
             for batch, members in enumerate(job.batches):
-                capture.begin(job.lengths(members))
+                for listener in listeners:
+                    listener.begin(job.lengths(members))
                 passed.put(str(batch), *self._replay(number, batch).pack())
-                capture.finish()
+                for listener in listeners:
+                    listener.finish()
                 step = (self.top - number) * len(job.batches) + batch + 1
                 job.track("backward", step, (self.top + 1 - lowest) * len(job.batches))
         self.weights.leave(group)
-        job.deliver(group, sums)
+        job.deliver(group, sums, gather)
         passed.finish()
         spent = [] if number == self.top else [f"gradient-{number + 1}"]
         loss = {"loss": sum(self.losses) / len(self.losses)} if number == self.top else {}
@@ -208,11 +227,11 @@ class _Sweep:
     def _commit(self, spent: list[str], **progress: Any) -> None:
         """Note progress once the Fisher values are on the disk, while the next group computes; then drop ``spent``."""
         self._settle()
-        state = self.job.sink.state()
+        state = self.job.state()
 
         def commit() -> None:
-            self.job.sink.sync()
-            self.job.work.commit(sink=state, **progress)
+            self.job.sync()
+            self.job.work.commit(**state, **progress)
 
         self.committing = self.disk.submit(commit), spent
 

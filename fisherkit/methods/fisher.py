@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,20 @@ from fisherkit.engine.config import choose_dtype, read_config
 from fisherkit.engine.device import choose_device
 from fisherkit.engine.job import Job, Track
 from fisherkit.engine.memory import available_bytes
+from fisherkit.engine.moment_file import MomentFile
+from fisherkit.engine.moments import hear_without_weights, left_out, moment_bytes
 from fisherkit.engine.plan import Plan, needs, only_batches_of_one
 from fisherkit.engine.prompts import batches, load_prompts
 from fisherkit.engine.resident import resident
 from fisherkit.engine.sink import FisherSink, store_bytes, store_code
-from fisherkit.engine.skeleton import build_skeleton, shared_between_blocks
+from fisherkit.engine.skeleton import Skeleton, build_skeleton, shared_between_blocks
 from fisherkit.engine.spool import Budget
 from fisherkit.engine.sweep import stream
 from fisherkit.engine.tape import Unreplayable
 from fisherkit.engine.work import PROGRESS, Work
 from fisherkit.errors import CheckpointError, UnsupportedModelError
-from fisherkit.methods import sidecar
-from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, prepare
+from fisherkit.methods import activations, sidecar
+from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
 from fisherkit.options import ExtractOptions
 
 
@@ -43,7 +45,7 @@ class ExtractReport:
     """What extract did.
 
     Attributes:
-        path: the Fisher; its sidecar and layer importance lie beside it.
+        path: the Fisher; its sidecar and layer importance lie beside it, and the moments of activations if asked for.
         files: everything that was written.
         provenance: what the sidecar says, statistics of the tensors left out.
         layers: rows of ``layer_importance.json``.
@@ -86,17 +88,23 @@ def extract(
     if not renamed:
         check_target(out, force=options.force)
         sidecar.check_sidecar(out)
+        if options.statistics == "activations":
+            activations.check_free(out, force=options.force)
     run = prepare(os.fspath(model), os.fspath(prompts), options, say)
     started = time.monotonic()
     with _open_work(partial, run.fingerprint(), options, say) as work:
         if not renamed:
             _fill(out, run, work, track, say)
-        files = tuple(sorted(out.iterdir())) if out.is_dir() else (out,)
+        apart = activations.path_beside(out)
+        files = tuple(path for path in sorted(out.iterdir()) if path.stem != apart.stem) if out.is_dir() else (out,)
         provenance = run.provenance(out, files, work.progress["mode"]) | {"loss": work.progress.get("loss")}
         provenance["run"]["seconds"] = round(time.monotonic() - started, 3)
+        more: list[Path] = []
+        if "activations" in work.progress:
+            more = activations.put_in_place(out, work.folder, provenance, work.progress["activations"])
         report = _write_sidecars(out, files, provenance, work.progress["sink"])
         work.remove()
-    return report
+    return dataclasses.replace(report, files=(*report.files, *more))
 
 
 def _fill(out: Path, run: Run, work: Work, track: Track, say: Say) -> None:
@@ -105,15 +113,34 @@ def _fill(out: Path, run: Run, work: Work, track: Track, say: Say) -> None:
     if groups is not None:
         run.plan = Plan(tuple(map(tuple, groups)), run.plan.targets)
     work.commit(groups=run.plan.groups)
-    with _open_writer(out, run, work, run.options) as writer:
+    with _open_writer(out, run, work, run.options) as writer, _open_moments(out, run, work) as moments:
         sink = FisherSink(run.skeleton, writer, run.plan.tensors)
         if "sink" in work.progress:
             sink.restore(work.progress["sink"])
-        _measure(run, work, sink, track, say)
+        _measure(run, work, sink, moments, track, say)
+        if moments is not None:
+            _describe(moments, run, work, say)
+            activations.check_free(out, force=run.options.force)
         work.commit(renaming=True)
         check_target(out, force=run.options.force)
         sidecar.remove(out)
         writer.finish(force=run.options.force)
+
+
+def _open_moments(out: Path, run: Run, work: Work) -> AbstractContextManager[MomentFile | None]:
+    """The file of moments in the work folder, where they are asked for; the Fisher's folder is not there yet."""
+    if run.options.statistics != "activations":
+        return nullcontext()
+    target = out.with_name(activations.path_beside(out).name)
+    return MomentFile(run.skeleton, run.plan, target, work.folder, run.device)
+
+
+def _describe(moments: MomentFile, run: Run, work: Work, say: Say) -> None:
+    """Note what the JSON beside the moments will say."""
+    without = left_out(run.plan, moments.moments)
+    if without:
+        say(f"activations: {len(without):,} matrices are no linear layer's and were left out, such as {without[0]}")
+    work.commit(activations={"moments": moments.described(), "left_out": list(without)})
 
 
 def _was_renamed(out: Path, partial: Path) -> bool:
@@ -159,7 +186,12 @@ def plan_extract(
         samples = None  # no tokenizer beside the config
     plan = make_plan(skeleton, options, device, options.max_length, say)
     need = needs(
-        skeleton, plan, batch_tokens=options.batch_tokens, longest=options.max_length, on_host=device.type == "cpu"
+        skeleton,
+        plan,
+        batch_tokens=options.batch_tokens,
+        longest=options.max_length,
+        on_host=device.type == "cpu",
+        moments=moment_memory(skeleton, plan, options),
     )
     return {
         "model": source.id,
@@ -170,6 +202,7 @@ def plan_extract(
         "targets": len(plan.tensors),
         "parameters": plan.parameters,
         "output_bytes": plan.parameters * store_bytes(options.store),
+        **_plan_activations(skeleton, plan, options),
         "groups": len(plan.groups),
         "group_size": len(plan.groups[0]),
         "peak_bytes": {"host": need.host, "device": need.device},
@@ -177,6 +210,16 @@ def plan_extract(
         "samples": samples.samples if samples else None,
         "tokens": samples.tokens if samples else None,
     }
+
+
+def _plan_activations(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[str, Any]:
+    """Bytes of the moments; an upper bound where the model does not run without weights, which tells who shares."""
+    if options.statistics != "activations":
+        return {}
+    heard = hear_without_weights(skeleton, plan)
+    return {"activation_bytes": sum(moment_bytes(skeleton, plan, heard or {}).values())} | (
+        {} if heard is not None else {"activation_bytes_at_most": True}
+    )
 
 
 def _open_work(partial: Path, fingerprint: dict[str, str], options: ExtractOptions, say: Say) -> Work:
@@ -200,13 +243,15 @@ def _open_writer(out: Path, run: Run, work: Work, options: ExtractOptions) -> Ab
     return writer
 
 
-def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> None:
+def _measure(run: Run, work: Work, sink: FisherSink, moments: MomentFile | None, track: Track, say: Say) -> None:
     """Run the engine that fits this model; the work folder notes which it was, and why."""
     options, samples = run.options, run.prompts.samples
     singles = [(number,) for number in range(len(samples))]
     mode = work.progress.get("mode") or _first_mode(run)
     while True:
         work.commit(mode=mode)
+        if moments is not None:
+            moments.begin(frozenset(mode["general"]), work.progress)
         job = Job(
             skeleton=run.skeleton,
             plan=run.plan,
@@ -222,6 +267,7 @@ def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> 
             seed=options.seed,
             keep_weights=run.weights_fit(),
             general=frozenset(mode["general"]),
+            moments=moments,
         )
         try:
             (resident if mode["engine"] == "resident" else stream)(job)
@@ -233,7 +279,7 @@ def _measure(run: Run, work: Work, sink: FisherSink, track: Track, say: Say) -> 
         else:
             return
         sink.reset()
-        for name in ("forward", "backward", "outer", "sink", "loss"):
+        for name in ("forward", "backward", "outer", "sink", "loss", "heard", "moments"):
             work.progress.pop(name, None)
 
 
