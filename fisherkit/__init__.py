@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
-    from fisherkit.methods.fapm import FapmReport, fapm, plan_fapm, sweep_fapm
+    from fisherkit.methods.fapm import fapm, plan_fapm, sweep_fapm
+    from fisherkit.methods.fapm_report import FapmReport
     from fisherkit.methods.fisher import ExtractReport, extract, plan_extract
     from fisherkit.methods.masks import MaskReport, mask
     from fisherkit.methods.merge import MergeReport, merge
@@ -19,25 +20,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "sweep_fapm": "fisherkit.methods.fapm",
-    "plan_fapm": "fisherkit.methods.fapm",
-    "merge": "fisherkit.methods.merge",
-    "fapm": "fisherkit.methods.fapm",
-    "MergeReport": "fisherkit.methods.merge",
-    "MergeOptions": "fisherkit.options",
-    "FapmReport": "fisherkit.methods.fapm",
-    "FapmOptions": "fisherkit.options",
     "ExtractOptions": "fisherkit.options",
     "ExtractReport": "fisherkit.methods.fisher",
+    "FapmOptions": "fisherkit.options",
+    "FapmReport": "fisherkit.methods.fapm_report",
     "FisherkitError": "fisherkit.errors",
+    "MaskOptions": "fisherkit.options",
+    "MaskReport": "fisherkit.methods.masks",
+    "MergeOptions": "fisherkit.options",
+    "MergeReport": "fisherkit.methods.merge",
     "Summary": "fisherkit.methods.summary",
     "extract": "fisherkit.methods.fisher",
+    "fapm": "fisherkit.methods.fapm",
     "inspect": "fisherkit.methods.summary",
     "load_mask": "fisherkit.training.sources",
     "mask": "fisherkit.methods.masks",
-    "MaskOptions": "fisherkit.options",
-    "MaskReport": "fisherkit.methods.masks",
+    "merge": "fisherkit.methods.merge",
     "plan_extract": "fisherkit.methods.fisher",
+    "plan_fapm": "fisherkit.methods.fapm",
+    "sweep_fapm": "fisherkit.methods.fapm",
 }
 
 __all__ = [

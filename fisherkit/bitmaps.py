@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fisherkit.kept import Energy
     from fisherkit.kernels.density import DensityMap
-    from fisherkit.methods.fapm import FapmReport
+    from fisherkit.methods.fapm_report import FapmReport
 
 _BAR, _CUT = "#31688e", "#d81b60"
 

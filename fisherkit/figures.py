@@ -17,7 +17,7 @@ from fisherkit.methods.records import Record, Value, render
 from fisherkit.methods.summary import Summary
 
 if TYPE_CHECKING:
-    from fisherkit.methods.fapm import FapmReport
+    from fisherkit.methods.fapm_report import FapmReport
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #68707a; --line: #d5d9de; --paper: #ffffff; --alarm: #c62828; }

@@ -15,7 +15,7 @@ from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, parse_shares
 
 if TYPE_CHECKING:
-    from fisherkit.methods.fapm import FapmReport
+    from fisherkit.methods.fapm_report import FapmReport
 
 KEEP = "What is kept"
 

@@ -9,9 +9,8 @@ is exact: ``floor((1 - sparsity) n)``, ties going to the lower index.
 import contextlib
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ import numpy as np
 
 from fisherkit.checkpoint.sparse import SparseWriter, check_sidecar, sidecar_of
 from fisherkit.checkpoint.target import check_apart, check_target
-from fisherkit.engine.cuts import Stream, find_cuts
-from fisherkit.engine.prune import Outcome, Pruning, stream_of
+from fisherkit.engine.prune import Outcome, Pruning
 from fisherkit.engine.rewrite import Row, Track, work_folder
 from fisherkit.engine.work import Work
 from fisherkit.errors import CheckpointError, OptionError
@@ -29,58 +27,15 @@ from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap
 from fisherkit.kernels.prune import Sides, block_scores, converted, sample_indices
 from fisherkit.kernels.scores import BLOCK, Scratch
-from fisherkit.kernels.select import SAMPLE, Cut, quota
+from fisherkit.kernels.select import SAMPLE, quota
+from fisherkit.methods.fapm_report import FapmReport, facts, totals
 from fisherkit.methods.output import Request, Run, Say, provenance
+from fisherkit.methods.quotas import Quotas, random_stream
 from fisherkit.options import FapmOptions, exact_share
 
 DEFAULT_SPARSITY = 0.9
 ADAPTER_SPARSITY = 0.1
 """A low-rank delta is spread over all entries: dropping most of it leaves nothing that was learnt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FapmReport:
-    """What ``fapm`` did.
-
-    Attributes:
-        path: the output; None where only a report was asked for.
-        files: everything that was written.
-        metric: by what entries were kept.
-        density: share that was to be kept.
-        tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept``, ``zero_deltas``, ``zero_weights``,
-            ``nonfinite``, ``threshold`` (the lowest score that was kept), ``energy`` (sum of d^2) and ``energy_kept``
-            (the share of it that is left), and ``unrelated`` where about half of the signs changed.
-        totals: the same over all tensors that took part.
-        rules: what happened to the tensors that did not.
-        warnings: what a person should know.
-        provenance: sides, options, versions.
-        map: densities of |d| against |W| for the figure, where it was asked for.
-    """
-
-    path: Path | None
-    files: tuple[Path, ...]
-    metric: str
-    density: float
-    tensors: Mapping[str, Row]
-    totals: Mapping[str, Any]
-    rules: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    provenance: Mapping[str, Any]
-    map: DensityMap | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--report`` and ``--json``."""
-        return {
-            **self.provenance,
-            "path": str(self.path) if self.path else None,
-            "files": [str(file) for file in self.files],
-            "metric": self.metric,
-            "density": self.density,
-            "totals": dict(self.totals),
-            "tensors": dict(self.tensors),
-            "rules": dict(self.rules),
-            "warnings": list(self.warnings),
-        }
 
 
 def fapm(
@@ -185,10 +140,7 @@ class _Fapm:
             )
         self._pruning = Pruning(run.tensors.team, options.seed, write=run.request.out is not None, list_kept=list_kept)
         self._map = DensityMap() if figure else None
-        self._cuts: dict[str, list[Cut]] = {}
-        self._means: dict[str, float] = {}
-        self._ties: dict[str, int] = defaultdict(int)
-        self._ties_of: dict[str, int] = {}
+        self._quotas = Quotas(run, options)
         self._sparse: SparseWriter | None = None
 
     # The three things it can do
@@ -217,7 +169,7 @@ class _Fapm:
         return report
 
     def sweep(self, shares: Sequence[Fraction]) -> list[FapmReport]:
-        self._find_cuts(shares)
+        self._quotas.survey(shares)
         rows: list[dict[str, Row]] = [{} for _ in shares]
         for at, name in enumerate(self._walk("sweeping")):
             sides = self._sides(name)
@@ -244,7 +196,7 @@ class _Fapm:
             "density": float(self._share),
             "tensors": len(chosen),
             "weights": weights,
-            "kept_at_most": sum(quota(self._share, count) for count in self._group_sizes().values()),
+            "kept_at_most": sum(quota(self._share, count) for count in self._quotas.group_sizes().values()),
             "left_alone": len(infos) - len(chosen),
             "output_bytes": sum(info.nbytes for info in infos),
             "peak_bytes": 2 * largest + self._run.tensors.team.threads * 5_000_000 + 60_000_000,
@@ -269,7 +221,7 @@ class _Fapm:
 
     def _write(self, extra: tuple[Path, ...]) -> FapmReport:
         run = self._run
-        self._find_cuts([self._share])
+        self._quotas.survey([self._share])
         if run.request.out is None:
             rows = {}
             names = self._listed()
@@ -287,7 +239,7 @@ class _Fapm:
             self._made = self._report(self._refuse_identical(rows), float(self._share), ())
             return self._made.as_json()
 
-        files, _ = run.write(self._change, settings, report, _facts, self._recall_ties)
+        files, _ = run.write(self._change, settings, report, facts, self._quotas.recall)
         return replace(self._made, files=(*files, *extra))
 
     def _walk(self, stage: str) -> Any:
@@ -324,84 +276,28 @@ class _Fapm:
             self._sparse.add(name, info.numel, info.dtype, indices, taken[indices])
 
     def _sides(self, name: str) -> Sides:
-        return self._run.sides(name, self._options.metric, self._means.get(name))
+        return self._run.sides(name, self._options.metric, self._quotas.means.get(name))
 
     def _sampled(self, name: str) -> Sides:
         """Both sides, of which a sample is put aside for the figure."""
         sides = self._sides(name)
         if self._map is not None:
-            self._sample = sides.take(sample_indices(sides.w.size, SAMPLE >> 1, 0, _stream(self._run, name)))
+            self._sample = sides.take(sample_indices(sides.w.size, SAMPLE >> 1, 0, random_stream(self._run, name)))
         return sides
 
     def _add_to_map(self, name: str, threshold: float | None) -> None:
         if self._map is not None:
-            stream, scores = _stream(self._run, name), None
+            stream, scores = random_stream(self._run, name), None
             if self._options.selects:
                 scores = block_scores(self._sample, Scratch(self._sample.w.size), self._options.seed, stream, -BLOCK)
             self._map.add(name, self._sample, self._run.tensors.info(name).numel, threshold, scores)
 
     def _prune(self, name: str, load: Callable[[], Sides], share: Fraction, number: int) -> tuple[Sides, Outcome]:
-        stream = _stream(self._run, name)
-        if not self._options.selects:
-            shape = self._run.tensors.info(name).shape
-            columns = shape[-1] if len(shape) > 1 else max(1, math.prod(shape))
-            return self._pruning.rescaled(load(), float(share), max(columns, 1), stream)
-        if self._options.scope == "tensor":
-            return self._pruning.by_quota(load, quota(share, self._run.tensors.info(name).numel), stream)
-        return self._by_shared_cut(name, load(), number, stream)
-
-    # Quotas that several tensors share
-
-    def _group(self, name: str) -> str:
-        return self._run.chosen.places[name].layer_name if self._options.scope == "layer" else ""
-
-    def _group_sizes(self) -> dict[str, int]:
-        sizes: dict[str, int] = defaultdict(int)
-        for name in self._run.chosen.names:
-            group = name if self._options.scope == "tensor" else self._group(name)
-            sizes[group] += self._run.tensors.info(name).numel
-        return sizes
-
-    def _find_cuts(self, shares: Sequence[Fraction]) -> None:
-        if self._options.scope == "tensor" or not self._options.selects:
-            return
-        names = self._run.chosen.names
-        stream = Stream(
-            names=names,
-            group={name: self._group(name) for name in names},
-            load=lambda name, mean: self._run.sides(name, self._options.metric, mean),
-            stream={name: _stream(self._run, name) for name in names},
-            seed=self._options.seed,
-        )
-        quotas = {group: [quota(share, size) for share in shares] for group, size in self._group_sizes().items()}
-        self._cuts, self._means = find_cuts(self._run.tensors, stream, quotas, self._run.request.track)
-
-    def _by_shared_cut(self, name: str, sides: Sides, number: int, stream: int) -> tuple[Sides, Outcome]:
-        """Entries at the threshold itself are kept in the order of tensors, as long as the quota lasts.
-
-        Two tensors that both sides tie stay equal: the second keeps what the first did.
-        """
-        group, twin = f"{number} {self._group(name)}", f"{number} {self._twin(name)}"
-        cut = self._cuts[self._group(name)][number]
-        left = self._ties_of.get(twin, cut.ties - self._ties[group])
-        sides, outcome = self._pruning.by_cut(sides, Cut(cut.at, left), stream)
-        self._count_ties(name, number, outcome.ties)
-        return sides, outcome
-
-    def _count_ties(self, name: str, number: int, ties: int) -> None:
-        if f"{number} {self._twin(name)}" not in self._ties_of:
-            self._ties[f"{number} {self._group(name)}"] += ties
-        self._ties_of[f"{number} {name}"] = ties
-
-    def _twin(self, name: str) -> str | None:
-        """The tensor that both sides tie this one to."""
-        twins = self._run.pair.tuned.twins
-        return twins.get(name) or next((head for head, body in twins.items() if body == name), None)
-
-    def _recall_ties(self, rows: Mapping[str, Row]) -> None:
-        """What is left of the quotas after the tensors of the run that this one goes on with."""
-        for name, row in rows.items():
-            self._count_ties(name, 0, row.get("ties", 0))
+        if self._options.selects:
+            return self._quotas.prune(self._pruning, name, load, share, number)
+        shape = self._run.tensors.info(name).shape
+        columns = shape[-1] if len(shape) > 1 else math.prod(shape)
+        return self._pruning.rescaled(load(), float(share), max(columns, 1), random_stream(self._run, name))
 
     # Reports
 
@@ -441,39 +337,3 @@ class _Fapm:
             provenance=provenance(run),
             map=self._map,
         )
-
-
-def _stream(run: Run, name: str) -> int:
-    """The random stream of a tensor; that of its twin where both sides tie the two."""
-    return stream_of(run.pair.tuned.twins.get(name, name))
-
-
-def totals(rows: Mapping[str, Row]) -> dict[str, Any]:
-    """Sums over tensors; ``energy_kept`` is the share of all squared deltas that is left."""
-    counts = {key: sum(row[key] for row in rows.values()) for key in _COUNTS}
-    energy = math.fsum(row["energy"] for row in rows.values())
-    left = math.fsum(row["energy"] * row["energy_kept"] for row in rows.values())
-    share = counts["kept"] / counts["weights"] if counts["weights"] else 0.0
-    return {
-        "tensors": len(rows),
-        **counts,
-        "density": share,
-        "energy": energy,
-        "energy_kept": left / energy if energy else 0.0,
-    }
-
-
-_COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
-
-
-def _facts(report: Mapping[str, Any]) -> dict[str, str]:
-    """Rows of the table in the model card."""
-    found = report["totals"]
-    return {
-        "metric": report["metric"],
-        "density asked for": f"{report['density']:.6g}",
-        "entries that are the tuned model's": f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
-        "entries that fine-tuning had not changed": f"{found['zero_deltas']:,}",
-        "share of the squared delta that is left": f"{found['energy_kept']:.4%}",
-        "tensors pruned": f"{found['tensors']:,}",
-    }

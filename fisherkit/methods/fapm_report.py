@@ -1,0 +1,86 @@
+"""What ``fapm`` reports: rows per tensor, their sums, and the table of the model card."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fisherkit.engine.rewrite import Row
+from fisherkit.kernels.density import DensityMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class FapmReport:
+    """What ``fapm`` did.
+
+    Attributes:
+        path: the output; None where only a report was asked for.
+        files: everything that was written.
+        metric: by what entries were kept.
+        density: share that was to be kept.
+        tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept``, ``zero_deltas``, ``zero_weights``,
+            ``nonfinite``, ``threshold`` (the lowest score that was kept), ``energy`` (sum of d^2) and ``energy_kept``
+            (the share of it that is left), and ``unrelated`` where about half of the signs changed.
+        totals: the same over all tensors that took part.
+        rules: what happened to the tensors that did not.
+        warnings: what a person should know.
+        provenance: sides, options, versions.
+        map: densities of |d| against |W| for the figure, where it was asked for.
+    """
+
+    path: Path | None
+    files: tuple[Path, ...]
+    metric: str
+    density: float
+    tensors: Mapping[str, Row]
+    totals: Mapping[str, Any]
+    rules: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    map: DensityMap | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--report`` and ``--json``."""
+        return {
+            **self.provenance,
+            "path": str(self.path) if self.path else None,
+            "files": [str(file) for file in self.files],
+            "metric": self.metric,
+            "density": self.density,
+            "totals": dict(self.totals),
+            "tensors": dict(self.tensors),
+            "rules": dict(self.rules),
+            "warnings": list(self.warnings),
+        }
+
+
+def totals(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Sums over tensors; ``energy_kept`` is the share of all squared deltas that is left."""
+    counts = {key: sum(row[key] for row in rows.values()) for key in _COUNTS}
+    energy = math.fsum(row["energy"] for row in rows.values())
+    left = math.fsum(row["energy"] * row["energy_kept"] for row in rows.values())
+    share = counts["kept"] / counts["weights"] if counts["weights"] else 0.0
+    return {
+        "tensors": len(rows),
+        **counts,
+        "density": share,
+        "energy": energy,
+        "energy_kept": left / energy if energy else 0.0,
+    }
+
+
+_COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
+
+
+def facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the table in the model card."""
+    found = report["totals"]
+    return {
+        "metric": report["metric"],
+        "density asked for": f"{report['density']:.6g}",
+        "entries that are the tuned model's": f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
+        "entries that fine-tuning had not changed": f"{found['zero_deltas']:,}",
+        "share of the squared delta that is left": f"{found['energy_kept']:.4%}",
+        "tensors pruned": f"{found['tensors']:,}",
+    }
