@@ -73,13 +73,13 @@ def show_rows(rows: Sequence[Record], columns: Sequence[str]) -> None:
         _write(sys.stdout, render(rows, columns, "tsv"))
 
 
-def say_kept(totals: Mapping[str, Any], *, quiet: bool = False) -> None:
-    """Tell on stderr what a pruned delta has left."""
+def say_kept(totals: Mapping[str, Any], *, selects: bool, quiet: bool = False) -> None:
+    """Tell on stderr what is left of a delta; ``selects`` where its entries are FT's as they are."""
     if not quiet:
-        say(
-            f"kept {totals['kept']:,} of {totals['weights']:,} entries ({totals['density']:.2%}), "
-            f"{totals['energy_kept']:.1%} of the squared delta; {totals['zero_deltas']:,} had not changed"
-        )
+        counted = f"{totals['kept']:,} of {totals['weights']:,} entries"
+        share, left = f"({totals['density']:.2%})", f"{totals['energy_kept']:.1%} of the squared delta"
+        done = f"kept {counted} {share}, {left}" if selects else f"{counted} {share} differ from BASE's; {left}"
+        say(f"{done}; {totals['zero_deltas']:,} had not changed")
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -211,7 +211,8 @@ def curves_of(density: DensityMap, window: Window) -> list[Curve]:
         points = window.clip(cut_curve(density.metric, positive=above)) if tensors else []
         if points:
             side = f", whose threshold is {'above' if above else 'below'} 0" if density.metric == "fapm" else ""
-            found.append(Curve(points, f"the cut of {tensors:,} tensors{side}", second=bool(found)))
+            whose = f"{tensors:,} tensor{'s' if tensors != 1 else ''}"
+            found.append(Curve(points, f"the cut of {whose}{side}", second=bool(found)))
     return found
 
 

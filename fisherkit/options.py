@@ -46,8 +46,16 @@ def _at_least(option: str, value: int | None, least: int) -> None:
         raise OptionError(f"--{option} must be at least {least}, not {value}")
 
 
+def _paths(options: object, *names: str) -> None:
+    """Take strings for paths, as everything else in the library does."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, str):
+            object.__setattr__(options, name, Path(value))
+
+
 def _share(option: str, value: float | None) -> None:
-    if value is not None and not 0 <= value <= 1:
+    if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
         raise OptionError(f"--{option} must lie between 0 and 1, not {value}")
 
 
@@ -301,10 +309,11 @@ class MergeOptions(PairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _paths(self, "mask", "subspace", "layer_scale")
         _one_of("side", self.side, Side)
         _share("floor", self.floor)
         for option, value in (("power", self.power), ("alpha", self.alpha)):
-            if not -1e6 < value < 1e6:
+            if not (isinstance(value, int | float) and -1e6 < value < 1e6):
                 raise OptionError(f"--{option} must be a finite number, not {value}")
         if self.power < 0:
             raise OptionError(f"--power must not be negative, not {self.power}: important layers would change most")
@@ -389,6 +398,7 @@ class MaskOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
+        _paths(self, "against", "activations")
         for option, value, kind in (
             ("train", self.train, Top),
             ("protect", self.protect, Top),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,9 +168,33 @@ def test_every_entry_is_of_one_side_in_the_bases_type(tmp_path: Path) -> None:
     w, _ = tensors_of(torch.bfloat16)
     _, f = tensors_of(torch.float32)
     base, tuned = make(tmp_path / "b", w), make(tmp_path / "f", f)
-    fisherkit.fapm(base, tuned, tmp_path / "out", FapmOptions(sparsity=0.5))
-    wanted = expected(w, f, list(open_index(base).tensors), Fraction("0.5"), "tensor", "fapm")
+    report = fisherkit.fapm(base, tuned, tmp_path / "out", FapmOptions(sparsity=0.5))
+    rounded = {name: tensor.to(w[name].dtype) for name, tensor in f.items()}  # what the output can hold
+    wanted = expected(w, rounded, list(open_index(base).tensors), Fraction("0.5"), "tensor", "fapm")
+    for name, row in report.tensors.items():
+        assert row["zero_deltas"] == int((rounded[name] == w[name]).sum())
+        vanished = int(((f[name] != w[name].float()) & (rounded[name] == w[name])).sum())
+        assert row.get("rounded_away", 0) == vanished
     assert all(same_bits(tensor, wanted[name]) for name, tensor in read(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("how", ["fapm", "merge", "dare"])
+def test_changes_too_small_for_the_bases_type_are_counted_and_told(tmp_path: Path, how: str) -> None:
+    w = {name: tensor.bfloat16() for name, tensor in tensors_of(torch.float32)[0].items()}
+    f = {name: tensor.float() * (1 + 1e-4) for name, tensor in w.items()}  # less than half a step of bfloat16
+    name = "model.layers.0.self_attn.q_proj.weight"
+    f[name][:10] *= 1.5
+    base, tuned, out = make(tmp_path / "b", w), make(tmp_path / "f", f), tmp_path / "out"
+    said: list[str] = []
+    report: Any
+    if how == "merge":
+        report = fisherkit.merge(base, tuned, out, MergeOptions(alpha=0.5), say=said.append)
+    else:
+        metric: Any = "magnitude" if how == "fapm" else "dare"
+        report = fisherkit.fapm(base, tuned, out, FapmOptions(metric=metric, density=0.5), say=said.append)
+    got = read(out)
+    assert sum(int((got[n] != w[n]).sum()) for n in w) == report.totals["kept"] > 0
+    assert any("too small for BASE's type (BF16)" in line for line in said)
 
 
 def test_a_misleading_sample_costs_a_pass_and_nothing_else(

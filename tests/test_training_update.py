@@ -373,6 +373,33 @@ def test_what_rounding_puts_back_does_not_add_up(dtype: torch.dtype) -> None:
     assert leak < 0.2 * torch.finfo(dtype).eps  # one rounding, not the sum of 200
 
 
+def test_in_bfloat16_a_small_learning_rate_stays_out_of_a_subspace_and_at_its_scale() -> None:
+    """Updates far below the spacing of bfloat16, most of which rounding takes away again."""
+    shares, moved = {}, {}
+    for kind in ("free", "subspace", "scale"):
+        torch.manual_seed(1)
+        model = nn.ModuleDict(
+            {"layers": nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(64, 64, bias=False)}) for _ in range(3)])}
+        )
+        model = model.to(torch.bfloat16)
+        weight = model["layers"][2]["proj"].weight
+        parts = subspaces({"layers.2.proj.weight": weight})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        before = weight.detach().double()
+        if kind != "free":
+            constrain(optimizer, model, parts if kind == "subspace" else [1.0, 1.0, 100.0])
+        gradients = torch.Generator().manual_seed(2)
+        for _ in range(100):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(64, 64, generator=gradients).bfloat16() + 0.5
+            optimizer.step()
+        change = weight.detach().double() - before
+        shares[kind] = float((parts["layers.2.proj.weight.U"].double().mT @ change).norm() / change.norm())
+        moved[kind] = float(change.norm())
+    assert shares["subspace"] < 0.1 < shares["free"]
+    assert moved["scale"] == pytest.approx(0.1 * moved["free"], rel=0.35)
+
+
 def test_a_subspace_file_holds(tmp_path: Path) -> None:
     path = write_subspace(tmp_path / "s.safetensors", shape=(5, 6))
     model = nn.ParameterDict({"w": torch.randn(5, 6)})

@@ -94,7 +94,10 @@ class Adapter:
         Raises:
             CheckpointError: the adapter's file cannot be read any more.
         """
-        weight = np.array(base, dtype=np.float32, order="C")
+        return self.apply(name, np.array(base, dtype=np.float32, order="C"))
+
+    def apply(self, name: str, weight: Floats) -> Floats:
+        """As ``tuned``, but in the array that is given, which is C-contiguous; returns it."""
         with np.errstate(over="ignore", invalid="ignore"):
             for update in self._updates.get(name, ()):
                 update.apply(weight, self._factors)

@@ -172,6 +172,11 @@ class MaskFile:
             raise CheckpointError(self._misfit(name, known or _spanned(found), shape))
         return found
 
+    def has_sides(self, name: str) -> tuple[bool, bool]:
+        """Whether there are U and V for a weight."""
+        held = self._reader.index.tensors
+        return f"{name}.U" in held, f"{name}.V" in held
+
     def kept(self, name: str) -> int:
         """Entries of one weight that may change; read from the tensor where nothing else says so."""
         found = self.entry(name)

@@ -175,6 +175,8 @@ class SparseWriter:
         while done < left:
             part = os.read(raw, min(step, left - done) * kind.itemsize)
             part += b"" if len(part) % kind.itemsize == 0 else os.read(raw, kind.itemsize - len(part) % kind.itemsize)
+            if not part:
+                raise CheckpointError("the entries put aside ended early; run it again")
             elements = np.frombuffer(part, kind)
             writer.write_stored(spec.name, elements, done)
             done += elements.size

@@ -23,7 +23,7 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small real model here, measure its Fisher, fine-tune it and prune the fine-tune: two minutes in all.
+    """Train a small real model here, measure its Fisher, fine-tune it and prune the fine-tune: three minutes in all.
 
     Example: fisherkit demo
     """
@@ -94,7 +94,7 @@ def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: b
         track=console.tracker("fapm", quiet=quiet),
         say=say,
     )
-    console.say_kept(report.totals, quiet=quiet)
+    console.say_kept(report.totals, selects=True, quiet=quiet)
     if figure is not None:
         figures.write_pruning(report, figure)
         say(f"{figure}: changes against weights, the cut, and where the kept part lies")

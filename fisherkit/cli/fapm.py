@@ -23,7 +23,9 @@ KEEP = "What is kept"
 @app.command()
 def fapm(
     base: Base,
-    tuned: Annotated[str, typer.Argument(metavar="FT", help="What was made of it: a checkpoint or a PEFT adapter.")],
+    tuned: Annotated[
+        str, typer.Argument(metavar="FT", help="What was made of it: a checkpoint, a PEFT adapter, or a sparse delta.")
+    ],
     out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
     sparsity: Annotated[
         float | None,
@@ -110,7 +112,7 @@ def fapm(
                 say=say,
             )
             _write(made, report, figure)
-            console.say_kept(made.totals, quiet=quiet)
+            console.say_kept(made.totals, selects=options.selects, quiet=quiet)
             typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out or sparse or report or figure))
 
     run(command, debug=debug, hint=hint(out))

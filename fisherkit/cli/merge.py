@@ -97,7 +97,7 @@ def merge(
         )
         if report is not None:
             write_json(report, made.as_json())
-        console.say_kept(made.totals, quiet=quiet)
+        console.say_kept(made.totals, selects=False, quiet=quiet)
         typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out))
 
     run(command, debug=debug, hint=hint(out))

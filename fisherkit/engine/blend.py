@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherkit.engine.threads import Team
-from fisherkit.floats import Floats, Stored, narrow, widen
+from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.prune import Sides, copy_flagged
 from fisherkit.kernels.scores import BLOCK, Flags, Scratch
 
@@ -39,9 +39,10 @@ class Blended:
     """Counts, and sums of squares.
 
     Attributes:
-        kept: entries that differ from the base's after all, before rounding.
+        kept: entries that differ from the base's after all.
         zero_deltas: entries that FT had not changed.
         nonfinite: entries that are NaN or infinite on either side; the base's.
+        rounded_away: entries whose delta is too small for the base's type, so that they stay the base's.
         energy: sum of d^2.
         energy_kept: sum of squares of what is left of d.
     """
@@ -49,6 +50,7 @@ class Blended:
     kept: int
     zero_deltas: int
     nonfinite: int
+    rounded_away: int
     energy: float
     energy_kept: float
 
@@ -82,30 +84,40 @@ def _elementwise(part: Sides, flags: Flags | None, scale: float) -> Blended:
         np.multiply(d, flags, out=d)
     if scale != 1:
         np.multiply(d, np.float32(scale), out=d)
-    changed = d != 0
-    if scale == 1:
-        copy_flagged(part, changed, Scratch(part.w.size))
+        kept, lost = _put(part, w, d)
     else:
-        _put(part.w, changed, w + d, part.w_code)
-    return Blended(int(np.count_nonzero(changed)), zeros, bad, energy, _squares(d))
+        changed = d != 0
+        copy_flagged(part, changed, Scratch(part.w.size))
+        kept, lost = int(np.count_nonzero(changed)), 0
+    return Blended(kept, zeros, bad, lost, energy, _squares(d))
 
 
 def _project(sides: Sides, shape: tuple[int, ...], mask: Flags | None, treatment: Treatment) -> Blended:
-    """Matrix by matrix; ``(I - U U^T) d (I - V V^T)``."""
+    """Matrix by matrix, of which the delta is held in float32; ``(I - U U^T) d (I - V V^T)``."""
     a, b = shape[-2:]
     found = []
     for number in range(sides.w.size // max(a * b, 1)):
         part = sides.part(number * a * b, (number + 1) * a * b)
-        w, d, bad = _delta(part)
-        zeros, energy = int(np.count_nonzero(d == 0)) - bad, _squares(d)
-        if mask is not None:
-            np.multiply(d, mask[number * a : (number + 1) * a].reshape(-1), out=d)
-        matrix = d.reshape(a, b)
-        _remove(matrix, _of(treatment.u, number), _of(treatment.v, number))
+        rows = None if mask is None else mask[number * a : (number + 1) * a]
+        found.append(_project_one(part, (a, b), rows, number, treatment))
+    return _sum(found)
+
+
+def _project_one(part: Sides, shape: tuple[int, int], mask: Flags | None, number: int, treatment: Treatment) -> Blended:
+    a, b = shape
+    delta, found = np.empty(shape, np.float32), []
+    for start in range(0, a, _PRODUCT_ROWS):
+        stop = min(start + _PRODUCT_ROWS, a)
+        d, bad = _delta(part.part(start * b, stop * b))[1:]
+        delta[start:stop] = d.reshape(-1, b) if mask is None else d.reshape(-1, b) * mask[start:stop]
+        found.append(Blended(0, int(np.count_nonzero(d == 0)) - bad, bad, 0, _squares(d), 0.0))
+    _remove(delta, _of(treatment.u, number), _of(treatment.v, number))
+    for start in range(0, a, _PRODUCT_ROWS):
+        stop = min(start + _PRODUCT_ROWS, a)
+        rows, d = part.part(start * b, stop * b), delta[start:stop].reshape(-1)
         np.multiply(d, np.float32(treatment.scale), out=d)
-        changed = d != 0
-        _put(part.w, changed, w + d, part.w_code)
-        found.append(Blended(int(np.count_nonzero(changed)), zeros, bad, energy, _squares(d)))
+        kept, lost = _put(rows, widen(rows.w, rows.w_code), d)
+        found.append(Blended(kept, 0, 0, lost, 0.0, _squares(d)))
     return _sum(found)
 
 
@@ -139,8 +151,13 @@ def _delta(part: Sides) -> tuple[Floats, Floats, int]:
     return w, d, bad
 
 
-def _put(w: Stored, flags: Flags, values: Floats, code: str) -> None:
-    np.copyto(w, narrow(values, code), where=flags)
+def _put(part: Sides, w: Floats, d: Floats) -> tuple[int, int]:
+    """Put w + d in the place of w, rounded once; how many entries that changes, and for how many d was too small."""
+    rounded = narrow(w + d, part.w_code)
+    changed = widen(rounded, part.w_code) != w
+    np.copyto(part.w, rounded, where=changed)
+    kept = int(np.count_nonzero(changed))
+    return kept, int(np.count_nonzero(d)) - kept
 
 
 def _squares(d: Floats) -> float:
@@ -152,6 +169,7 @@ def _sum(parts: Sequence[Blended]) -> Blended:
         kept=sum(part.kept for part in parts),
         zero_deltas=sum(part.zero_deltas for part in parts),
         nonfinite=sum(part.nonfinite for part in parts),
+        rounded_away=sum(part.rounded_away for part in parts),
         energy=sum(part.energy for part in parts),
         energy_kept=sum(part.energy_kept for part in parts),
     )

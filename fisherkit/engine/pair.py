@@ -152,7 +152,7 @@ class _AdapterSide:
 
     def load(self, name: str, base: Stored, team: Team, memory: Memory) -> Stored:
         info = self._base.info(name)
-        return self._adapter.tuned(name, widen(base, info.dtype).reshape(info.shape)).reshape(-1)
+        return self._adapter.apply(name, widen(base, info.dtype).reshape(info.shape)).reshape(-1)
 
     def prefetch(self, name: str) -> None:
         """Factors are small, and in memory."""

@@ -40,6 +40,7 @@ class Outcome:
         energy: sum of d^2.
         energy_kept: sum of squares of what is left of d.
         ties: entries kept that scored exactly a shared threshold.
+        rounded_away: entries whose rescaled delta is too small for the base's type, so that they stay the base's.
         indices: flat places of the kept entries, ascending, where they were asked for.
     """
 
@@ -51,6 +52,7 @@ class Outcome:
     energy: float
     energy_kept: float
     ties: int = 0
+    rounded_away: int = 0
     indices: NDArray[np.int64] | None = None
 
     def row(self) -> dict[str, Any]:
@@ -115,25 +117,34 @@ class Pruning:
         """Thin or shrink a delta by one of the metrics that are no selections; ``columns`` is the length of a row."""
         step = max(1, BLOCK // columns) * columns
 
-        def one(start: int, stop: int) -> tuple[int, int, int, int, float, float]:
+        def one(start: int, stop: int) -> tuple[int, int, int, int, int, float, float]:
             part = sides.part(start, stop)
             w, f = widen(part.w, part.w_code), widen(part.f, part.f_code)
             with np.errstate(invalid="ignore", over="ignore"):
                 d = f - w
             broken = ~np.isfinite(d)
             d[broken] = 0
-            factors = FACTORS[sides.metric](d, density, columns, drawing(self.seed, stream, start // step))
-            changed = (factors != 0) & (d != 0)
-            left = factors * d
+            left = FACTORS[sides.metric](d, density, columns, drawing(self.seed, stream, start // step)) * d
+            rounded = narrow(w + left, part.w_code)
+            changed = widen(rounded, part.w_code) != w
             if self.write:
-                part.w[changed] = narrow(w + left, part.w_code)[changed]
-            bad = int(np.count_nonzero(broken))
-            zeros = int(np.count_nonzero(d == 0)) - bad
-            return int(changed.sum()), zeros, int(np.count_nonzero(w == 0)), bad, _squares(d), _squares(left)
+                np.copyto(part.w, rounded, where=changed)
+            bad, kept = int(np.count_nonzero(broken)), int(np.count_nonzero(changed))
+            zeros, lost = int(np.count_nonzero(d == 0)) - bad, int(np.count_nonzero(left)) - kept
+            return kept, zeros, int(np.count_nonzero(w == 0)), bad, lost, _squares(d), _squares(left)
 
         parts = self.team.map(one, sides.w.size, step)
-        kept, zeros, zero_weights, bad, energy, left = (sum(column) for column in zip(*parts, strict=True))
-        return sides, Outcome(int(kept), int(zeros), int(zero_weights), int(bad), None, energy, left)
+        kept, zeros, zero_weights, bad, lost, energy, left = (sum(column) for column in zip(*parts, strict=True))
+        return sides, Outcome(
+            kept=int(kept),
+            zero_deltas=int(zeros),
+            zero_weights=int(zero_weights),
+            nonfinite=int(bad),
+            threshold=None,
+            energy=energy,
+            energy_kept=left,
+            rounded_away=int(lost),
+        )
 
     def _pass(self, sides: Sides, guess: Bracket, stream: int) -> list[Part]:
         def one(start: int, stop: int) -> Part:

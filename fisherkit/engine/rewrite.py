@@ -13,7 +13,7 @@ from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.pair import Pair
 from fisherkit.engine.tensors import Tensors
 from fisherkit.engine.work import Work
-from fisherkit.errors import CheckpointError, OutputError
+from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.floats import Stored
 
 Row = dict[str, Any]
@@ -105,7 +105,7 @@ def rewrite(
                 _write_all(tensors, change, writer, work, rows, track)
                 finish(writer.staged if is_folder(out) else None, rows)
                 files = writer.finish(force=force)
-        except CheckpointError:
+        except (CheckpointError, OptionError):
             if len(rows) == len(specs) or not work.progress.get("rows"):
                 work.remove()  # the inputs were refused, and there is nothing to go on with
             raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -10,7 +11,7 @@ from fisherkit.engine.pair import Pair
 from fisherkit.engine.threads import Memory, Team
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Stored
-from fisherkit.kernels.prune import Sides, magnitude_sum, nonfinite
+from fisherkit.kernels.prune import Sides, magnitude_sum, nonfinite, round_to_base
 
 AHEAD_BYTES = 256 << 20
 """How much of the files to come the system is asked for."""
@@ -99,6 +100,13 @@ class Tensors:
             if bad and not keep_nonfinite:
                 self.refuse_nonfinite(name, "BASE", w, code)
         return Sides(w, code, f, self.pair.tuned.code(name), metric, mean)
+
+    def in_bases_type(self, sides: Sides) -> tuple[Sides, int, int]:
+        """Both sides in the base's type, how many of FT's entries differed before, and how many no longer do."""
+        f = self._memory.take("rounded", sides.w.size, sides.w.dtype)
+        parts = self.team.map(lambda start, stop: round_to_base(sides.part(start, stop), f[start:stop]), sides.w.size)
+        changed, lost = (sum(column) for column in zip(*parts, strict=True))
+        return replace(sides, f=f, f_code=sides.w_code), changed, lost
 
     def _mean(self, w: Stored, code: str) -> tuple[float, int]:
         parts = self.team.map(lambda start, stop: magnitude_sum(w[start:stop], code, self.team.scratch), w.size)

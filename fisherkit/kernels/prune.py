@@ -207,6 +207,17 @@ def converted(stored: Stored, code: str, wanted: str) -> Stored:
     return narrow(widen(stored, code), wanted)
 
 
+def round_to_base(part: Sides, out: Stored) -> tuple[int, int]:
+    """Put FT's entries into ``out`` in the base's type; how many differed, and how many of those no longer do.
+
+    A delta finer than the base's type is a delta in name only: the output could not hold it.
+    """
+    w, f = widen(part.w, part.w_code), widen(part.f, part.f_code)
+    out[:] = narrow(f, part.w_code)
+    differed = f != w
+    return int(np.count_nonzero(differed)), int(np.count_nonzero(differed & (widen(out, part.w_code) == w)))
+
+
 def magnitude_sum(w: Stored, code: str, scratch: Scratch) -> tuple[float, int]:
     """Sum of the finite |w| of a block, in float64, and how many entries are not finite."""
     values = scratch.floats[0][: w.size]

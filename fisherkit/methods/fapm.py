@@ -44,7 +44,7 @@ def fapm(
     out: str | Path | None,
     options: FapmOptions | None = None,
     *,
-    sparse: Path | None = None,
+    sparse: str | Path | None = None,
     figure: bool = False,
     command: Sequence[str] | None = None,
     track: Track = lambda stage, done, total: None,
@@ -71,6 +71,7 @@ def fapm(
     """
     options = options or FapmOptions()
     target = Path(out) if out is not None else None
+    sparse = Path(sparse) if sparse is not None else None
     if sparse is not None:
         if options.resume:
             say("note: a sparse delta is not gone on with; starting over")
@@ -187,6 +188,8 @@ class _Fapm:
         chosen = [self._run.tensors.info(name) for name in self._run.chosen.names]
         weights = sum(info.numel for info in chosen)
         largest = max(info.nbytes for info in infos)
+        wide = 4 * max(info.numel for info in chosen)  # float32
+        more = 3 * wide if self._run.pair.tuned.kind == "adapter" else 0
         return {
             "base": self._run.request.base,
             "tuned": self._run.request.tuned,
@@ -199,7 +202,7 @@ class _Fapm:
             "kept_at_most": sum(quota(self._share, count) for count in self._quotas.group_sizes().values()),
             "left_alone": len(infos) - len(chosen),
             "output_bytes": sum(info.nbytes for info in infos),
-            "peak_bytes": 2 * largest + self._run.tensors.team.threads * 5_000_000 + 60_000_000,
+            "peak_bytes": 2 * largest + more + self._run.tensors.team.threads * 5_000_000 + 60_000_000,
             "seconds_warm": self._try_out(weights),
         }
 
@@ -208,9 +211,12 @@ class _Fapm:
         started, done = time.monotonic(), 0
         pruning, self._pruning = self._pruning, Pruning(self._run.tensors.team, write=False)
         for name in self._run.chosen.names:
+            info = self._run.tensors.info(name)
             if self._options.selects:
-                self._pruning.by_quota(lambda name=name: self._sides(name), quota(self._share, 1), 0)  # type: ignore[misc]
-            done += self._run.tensors.info(name).numel
+                self._pruning.by_quota(lambda name=name: self._sides(name), quota(self._share, info.numel), 0)  # type: ignore[misc]
+            else:
+                self._prune(name, lambda name=name: self._sides(name), self._share, 0)  # type: ignore[misc]
+            done += info.numel
             if time.monotonic() - started > 1:
                 break
         self._pruning = pruning
@@ -254,6 +260,8 @@ class _Fapm:
             return data, {}
         sides, outcome = self._prune(name, lambda: self._sampled(name), self._share, 0)
         self._run.check_finite(name, outcome.nonfinite, sides.w)
+        if outcome.rounded_away:
+            self._run.note_rounding(name, outcome.kept + outcome.rounded_away, outcome.rounded_away)
         if self._sparse is not None and outcome.indices is not None:
             info = self._run.tensors.info(name)
             kept = converted(sides.f[outcome.indices], sides.f_code, sides.w_code)
@@ -276,7 +284,8 @@ class _Fapm:
             self._sparse.add(name, info.numel, info.dtype, indices, taken[indices])
 
     def _sides(self, name: str) -> Sides:
-        return self._run.sides(name, self._options.metric, self._quotas.means.get(name))
+        mean = self._quotas.means.get(name)
+        return self._run.sides(name, self._options.metric, mean, selects=self._options.selects)
 
     def _sampled(self, name: str) -> Sides:
         """Both sides, of which a sample is put aside for the figure."""

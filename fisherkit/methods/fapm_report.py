@@ -76,11 +76,13 @@ _COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
 def facts(report: Mapping[str, Any]) -> dict[str, str]:
     """Rows of the table in the model card."""
     found = report["totals"]
+    selects = report["metric"] in ("fapm", "relative", "magnitude", "random")
+    theirs = "entries that are the tuned model's" if selects else "entries that differ from the base"
     return {
         "metric": report["metric"],
         "density asked for": f"{report['density']:.6g}",
-        "entries that are the tuned model's": f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
+        theirs: f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
         "entries that fine-tuning had not changed": f"{found['zero_deltas']:,}",
-        "share of the squared delta that is left": f"{found['energy_kept']:.4%}",
+        "what is left, as a share of the squared delta": f"{found['energy_kept']:.4%}",
         "tensors pruned": f"{found['tensors']:,}",
     }

@@ -114,6 +114,8 @@ class _Merge:
             self._scales = self._layer_scales()
             tensors = self._run.pair.base.index.tensors
             self._axes = AxisFinder({name: info.shape for name, info in tensors.items()})
+            self._check_sides()
+            self._say_unmasked()
             self._stack = stack.pop_all()
         return self
 
@@ -144,7 +146,12 @@ class _Merge:
                 f"{path}: {len(missing)} of its {len(file.names)} weights are not in {self._run.request.base}, such as "
                 f"{missing[0]!r}; it was made for another model, or another layout of its experts"
             )
-        return {ours[spelling(name)]: (file, name) for name in file.names}
+        found = {ours[spelling(name)]: (file, name) for name in file.names}
+        for pair in self._run.pair.tuned.twins.items():  # a head and the embedding that both sides tie it to
+            for one, other in (pair, pair[::-1]):
+                if one in found:
+                    found.setdefault(other, found[one])
+        return found
 
     def _layer_scales(self) -> dict[int, float]:
         if self._options.layer_scale is None:
@@ -173,9 +180,12 @@ class _Merge:
             return data, {}
         info, place = self._run.tensors.info(name), self._run.chosen.places[name]
         treatment = self._treatment(name, info.shape)
-        sides = self._run.sides(name)
+        plain = treatment.scale == 1 and treatment.u is None and treatment.v is None
+        sides = self._run.sides(name, selects=plain)
         found = blend(sides, info.shape, treatment, self._run.tensors.team)
         self._run.check_finite(name, found.nonfinite, sides.w)
+        if found.rounded_away:
+            self._run.note_rounding(name, found.kept + found.rounded_away, found.rounded_away)
         row = {
             "layer": place.layer,
             "module": place.module,
@@ -204,11 +214,31 @@ class _Merge:
             of_u, of_v = self._sides(name)
             u = modes.u if self._options.side in ("both", of_u) else None
             v = modes.v if self._options.side in ("both", of_v) else None
-            if u is None and v is None:
+        return Treatment(mask, u, v, scale)
+
+    def _check_sides(self) -> None:
+        """Refuse a side of which the subspace has no directions, before anything is written."""
+        for name, (file, own) in self._modes.items():
+            known = zip(self._sides(name), file.has_sides(own), strict=True)
+            if not any(held and self._options.side in ("both", side) for side, held in known):
                 raise OptionError(
                     f"--side {self._options.side}: {file.path} has no directions of that side for {own!r}"
                 )
-        return Treatment(mask, u, v, scale)
+
+    def _unmasked(self) -> list[str]:
+        """Tensors that take part, and that the mask does not speak of."""
+        names = self._run.chosen.names if self._options.mask is not None else ()
+        return [name for name in names if name not in self._masks]
+
+    def _say_unmasked(self) -> None:
+        """Tell what a mask does not speak of."""
+        free = self._unmasked()
+        if free and self._options.rest == "tuned":
+            entries = sum(self._run.tensors.info(name).numel for name in free)
+            self._run.request.say(
+                f"note: {len(free)} tensors ({entries:,} entries, such as {free[0]!r}) are not in the mask and become "
+                "FT's; --rest base keeps BASE's"
+            )
 
     def _sides(self, name: str) -> tuple[Side, Side]:
         """What U and V are of: outputs and inputs, or the other way round where the weight is stored so (Conv1D)."""
@@ -228,7 +258,7 @@ class _Merge:
             files=(),
             tensors=rows,
             totals=_totals(rows),
-            rules=run.chosen.facts(self._options.rest),
+            rules={**run.chosen.facts(self._options.rest), "not_in_mask": self._unmasked()},
             warnings=tuple(run.all_warnings()),
             provenance=provenance(run),
         )
@@ -246,8 +276,9 @@ def _totals(rows: Mapping[str, Row]) -> dict[str, Any]:
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     """Rows of the table in the model card."""
     options, found = report["options"], report["totals"]
-    given = ("mask", "subspace", "side", "layer_scale", "power", "floor", "alpha")
-    shown = {key.replace("_", " "): str(options[key]) for key in given if options[key] is not None}
+    given = {"mask": ("mask",), "subspace": ("subspace", "side"), "layer_scale": ("layer_scale", "power", "floor")}
+    keys = [key for option, own in given.items() if options[option] is not None for key in own]
+    shown = {key.replace("_", " "): str(options[key]) for key in (*keys, "alpha")}
     return shown | {
         "entries that differ from the base": f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
         "share of the squared delta that is left": f"{found['energy_kept']:.4%}",

@@ -29,6 +29,7 @@ from fisherkit.methods.chosen import Chosen, choose
 from fisherkit.options import PairOptions
 
 Say = Callable[[str], None]
+_MUCH_ROUNDED = 0.2  # share of the changes that rounding may take away without a word
 _UNRELATED = 0.45  # share of flipped signs; independent weights have a half
 
 
@@ -64,7 +65,8 @@ class Run:
         self.request = request
         self._stack = ExitStack()
         self.warnings: list[str] = []
-        self._flipped: list[str] = []
+        self._flipped: dict[str, None] = {}
+        self._rounded: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -75,6 +77,7 @@ class Run:
                 refuse_unwritable(self.pair.base.index)
             self.tensors = stack.enter_context(Tensors(self.pair, stack.enter_context(Team())))
             self.chosen: Chosen = choose(self.tensors, self.request.options)
+            self._rest, self._names = frozenset(self.chosen.rest), frozenset(self.chosen.names)
             self._stack = stack.pop_all()
         for note in self.pair.tuned.notes:
             self.request.say(f"note: {note}")
@@ -83,21 +86,37 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, at)
 
-    def sides(self, name: str, metric: str = "fapm", mean: float | None = None) -> Sides:
-        """Both sides of a tensor; what looks unrelated is remembered."""
+    def sides(self, name: str, metric: str = "fapm", mean: float | None = None, *, selects: bool = False) -> Sides:
+        """Both sides of a tensor; what looks unrelated is remembered.
+
+        Where entries are only selected (``selects``), FT's are given as the output can hold them, in the base's type:
+        what rounding takes away did not change, and takes no place in a quota.
+        """
         keep = self.request.options.nan == "keep-base"
         sides = self.tensors.sides(name, metric, keep_nonfinite=keep, mean=mean)
         if len(self.tensors.info(name).shape) > 1 and sides.w.size >= 1024 and flipped_signs(sides) > _UNRELATED:
-            self._flipped.append(name)
+            self._flipped[name] = None
+        if selects and sides.w_code in ("BF16", "F16") and sides.f_code != sides.w_code:
+            sides, changed, lost = self.tensors.in_bases_type(sides)
+            self.note_rounding(name, changed, lost)
         return sides
 
+    def note_rounding(self, name: str, changed: int, lost: int) -> None:
+        """Remember how many of a tensor's changes are too small for the base's type."""
+        self._rounded[name] = (changed, lost)
+
     def remark(self, name: str) -> Row:
-        """What a tensor's row says besides its counts: whether it looks unrelated."""
-        return {"unrelated": True} if name in self._flipped else {}
+        """What a tensor's row says besides its counts: whether it looks unrelated, and what rounding took away."""
+        changed, lost = self._rounded.get(name, (0, 0))
+        rounded = {"changed": changed, "rounded_away": lost} if lost else {}
+        return ({"unrelated": True} if name in self._flipped else {}) | rounded
 
     def recall(self, rows: Mapping[str, Row]) -> None:
         """Remember what the run had seen that this one goes on with."""
-        self._flipped += [name for name, row in rows.items() if row.get("unrelated")]
+        self._flipped |= {name: None for name, row in rows.items() if row.get("unrelated")}
+        self._rounded |= {
+            name: (row["changed"], row["rounded_away"]) for name, row in rows.items() if "rounded_away" in row
+        }
 
     def say_warnings(self) -> None:
         """Tell what a person should know of the result."""
@@ -111,6 +130,10 @@ class Run:
         if count:
             sides = self.tensors.sides(name)
             self.tensors.refuse_nonfinite(name, "FT", sides.f, sides.f_code)
+            if self.tensors.info(name).dtype == "F16":
+                raise CheckpointError(
+                    f"{name}: {count} values are beyond float16, BASE's type; convert BASE to bfloat16 first"
+                )
             raise CheckpointError(f"{name}: {count} differences are out of range; --nan keep-base takes BASE there")
         if result is not None and self.tensors.info(name).dtype == "F16":
             beyond = sum(self.tensors.team.map(lambda start, stop: _beyond_half(result[start:stop]), result.size))
@@ -138,14 +161,6 @@ class Run:
 
         self.check_finite(name, sum(self.tensors.team.map(take, sides.w.size)))
         return sides.w
-
-    @property
-    def _rest(self) -> frozenset[str]:
-        return frozenset(self.chosen.rest)
-
-    @property
-    def _names(self) -> frozenset[str]:
-        return frozenset(self.chosen.names)
 
     def write(
         self,
@@ -197,11 +212,19 @@ class Run:
 
     def all_warnings(self) -> list[str]:
         """What a person should know of the result."""
+        changed, lost = (sum(column) for column in zip(*self._rounded.values(), (0, 0), strict=True))
+        found = list(self.warnings)
+        if lost > _MUCH_ROUNDED * changed:
+            types = ", ".join(sorted({self.tensors.info(name).dtype for name in self._rounded}))
+            found.append(
+                f"{lost:,} of {changed:,} changes are too small for BASE's type ({types}) and vanish in the output; a "
+                "BASE in float32 would hold them"
+            )
         if not self._flipped:
-            return self.warnings
-        first, count = self._flipped[0], len(set(self._flipped))
+            return found
+        first, count = next(iter(self._flipped)), len(self._flipped)
         return [
-            *self.warnings,
+            *found,
             f"about half of the entries of {count} matrices changed sign, as in {first!r}: FT does not look like a "
             "fine-tune of BASE",
         ]

@@ -44,7 +44,7 @@ class Quotas:
         stream = Stream(
             names=names,
             group={name: self._group(name) for name in names},
-            load=lambda name, mean: self._run.sides(name, self._options.metric, mean),
+            load=lambda name, mean: self._run.sides(name, self._options.metric, mean, selects=True),
             stream={name: random_stream(self._run, name) for name in names},
             seed=self._options.seed,
         )

@@ -71,6 +71,12 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
+_NOT_INSPECTED = {
+    "fisherkit.delta/": "a sparse delta, which has no summary; `fisherkit merge BASE DELTA OUT` applies it",
+    "fisherkit.activations/": "activation statistics, which have no summary; `mask --basis activation` reads them",
+}
+
+
 def read_source(path: Path, track: Track | None = None) -> Source:
     """Statistics of a file or folder of tensors, or of the JSON beside one; raises CheckpointError otherwise."""
     if not path.exists():
@@ -87,6 +93,9 @@ def read_source(path: Path, track: Track | None = None) -> Source:
         return _read_tensors(path, track, (note,))
     if isinstance(found, dict) and str(found.get("format", "")).startswith("fisherkit.mask/"):
         return _from_mask(found, path)
+    for kind, use in _NOT_INSPECTED.items():
+        if isinstance(found, dict) and str(found.get("format", "")).startswith(kind):
+            raise CheckpointError(f"{path}: holds {use}")
     return _read_tensors(path, track, ())
 
 

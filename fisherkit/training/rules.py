@@ -106,24 +106,44 @@ class _Freeze(Rule):
         local(gradient).mul_(self._flags)
 
 
+def _residual(parameter: nn.Parameter) -> Tensor | None:
+    """What rounding to a 16-bit type keeps from a parameter, carried to the next step; None for float32.
+
+    Without it the part of an update that a rule takes away, far below the spacing of bfloat16, would round back.
+    """
+    return torch.zeros_like(parameter.detach()) if parameter.element_size() < 4 else None
+
+
+def _settle(after: Tensor, exact: Tensor, residual: Tensor | None) -> None:
+    """Put ``exact`` (float32) and the residual into ``after``, and what rounding keeps from it into the residual."""
+    if residual is None:
+        after.copy_(exact)
+        return
+    exact = exact + residual.float()
+    after.copy_(exact)
+    residual.copy_(exact - after.float())
+
+
 class _Scale(Rule):
     def __init__(self, parameter: nn.Parameter, factor: float) -> None:
         super().__init__(parameter)
         self._factor = factor
+        self._residual = _residual(parameter)
 
     def remember(self) -> Tensor:
         return local(self.parameter.detach()).clone()
 
     def enforce(self, before: Tensor) -> None:
         here = local(self.parameter.detach())
-        here.copy_(before.float() + self._factor * (here.float() - before.float()))
+        exact = before.float() + self._factor * (here.float() - before.float())
+        _settle(here, exact, None if self._residual is None else local(self._residual))
 
     def on_gradient(self, gradient: Tensor) -> None:
         gradient.mul_(self._factor)
 
 
 class _Project(Rule):
-    """Rounding to the parameter's dtype puts a little of every update back; the next step takes that out again."""
+    """Rounding puts a little of every update back: in float32 the next step takes that out, see also _residual."""
 
     def __init__(self, parameter: nn.Parameter, parts: Sequence[tuple[Rows, Basis]]) -> None:
         super().__init__(parameter)
@@ -132,6 +152,7 @@ class _Project(Rule):
             for rows, basis in parts
         ]
         self._leaks: list[Basis | None] = [None] * len(parts)
+        self._residual = _residual(parameter)
 
     def remember(self) -> Tensor:
         return self.parameter.detach().clone()
@@ -140,8 +161,10 @@ class _Project(Rule):
         for number, (rows, basis) in enumerate(self._parts):
             after, old = _part(self.parameter.detach(), rows), _part(before, rows).float()
             leak = self._leaks[number]
-            after.copy_(old + _outside(after.float() - old, basis, leak))
-            self._leaks[number] = _leaked(after.float() - old, basis, leak)
+            residual = None if self._residual is None else _part(self._residual, rows)
+            _settle(after, old + _outside(after.float() - old, basis, leak), residual)
+            if residual is None:
+                self._leaks[number] = _leaked(after.float() - old, basis, leak)
 
     def on_gradient(self, gradient: Tensor) -> None:
         for rows, basis in self._parts:
