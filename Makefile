@@ -20,7 +20,7 @@ demo: $(STAMP)
 	@$(BIN)/fisherkit demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff check
