@@ -1,0 +1,96 @@
+"""Curves of General against the new task's score, after one task, as SVG files written by hand."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.forgetting.results import Arm, Results, one_general, one_new
+
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 520, 380, 60, 40, 210
+_COLOURS = (
+    "#31688e",
+    "#d81b60",
+    "#1b9e77",
+    "#e6820e",
+    "#7b52ab",
+    "#8a6d3b",
+    "#3aa0c9",
+    "#666a70",
+    "#a3b322",
+    "#c62828",
+)
+_STYLE = """
+svg { font: 11px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; --ink: #1b1f24; --line: #d5d9de; --paper: #fff; }
+@media (prefers-color-scheme: dark) { svg { --ink: #e6e9ed; --line: #3a4048; --paper: #16191d; } }
+text { fill: var(--ink); } .paper { fill: var(--paper); } .grid { stroke: var(--line); fill: none; }
+.curve { fill: none; stroke-width: 1.5; } .plain { stroke: var(--ink); stroke-width: 2; fill: none; }
+"""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Percent to pixels; both axes begin where the data do."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def at(self, new_score: float, general_score: float) -> tuple[float, float]:
+        """Of a point."""
+        across = (new_score - self.x[0]) / (self.x[1] - self.x[0])
+        up = (general_score - self.y[0]) / (self.y[1] - self.y[0])
+        return _LEFT + _WIDTH * across, _TOP + _HEIGHT * (1 - up)
+
+
+def curves(title: str, results: Results, methods: Sequence[str]) -> str:
+    """A line per method through its settings, plain fine-tuning's from the untuned model on; means over all runs."""
+    plain = [(0.0, 100 * results.untuned_general), *_points(results, "plain")]
+    lines = {method: _points(results, method) for method in methods if method != "plain" and results.settings(method)}
+    every = [point for points in (plain, *lines.values()) for point in points]
+    scale = Scale(_ends([x for x, _ in every]), _ends([y for _, y in every]))
+    body = _axes(scale) + _line(plain, scale, "plain", "var(--ink)", "plain (learning rates)", 0)
+    for number, (method, points) in enumerate(lines.items()):
+        body += _line(points, scale, "curve", _COLOURS[number % len(_COLOURS)], method, number + 1)
+    width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + 50
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<style>{_STYLE}</style><rect class="paper" width="100%" height="100%"/>'
+        f"{_text(_LEFT, 22, title)}{body}</svg>\n"
+    )
+
+
+def _points(results: Results, method: str) -> list[tuple[float, float]]:
+    arms: list[Arm] = [(method, setting) for setting in results.settings(method)]
+    return [(100 * results.mean(arm, one_new).mean, 100 * results.mean(arm, one_general).mean) for arm in arms]
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Full tens around the values."""
+    low, high = 10 * (min(values) // 10), 10 * -(-max(values) // 10)
+    return low, max(high, low + 10)
+
+
+def _axes(scale: Scale) -> str:
+    body = ""
+    for step in range(6):
+        x = scale.x[0] + step / 5 * (scale.x[1] - scale.x[0])
+        y = scale.y[0] + step / 5 * (scale.y[1] - scale.y[0])
+        (left, top), (across, bottom) = scale.at(scale.x[0], y), scale.at(x, scale.y[0])
+        body += f'<path class="grid" d="M{left:.1f} {top:.1f}h{_WIDTH}M{across:.1f} {bottom:.1f}v{-_HEIGHT}"/>'
+        body += _text(left - 8, top + 4, f"{y:.0f}", "end") + _text(across, bottom + 16, f"{x:.0f}", "middle")
+    body += _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 36, "new task, exact match, %", "middle")
+    return body + _text(_LEFT - 44, _TOP - 4, "General, %")
+
+
+def _line(points: Sequence[tuple[float, float]], scale: Scale, css: str, colour: str, name: str, row: int) -> str:
+    placed = [scale.at(*point) for point in points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    body = f'<polyline class="{css}" stroke="{colour}" points="{path}"/>'
+    for (x, y), (new_score, old) in zip(placed, points, strict=True):
+        told = html.escape(f"{name}: new {new_score:.1f}, General {old:.1f}")
+        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{told}</title></circle>'
+    left, top = _LEFT + _WIDTH + 18, _TOP + 10 + 18 * row
+    return body + f'<circle cx="{left}" cy="{top}" r="4" fill="{colour}"/>' + _text(left + 10, top + 4, name)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'

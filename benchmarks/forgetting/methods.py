@@ -1,0 +1,262 @@
+"""The methods that act while a task is learnt: each changes a model, given the task's items and a setting.
+
+All train the matrices of the blocks by the same course and differ in one thing. Masks, subspaces, Fishers and hooks are
+fisherkit's public ones; LoRA is peft's; the penalty and the replay are written here.
+"""
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import fisherkit
+from benchmarks.forgetting import model as models
+from benchmarks.forgetting.model import Course
+from benchmarks.forgetting.tasks import Item
+from benchmarks.forgetting.text import Tokens
+from benchmarks.forgetting.world import World, write_prompts
+from fisherkit import MaskOptions
+from fisherkit.training import MIGU, constrain
+
+Watch = Callable[[Optimizer], object]
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A task about to be learnt.
+
+    Attributes:
+        world: what all runs share.
+        model: as the tasks before it left it.
+        seed: of the run.
+        number: of the task in its order, from 0.
+        name: of the task.
+        items: its training items.
+        rows: the same as tokens.
+        folder: for what a method writes; empty.
+        kept: what a method wants to find again at the next task.
+    """
+
+    world: World
+    model: Any
+    seed: int
+    number: int
+    name: str
+    items: list[Item]
+    rows: list[Tokens]
+    folder: Path
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def course(self) -> Course:
+        """Of plain fine-tuning."""
+        return self.world.size.course
+
+
+def _train(
+    stage: Stage,
+    *,
+    rate: float = 1.0,
+    watch: Watch = lambda optimizer: None,
+    weights: Sequence[nn.Parameter] | None = None,
+    data: Iterator[list[Tokens]] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+) -> None:
+    """The course on the task; ``rate`` is a share of the course's."""
+    course = replace(stage.course, rate=rate * stage.course.rate)
+    models.train(
+        stage.model,
+        data or _batches(stage),
+        course,
+        stage.world.size.device,
+        weights=weights or list(models.matrices(stage.model).values()),
+        watch=watch,
+        penalty=penalty,
+    )
+
+
+def _batches(stage: Stage) -> Iterator[list[Tokens]]:
+    """The same ones for every method."""
+    return models.batches(stage.rows, stage.course, f"{stage.seed} {stage.name}")
+
+
+# Controls.
+
+
+def _plain(stage: Stage, setting: str) -> None:
+    _train(stage, rate=float(setting))
+
+
+def _plain_all_weights(stage: Stage, setting: str) -> None:
+    _train(stage, rate=float(setting), weights=list(stage.model.parameters()))
+
+
+def _early_stop(stage: Stage, setting: str) -> None:
+    """The course as it is, cut off."""
+    steps = round(float(setting) * stage.course.steps)
+    _train(stage, data=(rows for _, rows in zip(range(steps), _batches(stage), strict=False)))
+
+
+def _replay(stage: Stage, setting: str) -> None:
+    """A quarter of every batch is old: a hundredth of what the base learnt from, and of each task before this one."""
+    rng = random.Random(f"replay {stage.seed} {stage.name}")
+    store: list[Tokens] = stage.kept.setdefault("store", stage.world.replayed(stage.seed))
+    quarter = stage.course.batch // 4
+    _train(stage, data=(rows[quarter:] + rng.sample(store, quarter) for rows in _batches(stage)))
+    store += stage.rows[: max(1, len(stage.rows) // 100)]
+
+
+def _ewc(stage: Stage, setting: str) -> None:
+    """A penalty on leaving the base, weighted by its Fisher; the setting is the weight of a Fisher whose mean is 1."""
+    weights = models.matrices(stage.model)
+    if "ewc" not in stage.kept:
+        fisher = {name: values.to(stage.world.size.device) for name, values in load_file(stage.world.fisher).items()}
+        mean = sum(float(values.double().sum()) for values in fisher.values()) / sum(v.numel() for v in fisher.values())
+        start = {name: weight.detach().clone() for name, weight in weights.items()}
+        stage.kept["ewc"] = {name: (values / mean, start[name]) for name, values in fisher.items()}
+    anchored = [(weights[name], *pair) for name, pair in stage.kept["ewc"].items()]
+
+    def penalty() -> Tensor:
+        parts = [(fisher * (weight - start).square()).sum() for weight, fisher, start in anchored]
+        return float(setting) / 2 * torch.stack(parts).sum()
+
+    _train(stage, penalty=penalty)
+
+
+# Masks.
+
+
+def _under(stage: Stage, mask: Path, **options: Any) -> None:
+    _train(stage, watch=lambda optimizer: constrain(optimizer, stage.model, mask, **options))
+
+
+def _random_rows(stage: Stage, setting: str) -> None:
+    """As many rows as FGGM's, drawn anew for every task."""
+    seed = 100 * stage.seed + stage.number
+    options = MaskOptions(preset="fggm", keep=float(setting), score="random", seed=seed)
+    _under(stage, stage.world.mask(f"random-{setting}-{seed}", options))
+
+
+def _migu(stage: Stage, setting: str) -> None:
+    _train(stage, watch=lambda optimizer: MIGU(float(setting)).attach(optimizer, stage.model))
+
+
+def _fggm(stage: Stage, setting: str) -> None:
+    """A mask from the Fisher of the new task's own items at the current weights; for the first task too."""
+    aggregate, scope, keep = setting.split("-")
+    save(stage.model, stage.world, stage.folder / "now")
+    prompts = write_prompts(stage.folder / "prompts.jsonl", stage.items)
+    fisher, mask = stage.folder / "fisher.safetensors", stage.folder / "mask.safetensors"
+    fisherkit.extract(stage.folder / "now", prompts, fisher, stage.world.extract_options())
+    options: dict[str, Any] = {"aggregate": aggregate, "scope": scope, "keep": float(keep)}
+    fisherkit.mask(fisher, mask, MaskOptions(train="top", **options))
+    _under(stage, mask)
+
+
+def _protect(stage: Stage, setting: str) -> None:
+    """The top of the base's Fisher may not change."""
+    aggregate, keep = setting.split("-")
+    options: dict[str, Any] = {"protect": "top", "aggregate": aggregate, "keep": float(keep)}
+    _under(stage, stage.world.mask(f"protect-{setting}", MaskOptions(**options)))
+
+
+def _layer_scale(stage: Stage, setting: str) -> None:
+    """Layers with more of the base's Fisher move less; the setting is the power."""
+    _under(stage, stage.world.fisher.with_name("layer_importance.json"), power=float(setting))
+
+
+# Subspaces: of the base, a share of its width or of the energy.
+
+
+def _fisher_subspace(stage: Stage, setting: str) -> None:
+    """As the card describes: singular modes of the Fisher, on both sides."""
+    options = MaskOptions(svd_rank=stage.world.rank(float(setting)), basis="fisher")
+    _under(stage, stage.world.mask(f"fisher-subspace-{setting}", options))
+
+
+def _weight_subspace(stage: Stage, setting: str) -> None:
+    rank, weights = stage.world.rank(float(setting)), str(stage.world.base)
+    options = MaskOptions(svd_rank=rank, basis="weight", weights=weights)
+    _under(stage, stage.world.mask(f"weight-subspace-{setting}", options))
+
+
+def _activation(stage: Stage, setting: str) -> None:
+    _under(stage, _activation_mask(stage.world, setting))
+
+
+def _activation_mask(world: World, setting: str) -> Path:
+    return world.mask(f"activation-{setting}", MaskOptions(svd_energy=float(setting), basis="activation"))
+
+
+def _kron(stage: Stage, setting: str) -> None:
+    options = MaskOptions(svd_energy=float(setting), basis="kron")
+    _under(stage, stage.world.mask(f"kron-{setting}", options))
+
+
+# LoRA: one adapter for all tasks, so that what is learnt is one low-rank delta in the end.
+
+_LORA_RATE = 4.0
+"""Share of the course's rate: adapters start at nothing, and are usually trained ten times faster than weights."""
+
+
+def _lora(stage: Stage, setting: str) -> None:
+    stage.model = _with_adapter(stage)
+    _train(stage, rate=_LORA_RATE * float(setting), weights=_factors(stage.model))
+
+
+def _lora_activation(stage: Stage, setting: str) -> None:
+    stage.model = model = _with_adapter(stage)
+    mask = _activation_mask(stage.world, setting)
+    watch: Watch = lambda optimizer: constrain(optimizer, model, mask)  # noqa: E731
+    _train(stage, rate=_LORA_RATE, weights=_factors(model), watch=watch)
+
+
+def _with_adapter(stage: Stage) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    if stage.number:
+        return stage.model
+    torch.manual_seed(stage.seed)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(stage.model, config)
+
+
+def _factors(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+# All of them.
+
+LEARN: Mapping[str, Callable[[Stage, str], None]] = {
+    "plain": _plain,
+    "plain-all-weights": _plain_all_weights,
+    "early-stop": _early_stop,
+    "random-rows": _random_rows,
+    "migu": _migu,
+    "fggm": _fggm,
+    "protect": _protect,
+    "layer-scale": _layer_scale,
+    "fisher-subspace": _fisher_subspace,
+    "weight-subspace": _weight_subspace,
+    "activation": _activation,
+    "kron": _kron,
+    "ewc": _ewc,
+    "replay": _replay,
+    "lora": _lora,
+    "lora+activation": _lora_activation,
+}
+"""By name: learn one task in place."""
+
+
+def save(model: Any, world: World, folder: Path) -> None:
+    """As a checkpoint with its tokenizer; an adapter as an adapter."""
+    model.save_pretrained(folder)
+    world.chat.tokenizer.save_pretrained(folder)
+    gc.collect()
