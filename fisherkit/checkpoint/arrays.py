@@ -21,8 +21,6 @@ from fisherkit.floats import STORED, Stored
 if TYPE_CHECKING:
     from torch import Tensor
 
-_READ_BYTES = 1 << 30  # the kernel moves at most 2 GiB per call
-
 
 class ArrayReader:
     """Reads tensors of ``index``; any number of threads may read at once. Close it after the last read."""
@@ -90,12 +88,8 @@ class ArrayReader:
     def _read_bytes(self, info: TensorInfo, out: Stored, at: int) -> None:
         view = out.view(np.uint8).data if out.size else memoryview(b"")
         try:
-            descriptor = self._files.descriptor(info.file)
-            while view:
-                count = os.preadv(descriptor, [view[:_READ_BYTES]], at)
-                if not count:
-                    raise CheckpointError(f"{info.file}: ends inside of tensor {info.name!r}; fetch it again")
-                view, at = view[count:], at + count
+            if self._files.fill(info.file, view, at) < len(view):
+                raise CheckpointError(f"{info.file}: ends inside of tensor {info.name!r}; fetch it again")
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from None
 

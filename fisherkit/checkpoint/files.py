@@ -4,6 +4,8 @@ import os
 import threading
 from pathlib import Path
 
+_READ_BYTES = 1 << 30  # the kernel moves at most 2 GiB per call
+
 
 class OpenFiles:
     """Descriptors opened on first use and closed together; positioned reads and writes need no lock of their own."""
@@ -22,6 +24,20 @@ class OpenFiles:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, self._flags)
             return self._descriptors[path]
+
+    def fill(self, path: Path, view: memoryview, offset: int) -> int:
+        """Read into ``view`` from ``offset`` on; the number of bytes read, fewer only where the file ends early.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+        """
+        descriptor, done = self.descriptor(path), 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done : done + _READ_BYTES]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
 
     @property
     def closed(self) -> bool:

@@ -23,7 +23,6 @@ from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.pickles import load_torch_file
 from fisherkit.errors import CheckpointError
 
-_READ_BYTES = 1 << 30  # the kernel moves at most 2 GiB per call
 _ALIGN = 64  # bytes; what vector instructions like
 
 
@@ -130,12 +129,6 @@ class Reader:
         return tensor
 
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
-        descriptor, done = self._files.descriptor(info.file), 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done : done + _READ_BYTES]], offset + done)
-            if count == 0:
-                early = len(view) - done
-                raise CheckpointError(
-                    f"{info.file}: ends {early} bytes before tensor {info.name!r} does; fetch it again"
-                )
-            done += count
+        early = len(view) - self._files.fill(info.file, view, offset)
+        if early:
+            raise CheckpointError(f"{info.file}: ends {early} bytes before tensor {info.name!r} does; fetch it again")

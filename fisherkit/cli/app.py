@@ -20,6 +20,7 @@ app = typer.Typer(
 MACHINE, OUTPUT = "How it runs", "What comes out"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in OUT.partial/.", rich_help_panel=MACHINE)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fisherkit import console
-from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
+from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
 
 PROMPTS, MEASURE = "What is read", "What is measured"
@@ -83,9 +83,7 @@ def extract(
         str,
         typer.Option(help="stream (group by group), resident (whole model in memory), auto.", rich_help_panel=MACHINE),
     ] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what is in OUT.partial/.", rich_help_panel=MACHINE)
-    ] = False,
+    resume: Resume = False,
     trust_remote_code: Annotated[
         bool,
         typer.Option(

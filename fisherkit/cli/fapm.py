@@ -9,8 +9,8 @@ import typer
 
 from fisherkit import console
 from fisherkit.checkpoint.target import check_apart
-from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
-from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, Seed, ShardSize, Skip, hint, shard_bytes, typed
+from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.pair import Base, Nan, Only, Rest, Seed, ShardSize, Skip, hint, shard_bytes, typed
 from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, parse_shares
 

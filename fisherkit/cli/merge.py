@@ -8,8 +8,8 @@ import typer
 
 from fisherkit import console
 from fisherkit.checkpoint.target import check_apart
-from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
-from fisherkit.cli.pair import Base, Nan, Only, Rest, Resume, ShardSize, Skip, hint, shard_bytes, typed
+from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.pair import Base, Nan, Only, Rest, ShardSize, Skip, hint, shard_bytes, typed
 from fisherkit.options import MergeOptions
 
 HOW = "What is done to the delta"

@@ -24,7 +24,6 @@ Skip = Annotated[
 Rest = Annotated[str, typer.Option(help="Tensors left out are FT's (tuned) or BASE's (base).", rich_help_panel=WHICH)]
 Nan = Annotated[str, typer.Option(help="NaN and infinities: refuse, or keep-base.", rich_help_panel=WHICH)]
 Seed = Annotated[int, typer.Option(help="Of what is random.", rich_help_panel=MACHINE)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in OUT.partial/.", rich_help_panel=MACHINE)]
 ShardSize = Annotated[
     str | None,
     typer.Option("--max-shard-size", help="Bytes, such as 5GB; shards like BASE's otherwise.", rich_help_panel=OUTPUT),

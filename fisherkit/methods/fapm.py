@@ -28,8 +28,8 @@ from fisherkit.kernels.density import DensityMap
 from fisherkit.kernels.prune import Sides, block_scores, converted, sample_indices
 from fisherkit.kernels.scores import BLOCK, Scratch
 from fisherkit.kernels.select import SAMPLE, quota
-from fisherkit.methods.fapm_report import FapmReport, facts, totals
-from fisherkit.methods.output import Request, Run, Say, provenance
+from fisherkit.methods.fapm_report import COUNTS, FapmReport, facts
+from fisherkit.methods.output import Request, Run, Say, provenance, totals
 from fisherkit.methods.quotas import Quotas, random_stream
 from fisherkit.options import FapmOptions, exact_share
 
@@ -340,7 +340,7 @@ class _Fapm:
             metric=self._options.metric,
             density=density,
             tensors=rows,
-            totals=totals(rows),
+            totals=totals(rows, COUNTS),
             rules=run.chosen.facts(self._options.rest),
             warnings=tuple(run.all_warnings()),
             provenance=provenance(run),

@@ -1,6 +1,5 @@
 """What ``fapm`` reports: rows per tensor, their sums, and the table of the model card."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,22 +54,8 @@ class FapmReport:
         }
 
 
-def totals(rows: Mapping[str, Row]) -> dict[str, Any]:
-    """Sums over tensors; ``energy_kept`` is the share of all squared deltas that is left."""
-    counts = {key: sum(row[key] for row in rows.values()) for key in _COUNTS}
-    energy = math.fsum(row["energy"] for row in rows.values())
-    left = math.fsum(row["energy"] * row["energy_kept"] for row in rows.values())
-    share = counts["kept"] / counts["weights"] if counts["weights"] else 0.0
-    return {
-        "tensors": len(rows),
-        **counts,
-        "density": share,
-        "energy": energy,
-        "energy_kept": left / energy if energy else 0.0,
-    }
-
-
-_COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
+COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
+"""What is summed over tensors."""
 
 
 def facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fisherkit.checkpoint.maskentry import MaskEntry
 from fisherkit.engine.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.covariance import (
@@ -29,7 +28,7 @@ from fisherkit.kernels.covariance import (
 from fisherkit.methods.activations import Activations, Which, path_beside
 from fisherkit.methods.mask_binary import Masked, some
 from fisherkit.methods.mask_scores import Ingredients
-from fisherkit.methods.mask_subspace import Spool
+from fisherkit.methods.mask_subspace import Spool, as_written
 from fisherkit.methods.sources import Track
 from fisherkit.options import MaskOptions
 
@@ -63,15 +62,9 @@ def write_activation_subspace(
             track("finding directions", done, len(names))
     if not details:
         raise CheckpointError(f"{path}: every moment is zero throughout: there is nothing to protect")
-    return Masked(
-        writer=spool.written(out, work),
-        entries={name: MaskEntry(made_from.shapes[name]) for name in details},
-        units=None,
-        selected=None,
-        unreached=tuple(name for name in names if name not in details),
-        notes=_notes(made_from, names, details, options),
-        details=details,
-    )
+    unreached = tuple(name for name in names if name not in details)
+    notes = _notes(made_from, names, details, options)
+    return as_written(spool.written(out, work), made_from, details, unreached, notes)
 
 
 class _Finder:

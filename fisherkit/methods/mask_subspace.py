@@ -14,6 +14,7 @@ where one has fewer, columns of zeros. Modes are kept on disk until their number
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,20 @@ def write_subspace(out: Path, made_from: Ingredients, options: MaskOptions, work
         track("finding modes", done, len(names))
     if not details:
         raise CheckpointError(f"{made_from.path}: every matrix is zero throughout: there is nothing to protect")
-    return Masked(
-        writer=spool.written(out, work),
-        entries={name: MaskEntry(made_from.shapes[name]) for name in details},
-        units=None,
-        selected=None,
-        unreached=tuple(name for name in names if name not in details) if basis.is_fisher else (),
-        notes=_notes(made_from, names, details),
-        details=details,
-    )
+    unreached = tuple(name for name in names if name not in details) if basis.is_fisher else ()
+    return as_written(spool.written(out, work), made_from, details, unreached, _notes(made_from, names, details))
+
+
+def as_written(
+    writer: StreamedWriter,
+    made_from: Ingredients,
+    details: Mapping[str, dict[str, Any]],
+    unreached: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> Masked:
+    """A subspace that was written, but not yet put in its place: directions of the weights in ``details``."""
+    entries = {name: MaskEntry(made_from.shapes[name]) for name in details}
+    return Masked(writer, entries, units=None, selected=None, unreached=unreached, notes=notes, details=details)
 
 
 def _stored(made_from: Ingredients, name: str, options: MaskOptions) -> str:

@@ -5,7 +5,6 @@ protected directions), ``layer_scale`` (the more Fisher in a layer, the gentler)
 the interpolation ``(1 - alpha) base + alpha FT`` of Wise-FT (arXiv 2109.01903). No mask is promised to protect.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from fisherkit.engine.blend import Treatment, blend
 from fisherkit.engine.rewrite import Row, Track
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
-from fisherkit.methods.output import Request, Run, Say, provenance
+from fisherkit.methods.output import Request, Run, Say, provenance, totals
 from fisherkit.options import MergeOptions, Side
 
 
@@ -257,20 +256,11 @@ class _Merge:
             path=run.request.out,
             files=(),
             tensors=rows,
-            totals=_totals(rows),
+            totals=totals(rows, ("weights", "kept", "zero_deltas", "nonfinite")),
             rules={**run.chosen.facts(self._options.rest), "not_in_mask": self._unmasked()},
             warnings=tuple(run.all_warnings()),
             provenance=provenance(run),
         )
-
-
-def _totals(rows: Mapping[str, Row]) -> dict[str, Any]:
-    counts = {key: sum(row[key] for row in rows.values()) for key in ("weights", "kept", "zero_deltas", "nonfinite")}
-    energy = math.fsum(row["energy"] for row in rows.values())
-    left = math.fsum(row["energy"] * row["energy_kept"] for row in rows.values())
-    share = counts["kept"] / counts["weights"] if counts["weights"] else 0.0
-    shares = {"density": share, "energy": energy, "energy_kept": left / energy if energy else 0.0}
-    return {"tensors": len(rows), **counts, **shares}
 
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:

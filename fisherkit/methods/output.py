@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -298,4 +299,19 @@ def provenance(run: Run) -> dict[str, Any]:
         "command": shlex.join(request.command) if request.command else None,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "versions": {"fisherkit": fisherkit.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+
+
+def totals(rows: Mapping[str, Row], counts: Sequence[str]) -> dict[str, Any]:
+    """Sums over tensors of the ``counts``; ``energy_kept`` is the share of all squared deltas that is left."""
+    sums = {key: sum(row[key] for row in rows.values()) for key in counts}
+    energy = math.fsum(row["energy"] for row in rows.values())
+    left = math.fsum(row["energy"] * row["energy_kept"] for row in rows.values())
+    share = sums["kept"] / sums["weights"] if sums["weights"] else 0.0
+    return {
+        "tensors": len(rows),
+        **sums,
+        "density": share,
+        "energy": energy,
+        "energy_kept": left / energy if energy else 0.0,
     }
