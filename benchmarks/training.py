@@ -10,20 +10,25 @@ processes of their own. Last, how far masks on gradients (``parity="paper"``, as
 """
 
 import argparse
+import atexit
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fisherkit.training import constrain, update
+from fisherkit.training import Handle, constrain, update
 
-KINDS = ("rows", "elements", "subspace", "scale")
+KINDS = ("rows", "elements", "subspace", "pull", "scale")
 FREE = "none"
 
 
@@ -60,7 +65,7 @@ def _print_times(options: argparse.Namespace, model: Any, optimizer: torch.optim
     _step(model, optimizer, options.tokens)  # the optimizer makes its state
     for _ in range(options.rounds):
         for kind, times in steps.items():
-            handle = constrain(optimizer, model, masks[kind]) if kind in masks else None
+            handle = _constrain(optimizer, model, masks[kind]) if kind in masks else None
             whole, own = _step(model, optimizer, options.tokens)
             times.append(own)
             if handle is None:
@@ -78,7 +83,7 @@ def _print_memory(options: argparse.Namespace, model: Any, optimizer: torch.opti
     peaks = {kind: _peak(kind) for kind in (FREE, *KINDS)}
     print(f"peak memory {peaks[FREE]:,.0f} MB without a mask")
     for kind in KINDS:
-        handle = constrain(optimizer, model, _mask(kind, model, options.rank))
+        handle = _constrain(optimizer, model, _mask(kind, model, options.rank))
         by_parameter = update._by_parameter(handle.rules())
         turns = [turn for group in optimizer.param_groups for turn in update._turns(group["params"], by_parameter)]
         each = [sum(rule.nbytes for parameter in turn for rule in by_parameter.get(parameter, ())) for turn in turns]
@@ -98,7 +103,7 @@ def _peak(kind: str) -> float:
 def _child(options: argparse.Namespace) -> None:
     model, optimizer = _make(options)
     if options.child != FREE:
-        constrain(optimizer, model, _mask(options.child, model, options.rank))
+        _constrain(optimizer, model, _mask(options.child, model, options.rank))
     for _ in range(2):
         _step(model, optimizer, options.tokens)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
@@ -162,11 +167,30 @@ def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name}
 
 
+def _constrain(optimizer: torch.optim.Optimizer, model: nn.Module, mask: Any) -> Handle:
+    """With a pull where the mask is a file: that of a soft subspace."""
+    return constrain(optimizer, model, mask, pull=0.2 if isinstance(mask, Path) else None)
+
+
+def _soft(model: nn.Module, rank: int) -> Path:
+    """A file of directions of the inputs, and a falling spectrum."""
+    generator, held = torch.Generator().manual_seed(0), {}
+    for name, weight in _matrices(model).items():
+        held[f"{name}.V"] = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator))[0].contiguous()
+        held[f"{name}.S"] = torch.arange(rank, 0, -1).float()
+    path = Path(tempfile.mkdtemp(prefix="fisherkit-"), "soft.safetensors")
+    save_file(held, path)
+    atexit.register(shutil.rmtree, path.parent)
+    return path
+
+
 def _mask(kind: str, model: nn.Module, rank: int) -> Any:
     generator = torch.Generator().manual_seed(0)
     weights = _matrices(model)
     if kind == "scale":
         return [float(4**layer) for layer in range(1 + max(int(name.split(".")[2]) for name in weights))]
+    if kind == "pull":
+        return _soft(model, rank)
     if kind == "subspace":
         basis: dict[str, Tensor] = {}
         for name, weight in weights.items():

@@ -21,7 +21,7 @@ Top = Literal["top"]
 Direction = Literal["train", "protect"]
 Aggregate = Literal["input", "output", "none"]
 Combine = Literal["sum", "mean", "max"]
-Preset = Literal["fggm", "fish", "ssu"]
+Preset = Literal["fggm", "fish", "ssu", "shield"]
 MaskScore = Literal["fisher", "magnitude", "fisher-weight", "random", "gallop"]
 Contrast = Literal["ratio", "difference", "relu-difference"]
 Basis = Literal["fisher", "sqrt-fisher", "weight", "fisher-weight", "delta", "activation", "kron"]
@@ -57,6 +57,12 @@ def _paths(options: object, *names: str) -> None:
 def _share(option: str, value: float | None) -> None:
     if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
         raise OptionError(f"--{option} must lie between 0 and 1, not {value}")
+
+
+def check_pull(pull: float) -> None:
+    """Raise OptionError unless a pull is a number above 0 and below a million."""
+    if not (isinstance(pull, int | float) and 0 < pull < 1e6):
+        raise OptionError(f"--pull must lie above 0 and below 1000000, not {pull}")
 
 
 def _device(device: str) -> None:
@@ -345,6 +351,8 @@ PRESETS: dict[str, tuple[Direction, float, Aggregate, Scope]] = {
     "ssu": ("protect", 0.5, "output", "tensor"),
 }
 """Direction, keep, aggregate and scope of what was published; see methods.masks."""
+SHIELD: tuple[Basis, float, float] = ("activation", 0.99, 0.2)
+"""Basis, energy and pull of the preset ``shield``; see methods.masks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,7 +362,7 @@ class MaskOptions:
     Attributes:
         train: ``top``: what scores highest may change, all else is frozen (a Fisher of the *new* task).
         protect: ``top``: what scores highest is frozen, all else may change (a Fisher of *old* abilities).
-        preset: ``fggm``, ``fish`` or ``ssu``; what is given besides wins over it.
+        preset: ``fggm``, ``fish``, ``ssu`` or ``shield``; what is given besides wins over it.
         keep: share of the units that are the top, above 0 and below 1; None for the preset's, or 0.3.
         aggregate: see Selection; None for the preset's, or ``input``.
         combine: see Selection; None for ``sum``.
@@ -365,6 +373,8 @@ class MaskOptions:
         contrast: how the two are compared; None for ``ratio``.
         svd_rank: singular modes per matrix.
         svd_energy: as many modes as hold this share of a matrix's sum of squares, above 0 and at most 1.
+        pull: how hard an update is drawn back out of the directions of the basis ``activation``, above 0; see
+            training.rules.pull. None for a hard subspace, of which an update stays out.
         basis: the matrix whose modes are taken; None for ``fisher``.
         delta: a fine-tune of ``weights``, for the basis ``delta``.
         activations: what ``extract --statistics activations`` wrote, for the bases ``activation`` and ``kron``; None
@@ -389,6 +399,7 @@ class MaskOptions:
     contrast: Contrast | None = None
     svd_rank: int | None = None
     svd_energy: float | None = None
+    pull: float | None = None
     basis: Basis | None = None
     delta: str | None = None
     activations: Path | None = None
@@ -415,6 +426,8 @@ class MaskOptions:
                 _one_of(option, value, kind)
         _at_least("seed", self.seed, 0)
         _device(self.device)
+        if self.preset == "shield":
+            self._fill_shield()
         if self.is_subspace:
             self._check_subspace()
         else:
@@ -449,6 +462,14 @@ class MaskOptions:
             scope=self.scope or scope,
         )
 
+    def _fill_shield(self) -> None:
+        basis, energy, pull = SHIELD
+        filled = {"basis": self.basis or basis, "pull": pull if self.pull is None else self.pull}
+        if not self.is_subspace:
+            filled["svd_energy"] = energy
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
+
     def _check_mask(self) -> None:
         if self.train and self.protect:
             raise OptionError("--train top and --protect top are opposites; give one of them")
@@ -470,6 +491,7 @@ class MaskOptions:
             raise OptionError(f"--contrast {self.contrast} compares with a second Fisher; give it with --against")
         self._refuse("is for subspaces (--svd-rank or --svd-energy)", basis=self.basis, delta=self.delta)
         self._refuse("is for subspaces (--svd-rank or --svd-energy)", side=self.side, activations=self.activations)
+        self._refuse("is for subspaces (--svd-rank or --svd-energy)", pull=self.pull)
 
     def _check_subspace(self) -> None:
         if self.svd_rank is not None and self.svd_energy is not None:
@@ -479,7 +501,8 @@ class MaskOptions:
             raise OptionError(f"--svd-energy must lie above 0 and not above 1, not {self.svd_energy}")
         if self.train:
             raise OptionError("--train top does not go with a subspace: its directions are protected, never trained")
-        given = {name: getattr(self, name) for name in ("preset", "keep", "aggregate", "combine", "scope", "against")}
+        given = {name: getattr(self, name) for name in ("keep", "aggregate", "combine", "scope", "against")}
+        given["preset"] = self.preset if self.preset != "shield" else None
         score = self.score if self.score != "fisher" else None
         self._refuse("is for binary masks, not for subspaces", **given, contrast=self.contrast, score=score)
         basis = self.basis or "fisher"
@@ -490,6 +513,10 @@ class MaskOptions:
             raise OptionError(f"--activations is given, but --basis {basis} does not look at them")
         if basis == "activation" and self.stored_side != "right":
             raise OptionError(f"--side {self.side}: --basis activation knows inputs (right); --basis kron has both")
+        if self.pull is not None:
+            check_pull(self.pull)
+            if basis != "activation":
+                raise OptionError(f"--pull {self.pull} is for --basis activation, not for --basis {basis}")
 
     def _check_weights(self, reader: str, *, needed: bool) -> None:
         if needed and self.weights is None:

@@ -140,12 +140,12 @@ def test_sketched_moments_make_subspaces_too(
     measured: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    exact = moment(measured("llama"), DOWN, "input")  # before anything is a sketch
     monkeypatch.setattr(kernel, "SKETCH_ABOVE", 40)
     monkeypatch.setattr(kernel, "SKETCH_RANK", 16)
     options = ExtractOptions(statistics="activations")
     fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt", options)
     found = subspace(tmp_path / "fisher.pt", tmp_path / "s.safetensors", svd_rank=2)
-    exact = moment(measured("llama"), DOWN, "input")
     v = found[f"{DOWN}.V"].double()
     best = torch.linalg.eigvalsh(exact).flip(0)[:2].sum()
     assert float((v.T @ exact @ v).trace()) == pytest.approx(float(best), rel=2e-2)

@@ -33,9 +33,16 @@ RANDOM: Arm = ("random-rows", "0.3")
 FAPM: Arm = ("fapm", "0.9")
 CARD: Arm = ("fisher-subspace", "0.25")
 WEIGHT: Arm = ("weight-subspace", "0.25")
-ACTIVATION: Arm = ("activation", "0.9")
+ACTIVATION: Arm = ("activation", "0.9@3")
 LAYERS: Arm = ("layer-scale", "0.5")
 BOTH: Arm = ("fggm+fapm", "0.9")
+SHIELD: Arm = ("shield", "0.2@2")
+PULL: Arm = ("pull", "0.2@2")
+EWC: Arm = ("ewc", "0.3")
+REPLAY: Arm = ("replay", "1")
+ONWARD: Arm = ("shield-onward", "0.2@2")
+_LEARNS = 0.25
+"""Share of plain's new-task score below which a method has learnt too little for a comparison to mean anything."""
 LORA_FAPM: Arm = ("lora+fapm", "0.1")
 
 PUBLISHED = {
@@ -160,6 +167,44 @@ def _fapm_interpolation(results: Results) -> tuple[bool, str]:
     return _above(gain.gain), f"one task: General at equal new {_points(gain.gain)} against Wise-FT"
 
 
+def _below_shield(theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
+    """A method against the shield's curve, over all and in each order."""
+
+    def test(results: Results) -> tuple[bool, str]:
+        gain, why = _beaten(results, theirs)
+        loss = results.gain(theirs, by_one_loss, against="shield").gain
+        return gain, f"one task: {' '.join(theirs)} against the shield's curve: {why}, old loss {number(loss, '+.3f')}"
+
+    return test
+
+
+def _beaten(results: Results, arm: Arm) -> tuple[bool, str]:
+    """Whether it lies below the shield's curve beyond its interval, in each order of tasks too."""
+    found = [results.gain(arm, against="shield", orders=orders).gain for orders in ("", *results.orders)]
+    told = ", ".join(f"{name} {_points(one)}" for name, one in zip(("General", *results.orders), found, strict=True))
+    return all(one.decided and one.mean < 0 for one in found), told
+
+
+def _below_shield_all(results: Results) -> tuple[bool, str]:
+    """All that learn, replay apart: that one has the old data."""
+    rivals = [arm for arm in results.learners(_LEARNS) if not arm[0].startswith(("shield", "lora+shield", "replay"))]
+    open_ones = [" ".join(arm) for arm in rivals if not _beaten(results, arm)[0]]
+    above = [" ".join(arm) for arm in rivals if _above(results.gain(arm, against="shield").gain)]
+    why = f"{len(rivals)} arms learn at least {_LEARNS:.0%} of plain's new task; "
+    why += f"above it beyond its interval: {', '.join(above) or 'none'}; "
+    return not open_ones, why + f"not decided in all orders: {', '.join(open_ones) or 'none'}"
+
+
+def _sequence_of_shield(results: Results) -> tuple[bool, str]:
+    old, learnt = (results.difference(SHIELD, PLAIN, read) for read in (general, new))
+    return _above(old), f"sequence: General {_points(old)}, OP {_points(learnt)} against plain"
+
+
+def _onward(results: Results) -> tuple[bool, str]:
+    old, learnt = (results.difference(ONWARD, PLAIN, read) for read in (general, new))
+    return _above(old) and _above(learnt), f"sequence: General {_points(old)}, OP {_points(learnt)} against plain"
+
+
 _PAPER, _FAPM_PAPER, _GEMMA = "FGGM", "FAPM", "Gemma 4 Masks"
 CLAIMS: Sequence[Claim] = (
     Claim("FGGM keeps more general ability than plain fine-tuning", _PAPER, (FGGM, PLAIN), _general_of_fggm),
@@ -180,4 +225,12 @@ CLAIMS: Sequence[Claim] = (
     Claim("The weights' SVD is a defence", "OPLoRA", (WEIGHT, PLAIN), _at_match(WEIGHT)),
     Claim("The activations' directions are a defence", "GPM", (ACTIVATION, PLAIN), _at_match(ACTIVATION)),
     Claim("They protect better than the Fisher's SVD", "trials", (ACTIVATION, CARD), _better(ACTIVATION, CARD)),
+    Claim("The shield is better than a lower learning rate", "ours", (SHIELD, PLAIN), _at_match(SHIELD)),
+    Claim("The shield is better than hard projection", "ours", (SHIELD, ACTIVATION), _below_shield(ACTIVATION)),
+    Claim("The shield is better than a pull without directions", "ours", (SHIELD, PULL), _below_shield(PULL)),
+    Claim("The shield is better than EWC", "ours", (SHIELD, EWC), _below_shield(EWC)),
+    Claim("The shield is better than replay of 1 %", "ours", (SHIELD, REPLAY), _below_shield(REPLAY)),
+    Claim("The shield is better than every other method that learns", "ours", (SHIELD, PLAIN), _below_shield_all),
+    Claim("In a sequence the shield keeps General", "ours", (SHIELD, PLAIN), _sequence_of_shield),
+    Claim("Drawn back to where each task began, it keeps more and learns more", "ours", (ONWARD, PLAIN), _onward),
 )

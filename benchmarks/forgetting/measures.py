@@ -128,6 +128,7 @@ class Figures:
         bwt: see ``backward_transfer``; NaN likewise.
         single: new and general score, exact match, after the first task alone.
         single_losses: the same as losses.
+        single_text: loss of held-out plain text then.
     """
 
     general: float
@@ -139,6 +140,7 @@ class Figures:
     bwt: float
     single: Point
     single_losses: Point
+    single_text: float
 
 
 def figures(line: Line) -> Figures:
@@ -158,6 +160,7 @@ def figures(line: Line) -> Figures:
         bwt=backward_transfer(exact) if every else math.nan,
         single=_after_one(stages, 0),
         single_losses=_after_one(stages, 1),
+        single_text=(stages.get(1) or stages[0])["old"][TEXT][1],
     )
 
 

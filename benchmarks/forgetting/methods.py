@@ -1,7 +1,9 @@
 """The methods that act while a task is learnt: each changes a model, given the task's items and a setting.
 
-All train the matrices of the blocks by the same course and differ in one thing. Masks, subspaces, Fishers and hooks are
-fisherkit's public ones; LoRA is peft's; the penalty and the replay are written here.
+All train the matrices of the blocks by the same course and differ in one thing. ``SETTING@RATE`` is a setting at a
+share of the course's learning rate, which many methods need larger than plain fine-tuning does. Masks, subspaces,
+Fishers and hooks are fisherkit's public ones; LoRA is peft's; penalties, pulls without directions and the replay are
+written here.
 """
 
 import gc
@@ -41,6 +43,7 @@ class Stage:
         items: its training items.
         rows: the same as tokens.
         folder: for what a method writes; empty.
+        rate: a share of the course's learning rate.
         kept: what a method wants to find again at the next task.
     """
 
@@ -52,6 +55,7 @@ class Stage:
     items: list[Item]
     rows: list[Tokens]
     folder: Path
+    rate: float = 1.0
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,8 +73,8 @@ def _train(
     data: Iterator[list[Tokens]] | None = None,
     penalty: Callable[[], Tensor] | None = None,
 ) -> None:
-    """The course on the task; ``rate`` is a share of the course's."""
-    course = replace(stage.course, rate=rate * stage.course.rate)
+    """The course on the task; ``rate`` is a share of the course's, on top of the stage's own."""
+    course = replace(stage.course, rate=rate * stage.rate * stage.course.rate)
     models.train(
         stage.model,
         data or _batches(stage),
@@ -102,6 +106,39 @@ def _early_stop(stage: Stage, setting: str) -> None:
     """The course as it is, cut off."""
     steps = round(float(setting) * stage.course.steps)
     _train(stage, data=(rows for _, rows in zip(range(steps), _batches(stage), strict=False)))
+
+
+def _pull(stage: Stage, setting: str) -> None:
+    """After every step, back towards the base, every weight by the same share (L2-SP, decoupled from the gradient)."""
+    _pulled(stage, {name: torch.tensor(float(setting)) for name in models.matrices(stage.model)})
+
+
+def _pull_fisher(stage: Stage, setting: str) -> None:
+    """The same, by the square root of the base's Fisher over its mean in the matrix (as RecAdam, but for the root)."""
+    fisher = {name: values.to(stage.world.size.device) for name, values in load_file(stage.world.fisher).items()}
+    weights = models.matrices(stage.model)
+    _pulled(stage, {name: float(setting) * (fisher[name] / fisher[name].mean()).sqrt() for name in weights})
+
+
+def _pulled(stage: Stage, strengths: Mapping[str, Tensor]) -> None:
+    """Train; after a step at a share p of the peak rate, what weights have changed is divided by 1 + p strength."""
+    weights = models.matrices(stage.model)
+    if "start" not in stage.kept:
+        stage.kept["start"] = {name: weight.detach().clone() for name, weight in weights.items()}
+    start = stage.kept["start"]
+
+    def watch(optimizer: Optimizer) -> None:
+        peak = optimizer.param_groups[0]["lr"]
+
+        @torch.no_grad()
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            pace = optimizer.param_groups[0]["lr"] / peak
+            for name, weight in weights.items():
+                weight.copy_(start[name] + (weight - start[name]) / (1 + pace * strengths[name]))
+
+        optimizer.register_step_post_hook(after)
+
+    _train(stage, watch=watch)
 
 
 def _replay(stage: Stage, setting: str) -> None:
@@ -200,6 +237,21 @@ def _kron(stage: Stage, setting: str) -> None:
     _under(stage, stage.world.mask(f"kron-{setting}", options))
 
 
+def _shield(stage: Stage, setting: str) -> None:
+    """Drawn back to the base, whatever was learnt since; the setting is the pull."""
+    _under(stage, shield_mask(stage.world, setting), anchor=stage.world.base)
+
+
+def _shield_onward(stage: Stage, setting: str) -> None:
+    """Drawn back to where the task began, as when a fine-tune is fine-tuned."""
+    _under(stage, shield_mask(stage.world, setting))
+
+
+def shield_mask(world: World, pull: str) -> Path:
+    """The preset, pulling so hard."""
+    return world.mask(f"shield-{pull}", MaskOptions(preset="shield", pull=float(pull)))
+
+
 # LoRA: one adapter for all tasks, so that what is learnt is one low-rank delta in the end.
 
 _LORA_RATE = 4.0
@@ -212,8 +264,15 @@ def _lora(stage: Stage, setting: str) -> None:
 
 
 def _lora_activation(stage: Stage, setting: str) -> None:
+    _lora_under(stage, _activation_mask(stage.world, setting))
+
+
+def _lora_shield(stage: Stage, setting: str) -> None:
+    _lora_under(stage, shield_mask(stage.world, setting))
+
+
+def _lora_under(stage: Stage, mask: Path) -> None:
     stage.model = model = _with_adapter(stage)
-    mask = _activation_mask(stage.world, setting)
     watch: Watch = lambda optimizer: constrain(optimizer, model, mask)  # noqa: E731
     _train(stage, rate=_LORA_RATE, weights=_factors(model), watch=watch)
 
@@ -247,10 +306,15 @@ LEARN: Mapping[str, Callable[[Stage, str], None]] = {
     "weight-subspace": _weight_subspace,
     "activation": _activation,
     "kron": _kron,
+    "shield": _shield,
+    "shield-onward": _shield_onward,
     "ewc": _ewc,
+    "pull": _pull,
+    "pull-fisher": _pull_fisher,
     "replay": _replay,
     "lora": _lora,
     "lora+activation": _lora_activation,
+    "lora+shield": _lora_shield,
 }
 """By name: learn one task in place."""
 

@@ -70,6 +70,10 @@ def _part(out: Path, size: Size, path: Path, left: int) -> str:
             tables.kept_table(results, kept),
             "### One task: General at equal new, by order of tasks\n",
             tables.orders_table(results, [*trained, *kept]),
+            "### One task: every method against the shield's curve, at equal new\n",
+            "Minus: at the new-task score that the method reached, the shield keeps more of the old. Methods that "
+            "hardly learn the new task lie at the curve's beginning, where all are equal.\n",
+            tables.shield_table(results, [*trained, *kept]),
             "### One task: paired differences against controls\n",
             "General; new task.\n",
             tables.differences_table(results, [*trained, *kept]),

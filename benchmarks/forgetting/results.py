@@ -15,6 +15,8 @@ Read = Callable[[Figures], float]
 ByPoint = Callable[[Figures], Point]
 PLAIN: Arm = ("plain", "1")
 _UNTUNED: Arm = ("base", "-")
+_HOLDING = ("shield", "ewc", "pull", "pull-fisher", "activation")
+"""Methods of which a larger setting changes less."""
 
 
 def general(found: Figures) -> float:
@@ -130,12 +132,18 @@ class Results:
 
         Interpolation ends at the plain fine-tune, which is its setting 1.
         """
-        arms = [(method, setting) for setting in self.settings(method)]
+        settings = self.settings(method)
+        arms = [(method, setting) for setting in (settings[::-1] if method in _HOLDING else settings)]
         arms += [PLAIN] if method == "wise-ft" else []
         return {
             pair: [point(start), *(point(self.arms[arm][pair]) for arm in arms if pair in self.arms.get(arm, {}))]
             for pair, start in self.untuned.items()
         }
+
+    def learners(self, share: float) -> list[Arm]:
+        """Arms whose first task is learnt at least this share as well as by plain fine-tuning."""
+        least = share * self.mean(PLAIN, one_new).mean
+        return [arm for arm in self.arms if self.mean(arm, one_new).mean >= least]
 
     def forgotten(self, arm: Arm, *, single: bool) -> Mean:
         """FAPM's CF: by how much of it general ability fell, after the first task alone or after all."""
@@ -172,6 +180,6 @@ def over_seeds(values: Mapping[Pair, float]) -> Mean:
 
 def _as_number(setting: str) -> tuple[float, str]:
     try:
-        return float(setting), setting
+        return float(setting.partition("@")[0]), setting
     except ValueError:
         return math.inf, setting

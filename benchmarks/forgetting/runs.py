@@ -95,6 +95,7 @@ def _learn(world: World, run: Run) -> dict[int, Line]:
     """All tasks of the order, one after the other."""
     model, stages = world.load_base(), {}
     kept: dict[str, Any] = {}
+    setting, _, rate = run.setting.partition("@")
     names = order_of(world.size, run.order, run.seed)
     with tempfile.TemporaryDirectory(prefix="fisherkit-forgetting-") as scratch:
         for number, name in enumerate(names):
@@ -110,9 +111,10 @@ def _learn(world: World, run: Run) -> dict[int, Line]:
                 items=items,
                 rows=world.chat.tokens(items),
                 folder=folder,
+                rate=float(rate or 1),
                 kept=kept,
             )
-            LEARN[run.method](stage, run.setting)
+            LEARN[run.method](stage, setting)
             model = stage.model
             stages[number + 1] = _measure(world, model, run, names[: number + 1])
             if number + 1 in (_SINGLE, len(names)) and _is_kept(world.size, run):
@@ -148,7 +150,7 @@ def _do_posthoc(world: World, run: Run) -> dict[int, Line]:
     with tempfile.TemporaryDirectory(prefix="fisherkit-forgetting-") as scratch:
         for stage, folder in folders.items():
             out = Path(scratch, str(stage))
-            keep_part(run.method, run.setting, world.base, folder, out, run.seed)
+            keep_part(world, run.method, run.setting, folder, out, run.seed)
             stages[stage] = _measure(world, models.load(out, world.size.device), run, names[:stage])
     return stages
 

@@ -49,13 +49,13 @@ class Size:
     test_items: int
     old_items: int
     windows: int
-    probes: int = 64
+    probes: int = 208
     seeds: int = 5
     plan: Plan
     device: str = "cpu"
 
 
-_RATES = ("0.1", "0.3", "0.6", "1", "1.5")
+_RATES = ("0.1", "0.3", "0.6", "1", "2")
 """Shares of the course's learning rate: the sweep that makes the curve of plain fine-tuning."""
 
 _QUICK: Plan = {
@@ -66,8 +66,11 @@ _QUICK: Plan = {
     "protect": ("none-0.5",),
     "fisher-subspace": ("0.25",),
     "weight-subspace": ("0.25",),
-    "activation": ("0.9",),
-    "ewc": ("1",),
+    "activation": ("0.9@3",),
+    "ewc": ("0.3",),
+    "pull": ("0.2@2",),
+    "shield": ("0.06@2", "0.2@2", "0.6@2"),
+    "shield-onward": ("0.2@2",),
     "replay": ("1",),
     "fapm": ("0.5", "0.9"),
     "magnitude": ("0.5", "0.9"),
@@ -82,25 +85,32 @@ _FULL: Plan = {
     "plain": _RATES,
     "plain-all-weights": ("0.5",),
     "early-stop": ("0.25", "0.5"),
-    "random-rows": ("0.3", "0.5"),
-    "migu": ("0.5", "0.7"),
+    "random-rows": ("0.3",),
+    "migu": ("0.7",),
     "fggm": ("input-tensor-0.5", "input-tensor-0.3", "input-tensor-0.1", "output-tensor-0.3", "none-global-0.3"),
     "protect": ("none-0.5", "none-0.8"),
     "layer-scale": ("0.5",),
     "fisher-subspace": ("0.25",),
     "weight-subspace": ("0.25",),
-    "activation": ("0.8", "0.9", "0.98"),
-    "kron": ("0.9",),
-    "ewc": ("0.1", "1", "10"),
+    "activation": ("0.9", "0.9@3", "0.98@3"),
+    "kron": ("0.9@3",),
+    "ewc": ("0.1@2", "0.3", "1"),
+    "pull": ("0.06@2", "0.2@2"),
+    "pull-fisher": ("0.2@2", "0.6@2"),
+    "shield": ("0.06@2", "0.2@2", "0.6@2"),
+    "shield-onward": ("0.2@2",),
     "replay": ("1",),
-    "lora": ("1",),
+    "lora": ("0.25", "1"),
     "lora+activation": ("0.9",),
+    "lora+shield": ("0.2@0.5", "0.2"),
     "fapm": ("0.5", "0.7", "0.9", "0.95", "0.99"),
     "magnitude": ("0.5", "0.7", "0.9", "0.95", "0.99"),
     "random": ("0.5", "0.7", "0.9", "0.95", "0.99"),
     "relative": ("0.5", "0.9"),
     "dare": ("0.5", "0.9"),
     "wise-ft": ("0.1", "0.3", "0.5", "0.7", "0.9"),
+    "shield-merge": ("0.1", "0.3", "1"),
+    "shield+fapm": ("0.5", "0.9"),
     "fggm+fapm": ("0.8", "0.9", "0.95"),
     "lora+fapm": ("0.05", "0.1", "0.3", "0.5"),
     "lora+magnitude": ("0.1", "0.5"),
@@ -138,7 +148,7 @@ SIZES = {
         base=Course(steps=1400, rate=2e-2, batch=24, warmup=30),
         base_items=24_000,
         text_bytes=600_000,
-        course=Course(steps=48, rate=3e-3, batch=12, warmup=6),
+        course=Course(steps=48, rate=3e-3, batch=8, warmup=6),
         tasks=_FIVE,
         task_items=400,
         test_items=48,
@@ -153,7 +163,7 @@ SIZES = {
         base=Course(steps=2500, rate=2e-2, batch=48, warmup=60),
         base_items=120_000,
         text_bytes=1_500_000,
-        course=Course(steps=48, rate=2.5e-3, batch=12, warmup=6),
+        course=Course(steps=48, rate=2.5e-3, batch=8, warmup=6),
         tasks=_FIVE,
         task_items=600,
         test_items=64,

@@ -75,7 +75,15 @@ def base_table(results: Results) -> str:
 
 def one_table(results: Results, arms: Sequence[Arm]) -> str:
     """After one task: what is left of the old, what the new is worth, and the old at a match of the new."""
-    head = ("method", "setting", "General", "new task", "General at equal new", "old loss at equal new loss")
+    head = (
+        "method",
+        "setting",
+        "General",
+        "text loss",
+        "new task",
+        "General at equal new",
+        "old loss at equal new loss",
+    )
     return table(head, (_one_row(results, arm) for arm in arms if arm in results.arms))
 
 
@@ -83,6 +91,7 @@ def _one_row(results: Results, arm: Arm) -> Sequence[str]:
     return (
         *arm,
         percent(results.mean(arm, one_general)),
+        number(results.mean(arm, lambda found: found.single_text), ".3f"),
         percent(results.mean(arm, one_new)),
         *_at_equal(results, arm, by_one, by_one_loss),
     )
@@ -143,6 +152,20 @@ def orders_table(results: Results, arms: Sequence[Arm]) -> str:
         if arm in results.arms and arm[0] != "plain"
     )
     return table(("method", "setting", *(f"order {order}" for order in results.orders)), rows)
+
+
+def shield_table(results: Results, arms: Sequence[Arm]) -> str:
+    """Every other method against the shield's curve at equal new: minus is worse than the shield."""
+    head = ("method", "setting", "General", *(f"order {order}" for order in results.orders), "old loss")
+    rows = []
+    for arm in arms:
+        if arm in results.arms and not arm[0].startswith("shield"):
+            gain = results.gain(arm, against="shield")
+            orders = (results.gain(arm, against="shield", orders=order) for order in results.orders)
+            loss = results.gain(arm, by_one_loss, against="shield")
+            told = (gained(one, _signed) for one in (gain, *orders))
+            rows.append((*arm, *told, gained(loss, lambda mean: number(mean, "+.3f"))))
+    return table(head, rows)
 
 
 def kept_table(results: Results, arms: Sequence[Arm]) -> str:

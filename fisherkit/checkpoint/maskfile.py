@@ -109,7 +109,20 @@ class MaskFile:
     @property
     def options(self) -> Mapping[str, Any]:
         """What it was made with."""
-        return self.made.get("options") or {}
+        found = self.made.get("options")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def pull(self) -> float | None:
+        """Of a soft subspace, see kernels.pull; None for a hard one.
+
+        Raises:
+            CheckpointError: what the JSON says is no pull.
+        """
+        found = self.options.get("pull")
+        if found is None or (type(found) in (int, float) and 0 < found < 1e6):
+            return found
+        raise CheckpointError(f"{self.path.with_suffix('.json')}: {found!r} is no pull; make the subspace anew")
 
     @property
     def fisher(self) -> Mapping[str, Any] | None:

@@ -51,7 +51,7 @@ def mask(
         str | None,
         typer.Option(
             help="fggm (rows, 0.3 of every tensor, train), fish (entries, 0.005 global, train), ssu (columns, 0.5 of "
-            "every tensor, protect); other options win.",
+            "every tensor, protect), shield (a soft subspace: activation, energy 0.99, pull 0.2); other options win.",
             rich_help_panel=WHICH,
         ),
     ] = None,
@@ -82,6 +82,13 @@ def mask(
     svd_energy: Annotated[
         float | None,
         typer.Option(help="Protect as many as hold this share of the sum of squares.", rich_help_panel=SUBSPACE),
+    ] = None,
+    pull: Annotated[
+        float | None,
+        typer.Option(
+            help="Soft: every training step draws updates back out of the directions, this hard; activation only.",
+            rich_help_panel=SUBSPACE,
+        ),
     ] = None,
     basis: Annotated[
         str | None,
@@ -137,6 +144,7 @@ def mask(
             seed=seed,
             svd_rank=svd_rank,
             svd_energy=svd_energy,
+            pull=pull,
             basis=basis,  # type: ignore[arg-type]
             delta=delta,
             activations=activations,

@@ -8,6 +8,8 @@ abilities: what is high is frozen (``protect top``). In the file 1 = may change.
 - ``fish`` (arXiv 2111.09839): the 0.5 % of entries with the highest Fisher in the whole model may change.
 - ``ssu`` (arXiv 2512.04844): the half of the input columns of every tensor that scores highest is frozen. Its authors
   score by activations (Wanda); here it is the Fisher, an arm that they tried as well.
+- ``shield`` (ours, see kernels.pull): a soft subspace of the directions that hold 99 % of what goes into each layer.
+  Training may move a weight in them, and every step draws it part of the way back, harder where more passes through.
 
 Counts are exact: ``floor(keep * units)`` are the top, ties going to the lower index (and the earlier tensor, in model
 order). What can be scored is told in kernels.units. No mask is promised to protect: make a ``random`` one beside it.
@@ -177,6 +179,7 @@ def _settings(options: MaskOptions, made_from: Ingredients) -> dict[str, Any]:
             "svd_energy": options.svd_energy,
             "basis": options.basis or "fisher",
             "side": options.stored_side,
+            "pull": options.pull,
             "delta": options.delta,
             "activations": str(options.activations) if options.activations else None,
         }

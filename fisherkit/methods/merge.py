@@ -1,8 +1,9 @@
 """merge: a fine-tuned delta put onto its base as far as a mask, a subspace, the layers' importance and a factor allow.
 
 The four act in this order: ``mask`` (FT's entries only where it allows change), ``subspace`` (nothing of the delta in
-protected directions), ``layer_scale`` (the more Fisher in a layer, the gentler), ``alpha``. None of them given, it is
-the interpolation ``(1 - alpha) base + alpha FT`` of Wise-FT (arXiv 2109.01903). No mask is promised to protect.
+protected directions; of a soft subspace, what one step of its pull leaves), ``layer_scale`` (the more Fisher in a
+layer, the gentler), ``alpha``. None of them given, it is the interpolation ``(1 - alpha) base + alpha FT`` of Wise-FT
+(arXiv 2109.01903). No mask is promised to protect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from fisherkit.checkpoint.aliases import spelling
 from fisherkit.checkpoint.axes import AxisFinder
 from fisherkit.checkpoint.importance import layer_scales, read_importance
@@ -20,7 +23,8 @@ from fisherkit.checkpoint.target import check_apart
 from fisherkit.engine.blend import Treatment, blend
 from fisherkit.engine.rewrite import Row, Track
 from fisherkit.errors import CheckpointError, OptionError
-from fisherkit.floats import Stored
+from fisherkit.floats import Floats, Stored
+from fisherkit.kernels.pull import pull_strengths, pulled_share
 from fisherkit.methods.output import Request, Run, Say, provenance, totals
 from fisherkit.options import MergeOptions, Side
 
@@ -213,6 +217,8 @@ class _Merge:
             of_u, of_v = self._sides(name)
             u = modes.u if self._options.side in ("both", of_u) else None
             v = modes.v if self._options.side in ("both", of_v) else None
+            if file.pull is not None and modes.s is not None:
+                u, v = (_softened(side, modes.s, file.pull) for side in (u, v))
         return Treatment(mask, u, v, scale)
 
     def _check_sides(self) -> None:
@@ -261,6 +267,14 @@ class _Merge:
             warnings=tuple(run.all_warnings()),
             provenance=provenance(run),
         )
+
+
+def _softened(directions: Floats | None, spectrum: Floats, pull: float) -> Floats | None:
+    """Directions q_j times the root of the share p_j that is taken: what is removed is then sum_j p_j (D q_j) q_j^T."""
+    if directions is None:
+        return None
+    share = pulled_share(pull_strengths(pull, spectrum, directions.shape[-2]))
+    return directions * np.sqrt(share)[..., None, :]
 
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The same for transformers' Trainer, and for everything built on it: TRL, axolotl, LLaMA-Factory."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,13 +21,28 @@ class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes
         parity: ``paper`` masks the gradients instead, as it was published.
         power: of layer scales.
         floor: the smallest layer scale.
+        pull: how soft a subspace is, in place of what its file says.
+        anchor: the checkpoint that a soft subspace draws back to; the weights at the start of training otherwise. A
+            run that is resumed has to name it (full fine-tuning; LoRA does not).
 
     What is not possible is refused when training begins; see ``constrain``.
     """
 
-    def __init__(self, mask: MaskLike, *, parity: Parity = None, power: float = POWER, floor: float = FLOOR) -> None:
+    def __init__(
+        self,
+        mask: MaskLike,
+        *,
+        parity: Parity = None,
+        power: float = POWER,
+        floor: float = FLOOR,
+        pull: float | None = None,
+        anchor: str | Path | None = None,
+    ) -> None:
         self._mask = mask
-        self._options: dict[str, Any] = {"parity": parity, "power": power, "floor": floor}
+        self._options: dict[str, Any] = {
+            **{"parity": parity, "power": power, "floor": floor},
+            **{"pull": pull, "anchor": anchor},
+        }
         self._handle: Handle | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -35,6 +51,12 @@ class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes
         self.on_train_end(args, state, control)  # an earlier run may have ended in an error
         model: nn.Module = kwargs["model"]
         self._handle = constrain(kwargs["optimizer"], model, self._mask, **self._options)
+        if state.global_step and self._options["anchor"] is None and self._handle.is_anchored_here:
+            self.on_train_end(args, state, control)
+            raise TrainingError(
+                f"this run is resumed at step {state.global_step}, so its weights are no longer those that a soft "
+                "subspace draws back to; name the checkpoint it began from: MaskedUpdate(..., anchor=...)"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the optimizer go."""

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from fisherkit.checkpoint.names import block_prefix, locate
 from fisherkit.errors import CheckpointError, TrainingError
 from fisherkit.training.names import Adapter, Names, Target, find_all, read_names, spelled
-from fisherkit.training.rules import Rows, Rule, freeze, project, scale, span
+from fisherkit.training.rules import Rows, Rule, freeze, project, pull, scale, span
 from fisherkit.training.shards import is_sharded
-from fisherkit.training.sources import Basis, Wanted
+from fisherkit.training.sources import Basis, Pull, Wanted
+
+_Factors = tuple[nn.Parameter, nn.Parameter, tuple[int, ...]]
 
 Trains = Callable[[nn.Parameter], bool]
 """Whether the optimizer updates a parameter."""
@@ -34,7 +36,7 @@ def make_rules(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:
     else:
         targets = find_all(names, wanted.names, model)
         _check_found(wanted, targets)
-        make = _freeze_all if wanted.kind == "mask" else _project_all
+        make = _freeze_all if wanted.kind == "mask" else _project_all if wanted.pull is None else _pull_all
         rules = make(names, wanted, targets, trains)
         concerned = any(_is_trained(names, target, trains) for target in targets.values())
         if not concerned:
@@ -97,16 +99,43 @@ def _project_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], tr
     rules: list[Rule] = []
     parts: dict[nn.Parameter, list[tuple[Rows, Basis]]] = {}
     for name, target in targets.items():
-        if _has_expert_adapter(names, target):
-            raise TrainingError(
-                f"{wanted.label}: {name} has LoRA on fused experts, whose factors a subspace cannot hold"
-            )
+        _refuse_expert_adapter(wanted, names, name, target)
         for adapter in names.adapters_of(target):
             rules += _span_adapter(adapter, wanted, name, trains)
         if trains(target.parameter):
             _refuse_cut(wanted, name, target)
             parts.setdefault(target.parameter, []).append((_rows(target), wanted.basis(name, target.shape)))
     return rules + [project(parameter, own) for parameter, own in parts.items()]
+
+
+def _pull_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+    """Of LoRA, the factor that reads (or writes) the directions is drawn back to nothing: B A began as nothing."""
+    assert wanted.pull is not None
+    rules: list[Rule] = []
+    parts: dict[nn.Parameter, list[tuple[Rows, Pull, Tensor | None]]] = {}
+    for name, target in targets.items():
+        _refuse_expert_adapter(wanted, names, name, target)
+        for adapter in names.adapters_of(target):
+            rules += _pull_adapter(adapter, wanted, name, trains)
+        if trains(target.parameter):
+            _refuse_cut(wanted, name, target)
+            start = None if wanted.anchor is None else wanted.anchor(name, target.shape)
+            part = (_rows(target), wanted.pull(name, target.shape), start)
+            parts.setdefault(target.parameter, []).append(part)
+    return rules + [pull(parameter, own) for parameter, own in parts.items()]
+
+
+def _pull_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> list[Rule]:
+    factors = _factors(adapter, wanted, name, trains)
+    if factors is None:
+        return []
+    assert wanted.pull is not None
+    a, b, shape = factors
+    directions, strengths, axis = wanted.pull(name, shape)
+    of_inputs = (axis == 1) != adapter.transposed
+    factor = a if of_inputs else b
+    own = Pull(directions, strengths, axis=1 if of_inputs else 0)
+    return [pull(factor, [(None, own, torch.zeros(factor.shape))])] if trains(factor) else []
 
 
 def _rows(target: Target) -> Rows:
@@ -122,14 +151,36 @@ def _refuse_cut(wanted: Wanted, name: str, target: Target) -> None:
         )
 
 
+def _refuse_expert_adapter(wanted: Wanted, names: Names, name: str, target: Target) -> None:
+    if _has_expert_adapter(names, target):
+        raise TrainingError(f"{wanted.label}: {name} has LoRA on fused experts, whose factors a subspace cannot hold")
+
+
 def _has_expert_adapter(names: Names, target: Target) -> bool:
     return any(spelled(target.name).startswith(f"{module}.") for module in names.experts)
 
 
 def _span_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> list[Rule]:
     """B loses what lies in U, A what lies in V; where the weight is stored as [in, out], the other way round."""
-    if not any(factor is not None and trains(factor) for factor in (adapter.a, adapter.b)):
+    factors = _factors(adapter, wanted, name, trains)
+    if factors is None:
         return []
+    assert wanted.basis is not None
+    a, b, shape = factors
+    u, v = wanted.basis(name, shape)
+    outputs, inputs = (v, u) if adapter.transposed else (u, v)
+    rules = []
+    if outputs is not None:
+        rules.append(span(b, outputs, over=0))
+    if inputs is not None:
+        rules.append(span(a, inputs, over=1))
+    return rules
+
+
+def _factors(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> _Factors | None:
+    """A, B and the weight's shape, fit to be held to directions; None where neither is trained."""
+    if not any(factor is not None and trains(factor) for factor in (adapter.a, adapter.b)):
+        return None
     if adapter.magnitude is not None:
         raise TrainingError(
             f"{wanted.label}: {name} has a DoRA adapter, whose magnitudes scale whole rows out of any subspace; "
@@ -137,15 +188,7 @@ def _span_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -
         )
     if adapter.a is None or adapter.b is None or adapter.shape is None:
         raise TrainingError(f"{wanted.label}: the adapter of {adapter.module} lacks a LoRA factor")
-    assert wanted.basis is not None
-    u, v = wanted.basis(name, adapter.shape)
-    outputs, inputs = (v, u) if adapter.transposed else (u, v)
-    rules = []
-    if outputs is not None:
-        rules.append(span(adapter.b, outputs, over=0))
-    if inputs is not None:
-        rules.append(span(adapter.a, inputs, over=1))
-    return rules
+    return adapter.a, adapter.b, adapter.shape
 
 
 def _scale_layers(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.training.shards import flags_like, local, replicated_like
-from fisherkit.training.sources import Basis
+from fisherkit.training.sources import Basis, Pull
 
 Rows = tuple[int, int, int] | None
 """Expert, first row and the row after the last of a part of a fused parameter; None for the whole of any parameter."""
@@ -19,6 +19,12 @@ Rows = tuple[int, int, int] | None
 
 class Rule(ABC):
     """What holds for ``parameter``."""
+
+    pace: float | None = None
+    """Learning rate of the coming step as a share of its peak, said before it; None for a rule that does not ask."""
+
+    is_anchored_here = False
+    """Whether it goes back to the weight as it was when the rule was made."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -59,6 +65,19 @@ def scale(parameter: nn.Parameter, factor: float) -> Rule | None:
 def project(parameter: nn.Parameter, parts: Sequence[tuple[Rows, Basis]]) -> Rule:
     """The update of a matrix, or of each expert in a parameter, stays out of the directions of its basis."""
     return _Project(parameter, parts)
+
+
+def pull(parameter: nn.Parameter, parts: Sequence[tuple[Rows, Pull, Tensor | None]]) -> Rule:
+    """What a matrix (or each expert in a parameter) does to the directions of a pull is drawn back to where it began.
+
+    With D the change so far, every step ends with D q_j / (1 + p s_j) in place of D q_j, p being the pace; see
+    kernels.pull. Nothing is remembered but where it began: W q_j, float32 [k, n] or [n, k] per matrix.
+
+    Args:
+        parameter: the weight, or a LoRA factor whose own directions are meant.
+        parts: rows (see Rows), the pull, and the weight that it is drawn back to; None for the one that is there now.
+    """
+    return _Pull(parameter, parts)
 
 
 def span(factor: nn.Parameter, basis: Tensor, over: int) -> Rule:
@@ -170,6 +189,45 @@ class _Project(Rule):
         for rows, basis in self._parts:
             part = _part(gradient, rows)
             part.copy_(_outside(part.float(), basis))
+
+
+class _Pull(Rule):
+    nbytes = 0
+    pace = 1.0
+
+    def __init__(self, parameter: nn.Parameter, parts: Sequence[tuple[Rows, Pull, Tensor | None]]) -> None:
+        super().__init__(parameter)
+        self._residual = _residual(parameter)
+        self.is_anchored_here = any(start is None for _, _, start in parts)
+        self._parts = []
+        for rows, (directions, strengths, axis), start in parts:
+            q, s = replicated_like(directions, parameter), replicated_like(strengths, parameter)
+            weight = _part(parameter.detach(), rows) if start is None else replicated_like(start, parameter)
+            self._parts.append((rows, q, s, axis, _turned(weight.float(), axis) @ q))
+
+    def remember(self) -> Tensor:
+        return self.parameter.new_empty(0)
+
+    def enforce(self, before: Tensor) -> None:
+        for rows, q, s, axis, start in self._parts:
+            here = _part(self.parameter.detach(), rows)
+            residual = None if self._residual is None else _part(self._residual, rows)
+            whole = here.float() if residual is None else here.float() + residual.float()
+            moved = _turned(whole, axis) @ q - start
+            share = (s * self.pace) / (1 + s * self.pace)
+            _settle(here, here.float() - _turned((moved * share) @ q.mT, axis), residual)
+        self.pace = 0.0  # said anew before every step; where a step calls that of its base class, it is pulled once
+
+    def on_gradient(self, gradient: Tensor) -> None:
+        for rows, q, s, axis, _ in self._parts:
+            part = _part(gradient, rows)
+            inside = _turned(part.float(), axis) @ q
+            part.sub_(_turned((inside * (s / (1 + s))) @ q.mT, axis).to(part.dtype))
+
+
+def _turned(weight: Tensor, axis: int) -> Tensor:
+    """A matrix with the directions' axis last."""
+    return weight if axis == 1 else weight.mT
 
 
 class _Span(Rule):

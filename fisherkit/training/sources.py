@@ -12,10 +12,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint.aliases import spelling
+from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.importance import FLOOR, POWER, layer_scales, read_importance
+from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.maskentry import fit_shape, spans
 from fisherkit.checkpoint.maskfile import SIDES, MaskFile, open_mask
-from fisherkit.errors import CheckpointError
+from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.floats import widen
+from fisherkit.kernels.pull import pull_strengths
+from fisherkit.options import check_pull
 
 Shape = tuple[int, ...]
 MaskLike = str | Path | MaskFile | Mapping[str, Any] | Sequence[float]
@@ -28,6 +35,17 @@ class Basis(NamedTuple):
     v: Tensor | None
 
 
+class Pull(NamedTuple):
+    """Directions q [n, k] (orthonormal columns) that are drawn back by strengths [k], see kernels.pull.
+
+    ``axis`` of the weight [a, b] is the one that they are of: 0 (n = a) or 1 (n = b).
+    """
+
+    directions: Tensor
+    strengths: Tensor
+    axis: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a run is asked to obey.
@@ -38,6 +56,9 @@ class Wanted:
         names: the weights it speaks of, by checkpoint name; empty for ``scale``.
         flags: for a mask, name and shape of the weight -> bool tensor, broadcastable to it; True = may change.
         basis: for a subspace, name and shape of the weight -> its protected directions, float32.
+        pull: for a soft subspace, name and shape of the weight -> what is drawn back, float32; None for a hard one.
+        anchor: for a soft subspace, name and shape of the weight -> what it is drawn back to, float32; None for the
+            weight that is there when the rules are made.
         scales: for ``scale``, the factor of every layer.
     """
 
@@ -46,6 +67,8 @@ class Wanted:
     names: tuple[str, ...] = ()
     flags: Callable[[str, Shape], Tensor] | None = None
     basis: Callable[[str, Shape], Basis] | None = None
+    pull: Callable[[str, Shape], Pull] | None = None
+    anchor: Callable[[str, Shape], Tensor] | None = None
     scales: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -84,24 +107,37 @@ def load_mask(path: str | Path) -> LazyMasks:
     return LazyMasks(file)
 
 
-def read_wanted(mask: MaskLike, *, power: float = POWER, floor: float = FLOOR) -> Wanted:
+def read_wanted(
+    mask: MaskLike,
+    *,
+    power: float = POWER,
+    floor: float = FLOOR,
+    pull: float | None = None,
+    anchor: str | Path | None = None,
+) -> Wanted:
     """Bring what a caller gave to one form; files are opened, their tensors not read.
 
     Args:
         mask: see the module.
         power: of layer scales, see ``checkpoint.importance``.
         floor: of layer scales.
+        pull: of a subspace with a spectrum, in place of what its file says.
+        anchor: the checkpoint that a soft subspace draws back to.
 
     Raises:
         CheckpointError: a file that is none of these or damaged, or a mapping of something else.
-        OptionError: power or floor outside their range.
+        OptionError: power, floor or pull outside their range, or a pull or anchor for what is no soft subspace.
     """
-    if isinstance(mask, LazyMasks):
-        return _from_file(mask.file)
-    if isinstance(mask, MaskFile):
-        return _from_file(mask)
-    if isinstance(mask, str | Path) and Path(mask).suffix != ".json":
-        return _from_file(open_mask(mask))
+    file = _opened(mask)
+    if pull is not None:
+        check_pull(pull)
+    strength = file.pull if file is not None and pull is None else pull
+    if (pull or anchor) and (file is None or file.kind != "subspace" or strength is None):
+        what = "anchor" if pull is None else "pull"
+        raise OptionError(f"{what} is for a soft subspace, as `fisherkit mask --preset shield` writes it; this is none")
+    if file is not None:
+        return _from_file(file, strength, anchor)
+    assert not isinstance(mask, MaskFile)
     if isinstance(mask, Mapping) and any(isinstance(value, Tensor) for value in mask.values()):
         return _from_tensors(mask)
     label = str(mask) if isinstance(mask, str | Path) else "the layer importance"
@@ -109,10 +145,53 @@ def read_wanted(mask: MaskLike, *, power: float = POWER, floor: float = FLOOR) -
     return Wanted(kind="scale", label=label, scales=scales)
 
 
-def _from_file(file: MaskFile) -> Wanted:
+def _opened(mask: MaskLike) -> MaskFile | None:
+    """The file behind a mask; None where there is none, or one of layer importance."""
+    if isinstance(mask, LazyMasks):
+        return mask.file
+    if isinstance(mask, str | Path) and Path(mask).suffix != ".json":
+        return open_mask(mask)
+    return mask if isinstance(mask, MaskFile) else None
+
+
+def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) -> Wanted:
+    label, names = str(file.path), file.names
     if file.kind == "mask":
-        return Wanted(kind="mask", label=str(file.path), names=file.names, flags=lambda n, s: _flags(file, n, s))
-    return Wanted(kind="subspace", label=str(file.path), names=file.names, basis=lambda n, s: _basis(*file.modes(n, s)))
+        return Wanted(kind="mask", label=label, names=names, flags=lambda n, s: _flags(file, n, s))
+    basis: Callable[[str, Shape], Basis] = lambda n, s: _basis(*file.modes(n, s))  # noqa: E731
+    if pull is None:
+        return Wanted(kind="subspace", label=label, names=names, basis=basis)
+    soft: Callable[[str, Shape], Pull] = lambda n, s: _pull(file, n, s, pull)  # noqa: E731
+    start = None if anchor is None else _Anchor(anchor)
+    return Wanted(kind="subspace", label=label, names=names, basis=basis, pull=soft, anchor=start)
+
+
+class _Anchor:
+    """Weights of a checkpoint by the names of a mask, whatever prefix it spells them with; float32."""
+
+    def __init__(self, reference: str | Path) -> None:
+        source = resolve_model(str(reference))
+        self._reader = ArrayReader(open_index(source.path))
+        self._names = {spelling(name): name for name in self._reader.index.tensors}
+
+    def __call__(self, name: str, shape: Shape) -> Tensor:
+        found = self._names.get(spelling(name))
+        path = self._reader.index.path
+        if found is None:
+            raise CheckpointError(f"{path}: has no weight {name!r}, so it cannot be the anchor of this model")
+        info = self._reader.info(found)
+        if info.shape != shape:
+            raise CheckpointError(f"{path}: {found} is {list(info.shape)}, and {list(shape)} in this model")
+        return torch.from_numpy(widen(self._reader.read(found), info.dtype).reshape(shape))
+
+
+def _pull(file: MaskFile, name: str, shape: Shape, pull: float) -> Pull:
+    u, s, v = file.modes(name, shape)
+    directions = v if u is None else u
+    if s is None or directions is None or (u is not None and v is not None):
+        raise OptionError(f"{file.path}: a pull takes directions of one side with their spectrum; --basis activation")
+    strengths = pull_strengths(pull, s, directions.shape[-2])
+    return Pull(torch.from_numpy(directions), torch.from_numpy(strengths), axis=0 if v is None else 1)
 
 
 def _flags(file: MaskFile, name: str, shape: Shape) -> Tensor:

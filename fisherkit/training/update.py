@@ -6,6 +6,7 @@ to take its step a few parameters at a time, so that only theirs are remembered 
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,8 @@ def constrain(
     parity: Parity = None,
     power: float = POWER,
     floor: float = FLOOR,
+    pull: float | None = None,
+    anchor: str | Path | None = None,
 ) -> "Handle":
     """Make every coming step of ``optimizer`` obey ``mask``, until the handle is removed.
 
@@ -52,21 +55,25 @@ def constrain(
         mask: path of a mask, a subspace or a ``layer_importance.json``; an open MaskFile; bool tensors by checkpoint
             name (True = may change); modes by name (``<name>.U``, ``<name>.V``); or layer importance as numbers.
             Entries that may not change keep their bits; the update of a weight stays out of a subspace (and so do LoRA
-            factors, from this call on); the update of a layer is multiplied by its scale.
+            factors, from this call on), or is drawn back out of a soft one after every step (see kernels.pull: the
+            harder the nearer the learning rate is to its peak); the update of a layer is multiplied by its scale.
         parity: ``paper`` applies the mask to the gradients before the step instead, as it was published. Weight decay
             and old momentum then move what is frozen, AdamW undoes scales and turns updates back into a subspace.
         power: of layer scales, ``(median(I) / I) ** power``.
         floor: the smallest layer scale.
+        pull: how soft a subspace is, in place of what its file says.
+        anchor: the checkpoint (folder, file or ``org/name``) that a soft subspace draws back to; None for the weights
+            as they are now. LoRA needs none: its delta is drawn back to nothing.
 
     Raises:
-        CheckpointError: the mask cannot be read, or was made for another model.
+        CheckpointError: the mask or the anchor cannot be read, or was made for another model.
         TrainingError: DeepSpeed, FSDP1, a binary mask on LoRA, or an optimizer that does not hold the masked weights.
-        OptionError: ``parity``, ``power`` or ``floor`` is not a possible value.
+        OptionError: an option is not a possible value, or is given for a mask that has no use for it.
     """
     if parity not in (None, "paper"):
         raise OptionError(f"parity must be None or 'paper', not {parity!r}")
     optimizer = unwrap(optimizer)
-    wanted = read_wanted(mask, power=power, floor=floor)
+    wanted = read_wanted(mask, power=power, floor=floor, pull=pull, anchor=anchor)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     rules = make_rules(model, wanted, lambda parameter: parameter.requires_grad and id(parameter) in held)
     return Handle(optimizer, lambda: rules, on_gradients=parity == "paper")
@@ -99,12 +106,18 @@ class Handle:
     ) -> None:
         self.rules = rules
         self._on_gradients = on_gradients
+        self._peaks = {id(parameter): peak for parameter, _, peak in _rates(optimizer)}
         # A step may call the step of its base class, hooks and all: what is remembered last is enforced first.
         self._undo: list[Callable[[], None]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+
+    @property
+    def is_anchored_here(self) -> bool:
+        """Whether a rule draws weights back to what they were when it was made."""
+        return not self._on_gradients and any(rule.is_anchored_here for rule in self.rules())
 
     def remove(self) -> None:
         """Let the optimizer step freely again; a second call does nothing."""
@@ -114,6 +127,7 @@ class Handle:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rules = list(self.rules())
+        self._set_pace(optimizer, rules)
         if self._on_gradients:
             for rule in rules:
                 if rule.parameter.grad is not None:
@@ -124,10 +138,29 @@ class Handle:
             remembered = [(rule, rule.remember()) for rule in rules]
             self._undo.append(lambda: _enforce(remembered))
 
+    def _set_pace(self, optimizer: Optimizer, rules: Iterable[Rule]) -> None:
+        """Tell the rules that ask how large the coming step is."""
+        asking = [rule for rule in rules if rule.pace is not None]
+        paces = {}
+        for parameter, rate, known in _rates(optimizer) if asking else ():
+            peak = self._peaks[id(parameter)] = max(self._peaks.get(id(parameter), 0.0), known)
+            paces[id(parameter)] = rate / peak if peak else 0.0
+        for rule in asking:
+            rule.pace = paces.get(id(rule.parameter), 0.0)
+
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._undo:
             self._undo.pop()()
+
+
+def _rates(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, float, float]]:
+    """Of every parameter its learning rate, and the largest one that is known: a scheduler begins by saying its own."""
+    for group in optimizer.param_groups:
+        rate = 1.0 if group.get("lr") is None else float(group["lr"])  # transformers' Adafactor may have none to say
+        peak = max(rate, float(group.get("initial_lr", 0.0)))
+        for parameter in group["params"]:
+            yield parameter, rate, peak
 
 
 def _enforce(remembered: Iterable[tuple[Rule, Tensor]]) -> None:
@@ -160,7 +193,8 @@ def _step_in_turns(optimizer: Optimizer, rules: Iterable[Rule]) -> Callable[[], 
             for turn in _turns(group["params"], by_parameter):
                 optimizer.param_groups = [{**group, "params": turn}]
                 held = [rule for parameter in turn for rule in by_parameter.get(parameter, ())]
-                remembered = [(rule, rule.remember()) for rule in held if rule.parameter.grad is not None]
+                acting = [rule for rule in held if rule.parameter.grad is not None or not rule.nbytes]
+                remembered = [(rule, rule.remember()) for rule in acting]
                 step(optimizer)
                 _enforce(remembered)
     except BaseException:
