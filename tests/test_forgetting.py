@@ -50,9 +50,9 @@ def _results(plain: dict[str, tuple[float, float]], others: dict[tuple[str, str]
             pair, shift = (seed, order), seed / 100
             lines.append(_line(("base", "-"), pair, ({"a": 0.0}, 0.9 + shift), first=0))
             for rate, (fresh, old) in plain.items():
-                lines.append(_line(("plain", rate), pair, ({"a": fresh}, old + shift)))
+                lines.append(_line(("plain", rate), pair, *2 * [({"a": fresh}, old + shift)]))
             for arm, (fresh, old) in others.items():
-                lines.append(_line(arm, pair, ({"a": fresh}, old + shift * 1.5)))
+                lines.append(_line(arm, pair, *2 * [({"a": fresh}, old + shift * 1.5)]))
     return Results(lines)
 
 
@@ -133,6 +133,40 @@ def test_without_the_stages_between_there_is_no_backward_transfer() -> None:
     line["stages"]["3"] = line["stages"].pop("2")
     assert math.isnan(measures.figures(line).bwt)
     assert measures.figures(line).single == pytest.approx((0.8, 0.7))
+
+
+def test_a_run_of_one_task_has_no_figures_of_a_sequence() -> None:
+    found = measures.figures(_line(("plain", "0.6"), (0, "A"), ({"a": 0.8}, 0.7)))
+    assert all(math.isnan(value) for value in (found.general, found.new, found.text_loss, found.learnt, found.bwt))
+    assert found.single == pytest.approx((0.8, 0.7))
+    assert found.single_text == 2.0
+
+
+def test_what_learnt_one_task_is_no_point_of_the_sequence_s_curve() -> None:
+    results = _results({"1": (0.8, 0.3)}, {("migu", "0.7"): (0.6, 0.6)})
+    lines = [_line(("plain", "0.5"), pair, ({"a": 0.4}, 0.99)) for pair in results.untuned]
+    both = Results([*results.lines, *lines])
+    assert both.gain(("migu", "0.7"), by_exact) == results.gain(("migu", "0.7"), by_exact)
+    assert both.gain(("migu", "0.7"), by_one).gain.mean < results.gain(("migu", "0.7"), by_one).gain.mean
+    assert both.gain(("plain", "0.5"), by_exact).runs == 0
+
+
+def test_a_curve_begins_where_a_method_holds_most() -> None:
+    """Of the shield that is the largest setting."""
+    results = _results({"1": (0.8, 0.3)}, {("shield", "0.6@2"): (0.2, 0.9), ("shield", "0.06@2"): (0.7, 0.8)})
+    (curve, *_) = results.curves(by_one, "shield").values()
+    assert [x for x, _ in curve] == pytest.approx([0.0, 0.2, 0.7])
+
+
+def test_the_shield_wins_only_if_nothing_that_learns_comes_near_its_curve() -> None:
+    shield = {("shield", "0.6@2"): (0.2, 0.9), ("shield", "0.2@2"): (0.7, 0.8)}
+    claim = next(one for one in claims.CLAIMS if one.test is claims._below_shield_all)
+    below = _results({"1": (0.8, 0.3)}, {**shield, ("migu", "0.7"): (0.6, 0.6), ("fapm", "0.9"): (0.01, 0.99)})
+    assert claims.judge(below, claim)[0] == "confirmed here"
+    above = _results({"1": (0.8, 0.3)}, {**shield, ("migu", "0.7"): (0.6, 0.95)})
+    verdict, why = claims.judge(above, claim)
+    assert verdict == "not confirmed here"
+    assert "above it beyond its interval: migu 0.7" in why
 
 
 def test_orders_of_a_seed_are_one_value() -> None:

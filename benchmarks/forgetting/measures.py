@@ -119,12 +119,13 @@ class Figures:
     """A run in numbers; shares from 0 to 1, losses in nats.
 
     Attributes:
-        general: mean exact match of the base's tasks at the end.
+        general: mean exact match of the base's tasks at the end of the sequence; NaN where only one task was learnt, as
+            all that follows down to ``bwt``.
         general_loss: mean loss of the same.
         text_loss: of held-out plain text.
         new: OP, mean exact match of the new tasks at the end.
         new_loss: mean loss of the same.
-        learnt: mean exact match of each task right after it was learnt; NaN where only the end is known.
+        learnt: mean exact match of each task right after it was learnt; NaN too where only the end is known.
         bwt: see ``backward_transfer``; NaN likewise.
         single: new and general score, exact match, after the first task alone.
         single_losses: the same as losses.
@@ -148,14 +149,15 @@ def figures(line: Line) -> Figures:
     stages = {int(stage): found for stage, found in line["stages"].items()}
     last = stages[max(stages)]
     exact = {stage: {task: score[0] for task, score in found["new"].items()} for stage, found in stages.items()}
-    every = sorted(stages) == list(range(1, max(stages) + 1))
+    every = max(stages) > 1 and sorted(stages) == list(range(1, max(stages) + 1))
+    at_end = last if max(stages) != 1 else None
     learnt = [list(exact[stage].values())[-1] for stage in sorted(exact)] if every else []
     return Figures(
-        general=_mean_of(last["old"], 0),
-        general_loss=_mean_of(last["old"], 1),
-        text_loss=last["old"][TEXT][1],
-        new=_mean_of(last["new"], 0),
-        new_loss=_mean_of(last["new"], 1),
+        general=_mean_of(at_end["old"], 0) if at_end else math.nan,
+        general_loss=_mean_of(at_end["old"], 1) if at_end else math.nan,
+        text_loss=at_end["old"][TEXT][1] if at_end else math.nan,
+        new=_mean_of(at_end["new"], 0) if at_end else math.nan,
+        new_loss=_mean_of(at_end["new"], 1) if at_end else math.nan,
         learnt=mean_interval(learnt).mean,
         bwt=backward_transfer(exact) if every else math.nan,
         single=_after_one(stages, 0),

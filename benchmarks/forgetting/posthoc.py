@@ -42,8 +42,8 @@ POSTHOC: Mapping[str, PostHoc] = {
     "shield-merge": PostHoc(_shielded),
     "shield+fapm": PostHoc("fapm", ("shield", "0.2@2")),
     "fggm+fapm": PostHoc("fapm", ("fggm", "input-tensor-0.3")),
-    "lora+fapm": PostHoc("fapm", ("lora", "1")),
-    "lora+magnitude": PostHoc("magnitude", ("lora", "1")),
+    "lora+fapm": PostHoc("fapm", ("lora", "0.25")),
+    "lora+magnitude": PostHoc("magnitude", ("lora", "0.25")),
 }
 """By name."""
 

@@ -110,8 +110,8 @@ class Results:
         """By pair: general score above the curve of the method ``against``, and whether that gets there."""
         curves, found = self.curves(point, against), {}
         for pair, one in self.arms.get(arm, {}).items():
-            if pair in curves:
-                at, value = point(one)
+            at, value = point(one)
+            if pair in curves and not math.isnan(at):
                 there = best_at(curves[pair], at)
                 found[pair] = Crossing(value - there.general, there.inside)
         return found
@@ -135,10 +135,11 @@ class Results:
         settings = self.settings(method)
         arms = [(method, setting) for setting in (settings[::-1] if method in _HOLDING else settings)]
         arms += [PLAIN] if method == "wise-ft" else []
-        return {
-            pair: [point(start), *(point(self.arms[arm][pair]) for arm in arms if pair in self.arms.get(arm, {}))]
-            for pair, start in self.untuned.items()
-        }
+        curves = {}
+        for pair, start in self.untuned.items():
+            runs = [self.arms[arm][pair] for arm in arms if pair in self.arms.get(arm, {})]
+            curves[pair] = [at for at in map(point, (start, *runs)) if not math.isnan(at[0])]
+        return curves
 
     def learners(self, share: float) -> list[Arm]:
         """Arms whose first task is learnt at least this share as well as by plain fine-tuning."""
@@ -171,10 +172,11 @@ class Results:
 
 
 def over_seeds(values: Mapping[Pair, float]) -> Mean:
-    """Mean and interval over seeds: orders of one seed share their tasks, so they are put together first."""
+    """Mean and interval over seeds, orders of one seed put together first, as they share their tasks; NaN is none."""
     seeds: dict[int, list[float]] = {}
     for (seed, _), value in values.items():
-        seeds.setdefault(seed, []).append(value)
+        if not math.isnan(value):
+            seeds.setdefault(seed, []).append(value)
     return mean_interval([math.fsum(of_seed) / len(of_seed) for of_seed in seeds.values()])
 
 

@@ -78,7 +78,7 @@ def do(world: World, run: Run) -> Line:
 
     Returns:
         The line: the run, ``seconds``, and ``stages``: after so many tasks, exact match and loss of the ``new`` tasks
-        so far and of the ``old`` ones, each ``[exact, loss]``.
+        so far and of the ``old`` ones, each ``[exact, loss]``. A run that learns one task alone has the stage 1 only.
     """
     started = time.monotonic()
     if run.method == UNTUNED:
@@ -92,11 +92,11 @@ def do(world: World, run: Run) -> Line:
 
 
 def _learn(world: World, run: Run) -> dict[int, Line]:
-    """All tasks of the order, one after the other."""
+    """The tasks of the order, one after the other."""
     model, stages = world.load_base(), {}
     kept: dict[str, Any] = {}
     setting, _, rate = run.setting.partition("@")
-    names = order_of(world.size, run.order, run.seed)
+    names = _names(world.size, run)
     with tempfile.TemporaryDirectory(prefix="fisherkit-forgetting-") as scratch:
         for number, name in enumerate(names):
             folder = Path(scratch, str(number))
@@ -117,10 +117,16 @@ def _learn(world: World, run: Run) -> dict[int, Line]:
             LEARN[run.method](stage, setting)
             model = stage.model
             stages[number + 1] = _measure(world, model, run, names[: number + 1])
-            if number + 1 in (_SINGLE, len(names)) and _is_kept(world.size, run):
+            if number + 1 in (_SINGLE, len(world.size.tasks)) and _is_kept(world.size, run):
                 _keep(world, model, _folder_of(world, run, number + 1))
             shutil.rmtree(folder)
     return stages
+
+
+def _names(size: Size, run: Run) -> tuple[str, ...]:
+    """What a run learns: all tasks of its order, or the first alone."""
+    names = order_of(size, run.order, run.seed)
+    return names if run.setting in size.sequences.get(run.method, ()) else names[:_SINGLE]
 
 
 def _is_kept(size: Size, run: Run) -> bool:
@@ -141,9 +147,9 @@ def _keep(world: World, model: Any, folder: Path) -> None:
 
 def _do_posthoc(world: World, run: Run) -> dict[int, Line]:
     """On the fine-tune of the first task alone, as FAPM was published, and on that of all of them."""
-    names = order_of(world.size, run.order, run.seed)
+    names = _names(world.size, run)
     tuned_by = Run(run.size, run.seed, run.order, *POSTHOC[run.method].of)
-    folders = {stage: _folder_of(world, tuned_by, stage) for stage in (_SINGLE, len(names))}
+    folders = {stage: _folder_of(world, tuned_by, stage) for stage in sorted({_SINGLE, len(names)})}
     if not all(folder.is_dir() for folder in folders.values()):
         _learn(world, tuned_by)
     stages = {}

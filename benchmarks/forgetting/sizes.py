@@ -33,6 +33,7 @@ class Size:
         probes: samples of a Fisher.
         seeds: how many.
         plan: what is run.
+        sequences: those of them that learn all tasks, one after the other; the others end with the first.
         device: of the models.
     """
 
@@ -52,6 +53,7 @@ class Size:
     probes: int = 208
     seeds: int = 5
     plan: Plan
+    sequences: Plan
     device: str = "cpu"
 
 
@@ -116,6 +118,29 @@ _FULL: Plan = {
     "lora+magnitude": ("0.1", "0.5"),
 }
 
+_SEQUENCES: Plan = {
+    "plain": ("0.3", "1"),
+    "random-rows": ("0.3",),
+    "migu": ("0.7",),
+    "fggm": ("input-tensor-0.3",),
+    "protect": ("none-0.5",),
+    "fisher-subspace": ("0.25",),
+    "weight-subspace": ("0.25",),
+    "activation": ("0.9@3",),
+    "ewc": ("0.3",),
+    "pull": ("0.2@2",),
+    "shield": ("0.2@2",),
+    "shield-onward": ("0.2@2",),
+    "replay": ("1",),
+    "lora": ("0.25",),
+    "lora+shield": ("0.2@0.5",),
+    "fapm": ("0.5", "0.9"),
+    "magnitude": ("0.9",),
+    "random": ("0.9",),
+    "wise-ft": ("0.3",),
+    "fggm+fapm": ("0.9",),
+}
+
 _FIVE = ("cipher", "order", "stack", "unit", "table")
 
 SIZES = {
@@ -140,6 +165,7 @@ SIZES = {
             "plain": ("0.5", "1"),
             "fggm": ("input-tensor-0.3", "none-global-0.3"),
         },
+        sequences=_SEQUENCES | {"plain": ("1",), "ewc": ("0.1@2",)},
     ),
     "quick": Size(
         name="quick",
@@ -155,6 +181,7 @@ SIZES = {
         old_items=16,
         windows=8,
         plan=_QUICK,
+        sequences=_SEQUENCES,
     ),
     "full": Size(
         name="full",
@@ -170,6 +197,7 @@ SIZES = {
         old_items=24,
         windows=16,
         plan=_FULL,
+        sequences=_SEQUENCES,
     ),
     "gpu": Size(
         name="gpu",
@@ -187,6 +215,7 @@ SIZES = {
         windows=64,
         probes=200,
         plan=_QUICK,
+        sequences=_SEQUENCES,
         device="cuda",
     ),
 }

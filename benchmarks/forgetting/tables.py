@@ -103,7 +103,7 @@ def sequence_table(results: Results, arms: Sequence[Arm]) -> str:
         *("method", "setting", "General", "text loss", "OP", "learnt", "BWT"),
         *("General at equal OP", "old loss at equal new loss"),
     )
-    return table(head, (_sequence_row(results, arm) for arm in arms if arm in results.arms))
+    return table(head, (_sequence_row(results, arm) for arm in arms if results.mean(arm, new).seeds))
 
 
 def _sequence_row(results: Results, arm: Arm) -> Sequence[str]:

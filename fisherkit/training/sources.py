@@ -170,19 +170,19 @@ class _Anchor:
     """Weights of a checkpoint by the names of a mask, whatever prefix it spells them with; float32."""
 
     def __init__(self, reference: str | Path) -> None:
-        source = resolve_model(str(reference))
-        self._reader = ArrayReader(open_index(source.path))
-        self._names = {spelling(name): name for name in self._reader.index.tensors}
+        self._index = open_index(resolve_model(str(reference)).path)
+        self._names = {spelling(name): name for name in self._index.tensors}
 
     def __call__(self, name: str, shape: Shape) -> Tensor:
         found = self._names.get(spelling(name))
-        path = self._reader.index.path
+        path = self._index.path
         if found is None:
             raise CheckpointError(f"{path}: has no weight {name!r}, so it cannot be the anchor of this model")
-        info = self._reader.info(found)
+        info = self._index.tensors[found]
         if info.shape != shape:
             raise CheckpointError(f"{path}: {found} is {list(info.shape)}, and {list(shape)} in this model")
-        return torch.from_numpy(widen(self._reader.read(found), info.dtype).reshape(shape))
+        with ArrayReader(self._index) as reader:
+            return torch.from_numpy(widen(reader.read(found), info.dtype).reshape(shape))
 
 
 def _pull(file: MaskFile, name: str, shape: Shape, pull: float) -> Pull:

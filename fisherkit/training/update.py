@@ -158,7 +158,7 @@ def _rates(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, float, float]]:
     """Of every parameter its learning rate, and the largest one that is known: a scheduler begins by saying its own."""
     for group in optimizer.param_groups:
         rate = 1.0 if group.get("lr") is None else float(group["lr"])  # transformers' Adafactor may have none to say
-        peak = max(rate, float(group.get("initial_lr", 0.0)))
+        peak = max(rate, *(float(group.get(key, 0.0)) for key in ("initial_lr", "max_lr")))  # max_lr: OneCycleLR's
         for parameter in group["params"]:
             yield parameter, rate, peak
 
