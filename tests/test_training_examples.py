@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_training_names import on_disk
 
 import fisherkit
@@ -70,6 +71,25 @@ def test_subspace_lora(checkpoint: Callable[[str], Path], rows: Path, monkeypatc
     options = ("--rank", 4, "--steps", 2)
     run(monkeypatch, "subspace_lora.py", checkpoint("llama"), "old.jsonl", "new.jsonl", "out", *options)
     assert (rows / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_shield_trainer(checkpoint: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pull it is plain fine-tuning; with one, less changes in the directions of the shield."""
+    model = checkpoint("llama")
+    moved = {}
+    for pull in (20, 0):
+        options = ("--steps", 3, "--rate", 1e-2, "--pull", pull)
+        run(monkeypatch, "shield_trainer.py", model, "old.jsonl", "new.jsonl", f"out{pull}", *options)
+        before, after = on_disk(model), on_disk(rows / f"out{pull}" / "model")
+        shield = load_file(rows / "out20" / "shield.safetensors")
+        changes = {name: (after[name] - before[name]).float() @ shield[f"{name}.V"] for name in shielded(shield)}
+        moved[pull] = sum(float(change.square().sum()) for change in changes.values())
+    assert 0 < moved[20] < 0.2 * moved[0]
+    assert not (rows / "out0" / "shield.safetensors").exists()
+
+
+def shielded(shield: dict[str, torch.Tensor]) -> list[str]:
+    return [key.removesuffix(".V") for key in shield if key.endswith(".V")]
 
 
 def test_layer_scale(checkpoint: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,29 @@
+"""What a caller may choose, as frozen dataclasses that check themselves.
+
+Standard library only: building options must not import torch.
+"""
+
+from fisherkit.options.checks import check_pull, exact_share, parse_bytes, parse_json, parse_layers, parse_shares
+from fisherkit.options.extracting import ExtractOptions, PromptOptions
+from fisherkit.options.masking import Direction, ExportOptions, MaskOptions, Selection
+from fisherkit.options.pruning import FapmOptions, MergeOptions, Metric, PairOptions, Side
+
+__all__ = [
+    "Direction",
+    "ExportOptions",
+    "ExtractOptions",
+    "FapmOptions",
+    "MaskOptions",
+    "MergeOptions",
+    "Metric",
+    "PairOptions",
+    "PromptOptions",
+    "Selection",
+    "Side",
+    "check_pull",
+    "exact_share",
+    "parse_bytes",
+    "parse_json",
+    "parse_layers",
+    "parse_shares",
+]

@@ -1,0 +1,103 @@
+"""What the value of an option must be (OptionError otherwise), and texts of the command line as values."""
+
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_args
+
+from fisherkit.errors import OptionError
+
+
+def one_of(option: str, value: str, kind: Any) -> None:
+    """One of the words of a Literal."""
+    if value not in get_args(kind):
+        raise OptionError(f"--{option} must be one of {', '.join(get_args(kind))}, not {value!r}")
+
+
+def at_least(option: str, value: int | None, least: int) -> None:
+    """Not given, or not below ``least``."""
+    if value is not None and value < least:
+        raise OptionError(f"--{option} must be at least {least}, not {value}")
+
+
+def as_paths(options: object, *names: str) -> None:
+    """Take strings for paths, as everything else in the library does."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, str):
+            object.__setattr__(options, name, Path(value))
+
+
+def check_share(option: str, value: float | None) -> None:
+    """Not given, or from 0 to 1."""
+    if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise OptionError(f"--{option} must lie between 0 and 1, not {value}")
+
+
+def check_pull(pull: float) -> None:
+    """Above 0 and below a million."""
+    if not (isinstance(pull, int | float) and 0 < pull < 1e6):
+        raise OptionError(f"--pull must lie above 0 and below 1000000, not {pull}")
+
+
+def check_device(device: str) -> None:
+    """A device by torch's name, or auto."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", device):
+        raise OptionError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
+
+
+def check_patterns(option: str, patterns: tuple[str, ...]) -> None:
+    """Regular expressions that compile."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}") from None
+
+
+def exact_share(value: float) -> Fraction:
+    """What a person means by a decimal: 0.9 is nine tenths, not the nearest binary number."""
+    return Fraction(repr(value))
+
+
+def parse_shares(option: str, text: str) -> tuple[float, ...]:
+    """``"0.5,0.9"`` -> ``(0.5, 0.9)``; raises OptionError for anything outside of 0 to 1."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--{option} takes numbers such as 0.5,0.9,0.95, not {text!r}") from None
+    for value in values:
+        check_share(option, value)
+    return values
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``"0-7,12"`` -> ``(0, 1, ..., 7, 12)``; raises OptionError for anything else."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise OptionError(f"--layers takes numbers and ranges such as 0-7,12; {part.strip()!r} is neither")
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(layers))
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """``"5GB"`` -> 5,000,000,000; ``"5GiB"`` -> 5 * 2**30; a plain number is bytes. Raises OptionError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise OptionError(f"--{option} takes bytes such as 5GB or 500MiB, not {text!r}")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def parse_json(option: str, text: str) -> dict[str, Any]:
+    """A JSON object given as an option. Raises OptionError for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise OptionError(f"--{option} takes a JSON object such as '{{\"key\": false}}', not {text!r}")
+    return value

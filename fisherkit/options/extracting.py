@@ -1,0 +1,109 @@
+"""Options of ``extract``."""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from fisherkit.errors import OptionError
+from fisherkit.options.checks import at_least, check_device, one_of
+
+Loss = Literal["auto", "all", "completion", "assistant"]
+Labels = Literal["data", "sampled"]
+Reduction = Literal["mean", "sum"]
+Engine = Literal["auto", "stream", "resident"]
+Store = Literal["bf16", "fp32"]
+Statistics = Literal["fisher", "activations"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+ChatTemplate = Literal["auto", "on", "off"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How a prompt set becomes token ids with marks on the tokens that count in the loss.
+
+    Attributes:
+        field: the column to read, or None to detect it from the first row.
+        limit: use the first so many rows; None for all.
+        max_length: truncate samples on the right to so many tokens.
+        chat_template: ``auto`` uses the tokenizer's template when it has one.
+        chat_template_kwargs: extra variables for the template, e.g. ``{"enable_thinking": False}``.
+        loss: which tokens count; ``auto`` is ``completion`` where the set has answers, else ``all``.
+    """
+
+    field: str | None = None
+    limit: int | None = 200
+    max_length: int = 256
+    chat_template: ChatTemplate = "auto"
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)  # not `field`: hidden above
+    loss: Loss = "auto"
+
+    def __post_init__(self) -> None:
+        at_least("limit", self.limit, 1)
+        at_least("max-length", self.max_length, 2)
+        one_of("chat-template", self.chat_template, ChatTemplate)
+        one_of("loss", self.loss, Loss)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractOptions(PromptOptions):
+    """What ``extract`` measures and how; the fields of PromptOptions come first.
+
+    Attributes:
+        group_size: decoder blocks whose weights and accumulators are resident at a time; lowered when they do not fit.
+        batch_tokens: padded tokens per batch (samples of similar length share one); never changes the result.
+        dtype: what the model computes in; ``auto`` is the checkpoint's own. Accumulators are always float32.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        labels: ``data`` (empirical Fisher) or ``sampled`` from the model's own distribution (true Fisher, one draw).
+        reduction: the loss of a sample is the ``mean`` or the ``sum`` over its loss tokens.
+        targets: ``matrices``, ``all``, or a regular expression searched in checkpoint tensor names.
+        layers: block numbers to measure, or None for all.
+        engine: ``stream`` (block by block), ``resident`` (whole model), or ``auto``.
+        resume: continue what a killed run left in ``<out>.partial/``.
+        store: dtype of the file, ``bf16`` or ``fp32``.
+        statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
+            the gradients at what comes out.
+        seed: seed of sampled labels.
+        force: replace an existing output.
+        trust_remote_code: run Python code that ships with the checkpoint.
+        shard_bytes: largest shard when the output is a folder.
+    """
+
+    group_size: int = 8
+    batch_tokens: int = 1024
+    dtype: DType = "auto"
+    device: str = "auto"
+    labels: Labels = "data"
+    reduction: Reduction = "mean"
+    targets: str = "matrices"
+    layers: tuple[int, ...] | None = None
+    engine: Engine = "auto"
+    resume: bool = False
+    store: Store = "bf16"
+    statistics: Statistics = "fisher"
+    seed: int = 0
+    force: bool = False
+    trust_remote_code: bool = False
+    shard_bytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("group-size", self.group_size, 1)
+        at_least("batch-tokens", self.batch_tokens, 1)
+        at_least("max-shard-size", self.shard_bytes, 1)
+        at_least("seed", self.seed, 0)
+        for option, value, kind in (
+            ("dtype", self.dtype, DType),
+            ("labels", self.labels, Labels),
+            ("reduction", self.reduction, Reduction),
+            ("engine", self.engine, Engine),
+            ("store", self.store, Store),
+            ("statistics", self.statistics, Statistics),
+        ):
+            one_of(option, value, kind)
+        check_device(self.device)
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise OptionError(f"--targets {self.targets!r} is not a regular expression: {error}") from None
+        if self.layers is not None and not self.layers:
+            raise OptionError("--layers names no layer")

@@ -1,0 +1,123 @@
+"""Options of ``fapm`` and ``merge``."""
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from fisherkit.errors import OptionError
+from fisherkit.options.checks import as_paths, at_least, check_patterns, check_share, exact_share, one_of
+
+Metric = Literal["fapm", "relative", "magnitude", "random", "wise-ft", "dare", "della"]
+Scope = Literal["tensor", "layer", "global"]
+OnNan = Literal["refuse", "keep-base"]
+Rest = Literal["tuned", "base"]
+Side = Literal["both", "left", "right"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """What every command shares that makes a checkpoint from BASE and FT.
+
+    Attributes:
+        only: take part in it only tensors whose checkpoint name one of these regular expressions is found in;
+            ``matrices`` stands for those of two or more axes inside the text model's blocks. None given: all.
+        skip: leave out tensors whose name one of these is found in.
+        rest: where floating tensors that are left out come from, ``tuned`` (as fine-tuned) or ``base``.
+        nan: ``refuse`` tensors with NaN or infinities, or ``keep-base`` in their place.
+        seed: of what is random.
+        shard_bytes: largest shard; None for shards like BASE's.
+        force: replace an existing output of fisherkit's.
+        resume: go on with what a killed run left in ``<out>.partial/``.
+    """
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    rest: Rest = "tuned"
+    nan: OnNan = "refuse"
+    seed: int = 0
+    shard_bytes: int | None = None
+    force: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_patterns("only", self.only)
+        check_patterns("skip", self.skip)
+        one_of("rest", self.rest, Rest)
+        one_of("nan", self.nan, OnNan)
+        at_least("seed", self.seed, 0)
+        at_least("max-shard-size", self.shard_bytes, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FapmOptions(PairOptions):
+    """How ``fapm`` prunes a delta; the fields of PairOptions come first.
+
+    Attributes:
+        sparsity: share of the entries that go back to the base; None for 0.9, or 0.1 where FT is an adapter.
+        density: the same, as the share that is kept; not both.
+        metric: by what entries are kept; ``wise-ft``, ``dare`` and ``della`` are no selections.
+        scope: over what the quota runs: every tensor, every layer, or the whole model.
+    """
+
+    sparsity: float | None = None
+    density: float | None = None
+    metric: Metric = "fapm"
+    scope: Scope = "tensor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("sparsity", self.sparsity)
+        check_share("density", self.density)
+        if self.sparsity is not None and self.density is not None:
+            raise OptionError("--sparsity and --density say the same thing; give one of them")
+        one_of("metric", self.metric, Metric)
+        one_of("scope", self.scope, Scope)
+        if not self.selects and self.scope != "tensor":
+            raise OptionError(f"--scope {self.scope} is for metrics that select; {self.metric} has no quota")
+
+    @property
+    def selects(self) -> bool:
+        """Whether the metric keeps entries as they are; the others rescale or interpolate."""
+        return self.metric in ("fapm", "relative", "magnitude", "random")
+
+    def kept_share(self, default_sparsity: float) -> Fraction:
+        """The share of entries that is kept, exactly."""
+        if self.density is not None:
+            return exact_share(self.density)
+        return 1 - exact_share(default_sparsity if self.sparsity is None else self.sparsity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions(PairOptions):
+    """What ``merge`` does to a delta, in this order; the fields of PairOptions come first.
+
+    Attributes:
+        mask: a mask file; entries that may not change stay the base's.
+        subspace: a subspace file; what lies in its directions is removed from the delta.
+        side: of which directions: of outputs (``left``), of inputs (``right``), or of either.
+        layer_scale: a ``layer_importance.json``; the delta of a layer is scaled by ``(median(I) / I_layer)^power``,
+            I being the mean Fisher of a layer's weights, clipped to ``[floor, 1]``.
+        power: see above.
+        floor: see above.
+        alpha: all of the delta is scaled by it; alone it is Wise-FT's interpolation.
+    """
+
+    mask: Path | None = None
+    subspace: Path | None = None
+    side: Side = "both"
+    layer_scale: Path | None = None
+    power: float = 0.5
+    floor: float = 0.1
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_paths(self, "mask", "subspace", "layer_scale")
+        one_of("side", self.side, Side)
+        check_share("floor", self.floor)
+        for option, value in (("power", self.power), ("alpha", self.alpha)):
+            if not (isinstance(value, int | float) and -1e6 < value < 1e6):
+                raise OptionError(f"--{option} must be a finite number, not {value}")
+        if self.power < 0:
+            raise OptionError(f"--power must not be negative, not {self.power}: important layers would change most")
