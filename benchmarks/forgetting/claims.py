@@ -41,6 +41,8 @@ PULL: Arm = ("pull", "0.2@2")
 EWC: Arm = ("ewc", "0.3")
 REPLAY: Arm = ("replay", "1")
 ONWARD: Arm = ("shield-onward", "0.2@2")
+_NOTHING = 0.02
+"""General that is no measure of anything."""
 _LEARNS = 0.25
 """Share of plain's new-task score below which a method has learnt too little for a comparison to mean anything."""
 LORA_FAPM: Arm = ("lora+fapm", "0.1")
@@ -104,8 +106,9 @@ def _points(found: Mean) -> str:
 
 def _general_of_fggm(results: Results) -> tuple[bool, str]:
     found = results.difference(FGGM, PLAIN, general)
-    relative = found.mean / results.mean(PLAIN, general).mean if results.mean(PLAIN, general).mean else float("nan")
-    return _above(found), f"sequence: General {_points(found)} ({relative:+.1%} of plain's; published +9.6 %)"
+    left = results.mean(PLAIN, general).mean
+    relative = f"{found.mean / left:+.1%} of plain's" if left > _NOTHING else "plain keeps next to nothing"
+    return _above(found), f"sequence: General {_points(found)} ({relative}; published +9.6 %)"
 
 
 def _new_of_fggm(results: Results) -> tuple[bool, str]:
