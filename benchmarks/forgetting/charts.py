@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.forgetting.results import Arm, Results, one_general, one_new
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 520, 380, 60, 40, 210
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 520, 380, 60, 56, 210
 _COLOURS = (
     "#31688e",
     "#d81b60",
@@ -23,7 +23,8 @@ _STYLE = """
 svg { font: 11px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; --ink: #1b1f24; --line: #d5d9de; --paper: #fff; }
 @media (prefers-color-scheme: dark) { svg { --ink: #e6e9ed; --line: #3a4048; --paper: #16191d; } }
 text { fill: var(--ink); } .paper { fill: var(--paper); } .grid { stroke: var(--line); fill: none; }
-.curve { fill: none; stroke-width: 1.5; } .plain { stroke: var(--ink); stroke-width: 2; fill: none; }
+.curve { fill: none; stroke-width: 1.5; } .ours { fill: none; stroke-width: 3; }
+.plain { stroke: var(--ink); stroke-width: 2; fill: none; }
 """
 
 
@@ -42,14 +43,19 @@ class Scale:
 
 
 def curves(title: str, results: Results, methods: Sequence[str]) -> str:
-    """A line per method through its settings, plain fine-tuning's from the untuned model on; means over all runs."""
+    """A line per method through its settings, plain fine-tuning's from the untuned model on; means over all runs.
+
+    Colours come back as rings.
+    """
     plain = [(0.0, 100 * results.untuned_general), *_points(results, "plain")]
     lines = {method: _points(results, method) for method in methods if method != "plain" and results.settings(method)}
     every = [point for points in (plain, *lines.values()) for point in points]
     scale = Scale(_ends([x for x, _ in every]), _ends([y for _, y in every]))
     body = _axes(scale) + _line(plain, scale, "plain", "var(--ink)", "plain (learning rates)", 0)
     for number, (method, points) in enumerate(lines.items()):
-        body += _line(points, scale, "curve", _COLOURS[number % len(_COLOURS)], method, number + 1)
+        css = "ours" if method == "shield" else "curve"
+        ring = number >= len(_COLOURS)
+        body += _line(points, scale, css, _COLOURS[number % len(_COLOURS)], method, number + 1, ring=ring)
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + 50
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
@@ -71,25 +77,42 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 def _axes(scale: Scale) -> str:
     body = ""
-    for step in range(6):
-        x = scale.x[0] + step / 5 * (scale.x[1] - scale.x[0])
-        y = scale.y[0] + step / 5 * (scale.y[1] - scale.y[0])
-        (left, top), (across, bottom) = scale.at(scale.x[0], y), scale.at(x, scale.y[0])
-        body += f'<path class="grid" d="M{left:.1f} {top:.1f}h{_WIDTH}M{across:.1f} {bottom:.1f}v{-_HEIGHT}"/>'
-        body += _text(left - 8, top + 4, f"{y:.0f}", "end") + _text(across, bottom + 16, f"{x:.0f}", "middle")
+    for y in _ticks(scale.y):
+        left, top = scale.at(scale.x[0], y)
+        body += f'<path class="grid" d="M{left:.1f} {top:.1f}h{_WIDTH}"/>' + _text(left - 8, top + 4, f"{y:.0f}", "end")
+    for x in _ticks(scale.x):
+        across, bottom = scale.at(x, scale.y[0])
+        body += f'<path class="grid" d="M{across:.1f} {bottom:.1f}v{-_HEIGHT}"/>'
+        body += _text(across, bottom + 16, f"{x:.0f}", "middle")
     body += _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 36, "new task, exact match, %", "middle")
-    return body + _text(_LEFT - 44, _TOP - 4, "General, %")
+    return body + _text(_LEFT - 44, _TOP - 12, "General, %")
 
 
-def _line(points: Sequence[tuple[float, float]], scale: Scale, css: str, colour: str, name: str, row: int) -> str:
+def _ticks(ends: tuple[float, float]) -> Sequence[int]:
+    """Full tens, or twenties where these are many."""
+    low, high = round(ends[0]), round(ends[1])
+    return range(low, high + 1, 10 if high - low <= 60 else 20)
+
+
+def _line(
+    points: Sequence[tuple[float, float]],
+    scale: Scale,
+    css: str,
+    colour: str,
+    name: str,
+    row: int,
+    *,
+    ring: bool = False,
+) -> str:
     placed = [scale.at(*point) for point in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     body = f'<polyline class="{css}" stroke="{colour}" points="{path}"/>'
+    mark = f'fill="var(--paper)" stroke="{colour}" stroke-width="2"' if ring else f'fill="{colour}"'
     for (x, y), (new_score, old) in zip(placed, points, strict=True):
         told = html.escape(f"{name}: new {new_score:.1f}, General {old:.1f}")
-        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{told}</title></circle>'
+        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {mark}><title>{told}</title></circle>'
     left, top = _LEFT + _WIDTH + 18, _TOP + 10 + 18 * row
-    return body + f'<circle cx="{left}" cy="{top}" r="4" fill="{colour}"/>' + _text(left + 10, top + 4, name)
+    return body + f'<circle cx="{left}" cy="{top}" r="4" {mark}/>' + _text(left + 10, top + 4, name)
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:

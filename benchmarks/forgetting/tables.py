@@ -73,6 +73,39 @@ def base_table(results: Results) -> str:
     )
 
 
+SHORT: Sequence[Arm] = (
+    PLAIN,
+    ("plain", "0.3"),
+    ("random-rows", "0.3"),
+    ("migu", "0.7"),
+    ("fggm", "input-tensor-0.3"),
+    ("fisher-subspace", "0.25"),
+    ("activation", "0.9@3"),
+    ("ewc", "0.3"),
+    ("replay", "1"),
+    ("fapm", "0.5"),
+    ("fapm", "0.9"),
+    ("wise-ft", "0.3"),
+    ("pull", "0.2@2"),
+    ("shield", "0.2@2"),
+    ("shield-onward", "0.2@2"),
+)
+
+
+def short_table(results: Results) -> str:
+    """One setting of the main methods, after one task and after all."""
+    head = ("method", "setting", "General", "new task", "General at equal new", "General after all", "OP")
+    rows = []
+    for arm in SHORT:
+        if arm in results.arms:
+            gain = "the curve" if arm[0] == "plain" else _signed(results.gain(arm).gain)
+            one, fresh, old, all_new = (
+                percent(results.mean(arm, read)) for read in (one_general, one_new, general, new)
+            )
+            rows.append((*arm, one, fresh, gain, old, all_new))
+    return table(head, rows)
+
+
 def one_table(results: Results, arms: Sequence[Arm]) -> str:
     """After one task: what is left of the old, what the new is worth, and the old at a match of the new."""
     head = (
