@@ -101,6 +101,8 @@ def headline(summary: Summary) -> str:
         parts.append(f"{total.tensors:,} tensors, {total.weights:,} weights")
     if summary.kind == "mask":
         parts.append(f"{percent(total.mean)} may change" + _chosen(made))
+    if summary.kind == "subspace" and made.get("options", {}).get("pull") is not None:
+        parts.append(f"soft (pull {made['options']['pull']})")
     prompts = made.get("prompts", {})
     if prompts.get("samples") is not None:
         parts.append(f"{prompts['samples']} prompts ({prompts.get('source')})")

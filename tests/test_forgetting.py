@@ -96,21 +96,31 @@ def test_backward_transfer_is_the_later_change_of_all_tasks_but_the_last() -> No
 
 def test_a_curve_is_read_on_straight_lines() -> None:
     curve = [(0.0, 1.0), (0.4, 0.8), (0.8, 0.2)]
-    assert best_at(curve, 0.2) == (pytest.approx(0.9), True)
-    assert best_at(curve, 0.6) == (pytest.approx(0.5), True)
-    assert best_at(curve, 0.8) == (0.2, True)
+    assert best_at(curve, 0.2) == (pytest.approx(0.9), 0)
+    assert best_at(curve, 0.6) == (pytest.approx(0.5), 0)
+    assert best_at(curve, 0.8) == (0.2, 0)
 
 
 def test_where_a_curve_turns_back_its_better_crossing_counts() -> None:
     curve = [(0.0, 1.0), (0.6, 0.6), (0.4, 0.1)]  # the last learning rate was too high
-    assert best_at(curve, 0.5) == (pytest.approx(1 - 0.4 * 5 / 6), True)
+    assert best_at(curve, 0.5) == (pytest.approx(1 - 0.4 * 5 / 6), 0)
 
 
 def test_beyond_its_ends_a_curve_is_its_end_and_says_so() -> None:
     curve = [(0.1, 1.0), (0.6, 0.6), (0.6, 0.5), (0.4, 0.1)]
-    assert best_at(curve, 0.7) == (0.6, False)
-    assert best_at(curve, 0.0) == (1.0, False)
-    assert best_at([(0.1, 1.0)], 0.1) == (1.0, True)
+    assert best_at(curve, 0.7) == (0.6, 1)
+    assert best_at(curve, 0.0) == (1.0, -1)
+    assert best_at([(0.1, 1.0)], 0.1) == (1.0, 0)
+
+
+def test_beyond_the_ends_of_a_curve_only_what_is_better_or_worse_in_both_counts() -> None:
+    curve = [(0.1, 1.0), (0.6, 0.6)]
+    assert measures.above(curve, (0.35, 0.7)) == pytest.approx(-0.1)
+    assert measures.above(curve, (0.7, 0.65)) == pytest.approx(0.05)  # learnt more, kept more
+    assert math.isnan(measures.above(curve, (0.7, 0.5)))  # learnt more, kept less
+    assert measures.above(curve, (0.0, 0.9)) == pytest.approx(-0.1)
+    assert math.isnan(measures.above(curve, (0.0, 1.1)))
+    assert measures.above(curve, (0.7, 0.6)) == 0
 
 
 def test_figures_of_a_line_are_means_without_the_text() -> None:
@@ -159,7 +169,7 @@ def test_a_curve_begins_where_a_method_holds_most() -> None:
 
 
 def test_the_shield_wins_only_if_nothing_that_learns_comes_near_its_curve() -> None:
-    shield = {("shield", "0.6@2"): (0.2, 0.9), ("shield", "0.2@2"): (0.7, 0.8)}
+    shield = {("shield", "0.6@2"): (0.2, 0.9), ("shield", "0.2@2"): (0.9, 0.8)}
     claim = next(one for one in claims.CLAIMS if one.test is claims._below_shield_all)
     below = _results({"1": (0.8, 0.3)}, {**shield, ("migu", "0.7"): (0.6, 0.6), ("fapm", "0.9"): (0.01, 0.99)})
     assert claims.judge(below, claim)[0] == "confirmed here"

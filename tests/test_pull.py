@@ -25,6 +25,7 @@ from fisherkit.checkpoint.maskfile import MaskEntry, header, open_mask
 from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, TrainingError
 from fisherkit.kernels.pull import pull_strengths, pulled_share
+from fisherkit.look import headline
 from fisherkit.options import ExtractOptions, MaskOptions, MergeOptions
 from fisherkit.training import MaskedUpdate, constrain, rules, update
 
@@ -866,6 +867,37 @@ def test_other_options_win_over_shield(
         assert rank is None or len(values) <= rank
 
 
+def test_a_subspace_that_lost_its_description_is_refused(measured: Callable[[str], Path], tmp_path: Path) -> None:
+    """Nothing else says that it is soft, and hard it would freeze nearly all."""
+    made = fisherkit.mask(measured("llama"), tmp_path / "shield.safetensors", MaskOptions(preset="shield"))
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(made.path.read_bytes())
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match=r"alone\.json, which says whether .* is missing"):
+        constrain(optimizer, model, alone)
+    constrain(optimizer, model, alone, pull=0.2).remove()
+
+
+def test_a_fisher_is_no_anchor_and_modes_of_a_weight_cannot_be_pulled(
+    measured: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fisher = measured("llama")
+    shield = fisherkit.mask(fisher, tmp_path / "shield.safetensors", MaskOptions(preset="shield")).path
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match="is a fisher, not a model"):
+        constrain(optimizer, model, shield, anchor=fisher)
+    modes = fisherkit.mask(fisher, tmp_path / "modes.safetensors", MaskOptions(svd_rank=2, side="right")).path
+    with pytest.raises(OptionError, match="a pull is for --basis activation, and this is --basis fisher"):
+        constrain(optimizer, model, modes, pull=0.2)
+
+
+def test_inspect_says_that_a_subspace_is_soft(measured: Callable[[str], Path], tmp_path: Path) -> None:
+    made = fisherkit.mask(measured("llama"), tmp_path / "shield.safetensors", MaskOptions(preset="shield"))
+    assert "soft (pull 0.2)" in headline(fisherkit.inspect(made.path))
+
+
 def test_a_subspace_of_activations_is_hard_unless_told(measured: Callable[[str], Path], tmp_path: Path) -> None:
     for pull in (None, 0.4):
         out = tmp_path / f"{pull}.safetensors"
@@ -885,7 +917,7 @@ def test_a_subspace_of_activations_is_hard_unless_told(measured: Callable[[str],
         ({"preset": "shield", "side": "left"}, "--side left: --basis activation knows inputs"),
         ({"preset": "shield", "svd_rank": 2, "svd_energy": 0.9}, "both say how many modes"),
         ({"preset": "shield", "pull": 0}, "--pull must lie above 0"),
-        ({"preset": "shield", "basis": "kron"}, "--pull 0.2 is for --basis activation, not for --basis kron"),
+        ({"preset": "shield", "basis": "kron"}, "--preset shield is for --basis activation, not for --basis kron"),
         ({"svd_rank": 2, "pull": 0.3}, "--pull 0.3 is for --basis activation, not for --basis fisher"),
         ({"svd_rank": 2, "pull": 0.3, "basis": "kron"}, "--pull 0.3 is for --basis activation, not for --basis kron"),
         ({"train": "top", "pull": 0.3}, "--pull 0.3 is for subspaces"),

@@ -168,6 +168,14 @@ def test_what_cannot_hold_on_lora_is_refused_with_the_reason() -> None:
         constrain(torch.optim.AdamW(dora.parameters()), dora, subspaces(adapted_matrices(dora)))
 
 
+@pytest.mark.parametrize("begun", ["pissa", "olora"])
+def test_lora_that_began_as_a_part_of_the_weight_is_refused(begun: str) -> None:
+    """B A is not nothing there: out of the directions, the model would lose what it had in them."""
+    model = adapted(init_lora_weights=begun)
+    with pytest.raises(TrainingError, match=f"init_lora_weights='{begun}'.*use init_lora_weights=True"):
+        constrain(torch.optim.AdamW(model.parameters()), model, subspaces(adapted_matrices(model)))
+
+
 def test_lora_on_fused_experts_is_refused() -> None:
     model = adapted("qwen3-moe", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     name = "model.layers.0.mlp.experts.0.down_proj.weight"

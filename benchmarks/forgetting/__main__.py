@@ -19,10 +19,13 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
 from benchmarks.forgetting import model as models
 from benchmarks.forgetting import report, runs
 from benchmarks.forgetting.sizes import SIZES
 from benchmarks.forgetting.world import World
+from fisherkit.errors import FisherkitError
 
 _HERE = Path(__file__).parent
 
@@ -70,15 +73,35 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("size", choices=list(SIZES))
     parser.add_argument("--model", help="a checkpoint or org/name to take as base, in place of one trained here")
-    parser.add_argument("--rate", type=float, help="learning rate of plain fine-tuning; a real model wants about 1e-5")
+    parser.add_argument(
+        "--rate", type=_positive, help="learning rate of plain fine-tuning; a real model wants about 1e-5"
+    )
     parser.add_argument("--out", type=Path, default=_HERE, help="folder of RESULTS.md, curves and lines")
     parser.add_argument("--work", type=Path, help="folder of models and masks, kept between runs")
-    parser.add_argument("--seeds", type=int, help="in place of the size's own number")
-    parser.add_argument("--workers", type=int, help="processes; one per core otherwise")
+    parser.add_argument("--seeds", type=_at_least_one, help="in place of the size's own number")
+    parser.add_argument("--workers", type=_at_least_one, help="processes; one per core otherwise")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
-    parser.add_argument("--device", help="cpu, cuda")
+    parser.add_argument("--device", type=_device, help="cpu, cuda")
     parser.add_argument("--report-only", action="store_true", help="only write RESULTS.md from the lines there are")
     return parser.parse_args(arguments)
+
+
+def _at_least_one(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _device(text: str) -> str:
+    if text != "cpu" and not (text.startswith("cuda") and torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine")
+    return text
 
 
 def _say(line: str) -> None:
@@ -86,4 +109,9 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FisherkitError, OSError, ValueError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

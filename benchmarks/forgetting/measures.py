@@ -85,10 +85,13 @@ def backward_transfer(exact: Mapping[int, Mapping[str, float]]) -> float:
 
 
 class Crossing(NamedTuple):
-    """The greatest general score of a curve at a new-task score, and whether the curve gets there at all."""
+    """The greatest general score of a curve at a new-task score, and whether the curve gets there at all.
+
+    ``beyond`` is the end that it does not reach: 1 above, -1 below, 0 inside.
+    """
 
     general: float
-    inside: bool
+    beyond: int
 
 
 def best_at(curve: Sequence[Point], new: float) -> Crossing:
@@ -99,8 +102,7 @@ def best_at(curve: Sequence[Point], new: float) -> Crossing:
         new: where to look.
 
     Returns:
-        Beyond the ends of the curve, its general score at the nearest end (the best, where several points share
-        it): who learns more than a curve can and is above it there, is above it all the more.
+        Beyond the ends of the curve, its general score at the nearest end (the best, where several points share it).
     """
     ends = min(x for x, _ in curve), max(x for x, _ in curve)
     at = min(max(new, ends[0]), ends[1])
@@ -108,7 +110,19 @@ def best_at(curve: Sequence[Point], new: float) -> Crossing:
     for (x1, y1), (x2, y2) in itertools.pairwise(curve):
         if min(x1, x2) < at < max(x1, x2):
             found.append(y1 + (y2 - y1) * (at - x1) / (x2 - x1))
-    return Crossing(max(found), at == new)
+    return Crossing(max(found), (new > at) - (new < at))
+
+
+def above(curve: Sequence[Point], run: Point) -> float:
+    """General of a run over that of a curve at the same new-task score.
+
+    Returns:
+        Beyond an end of the curve, the difference to that end where it says which is better: who learns more is better
+        if it keeps as much, who learns less is worse if it keeps less. NaN otherwise: neither is better.
+    """
+    there = best_at(curve, run[0])
+    gain = run[1] - there.general
+    return math.nan if there.beyond * gain < 0 else gain
 
 
 # Of a line of results.

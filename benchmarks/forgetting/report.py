@@ -24,8 +24,10 @@ small models that learn generated tasks: a sign of what a method does, not a pro
   kind. The sequence is harder: small models forget most of what came before the last task.
 - **At equal new**: methods trade old for new at different rates, so each run is held against the curve that
   plain fine-tuning draws for the same seed and order when its learning rate is swept (straight lines between its
-  points, the untuned model at one end, the best crossing where there are several). Runs that learnt more than any point
-  of the curve are held against the end of it, and counted as *outside*. The same for losses, in nats.
+  points, the untuned model at one end, the best crossing where there are several). A run that learnt more than any
+  point of the curve and kept more than its end (or learnt less and kept less) is held against that end and counted as
+  *outside*; one that learnt more and kept less, or the other way round, is *left out*. The same for losses, in nats. A
+  curve of several settings has an advantage over a method with a single one: see how many each has.
 - Means over seeds (the orders of a seed put together) with 95 % intervals by Student's t; differences are paired. Bold:
   the interval leaves out zero. With so many comparisons, one in twenty is bold by chance.
 - **Settings**: `0.2@2` is the setting 0.2 at twice the learning rate that plain fine-tuning has at 1.
@@ -40,6 +42,7 @@ small models that learn generated tasks: a sign of what a method does, not a pro
 
 def write(out: Path, size: Size, results: Path, *, left: int) -> None:
     """RESULTS.md with a part for every size that has lines in ``out``, this one first."""
+    out.mkdir(parents=True, exist_ok=True)
     parts = [_part(out, size, results, left)]
     for path in sorted(out.glob("*.jsonl")):
         if path != results and path.stem.split("-")[0] in SIZES:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from benchmarks.forgetting.measures import Crossing, Figures, Line, Mean, Point, best_at, figures, mean_interval
+from benchmarks.forgetting.measures import Figures, Line, Mean, Point, above, best_at, figures, mean_interval
 
+_NEXT_TO_NOTHING = 0.1
 Arm = tuple[str, str]
 """Method and setting."""
 Pair = tuple[int, str]
@@ -60,11 +61,16 @@ def by_one_loss(found: Figures) -> Point:
 
 
 class Gain(NamedTuple):
-    """General score above a curve at the same new-task score; ``outside`` of ``runs`` are beyond the curve's ends."""
+    """General score above a curve at the same new-task score, and how many runs say so.
+
+    ``outside`` of ``runs`` are beyond the curve's ends and counted all the same; ``dropped`` ones are there and neither
+    better nor worse than the end.
+    """
 
     gain: Mean
     outside: int
     runs: int
+    dropped: int
 
 
 class Results:
@@ -106,26 +112,27 @@ class Results:
         a, b = self.arms.get(ours, {}), self.arms.get(theirs, {})
         return over_seeds({pair: read(a[pair]) - read(b[pair]) for pair in a if pair in b})
 
-    def gains(self, arm: Arm, point: ByPoint = by_one, against: str = "plain") -> dict[Pair, Crossing]:
-        """By pair: general score above the curve of the method ``against``, and whether that gets there."""
+    def gains(self, arm: Arm, point: ByPoint = by_one, against: str = "plain") -> dict[Pair, tuple[float, bool]]:
+        """By pair: general score above the curve of ``against`` (see ``above``), and whether the curve gets there."""
         curves, found = self.curves(point, against), {}
         for pair, one in self.arms.get(arm, {}).items():
-            at, value = point(one)
-            if pair in curves and not math.isnan(at):
-                there = best_at(curves[pair], at)
-                found[pair] = Crossing(value - there.general, there.inside)
+            at = point(one)
+            if pair in curves and not math.isnan(at[0]):
+                found[pair] = above(curves[pair], at), not best_at(curves[pair], at[0]).beyond
         return found
 
     def gain(self, arm: Arm, point: ByPoint = by_one, against: str = "plain", orders: str = "") -> Gain:
         """The same, put together; of the named orders only."""
         found = {pair: one for pair, one in self.gains(arm, point, against).items() if pair[1] in (orders or pair[1])}
-        outside = sum(not one.inside for one in found.values())
-        return Gain(over_seeds({pair: one.general for pair, one in found.items()}), outside, len(found))
+        gains = {pair: gain for pair, (gain, _) in found.items()}
+        dropped = sum(map(math.isnan, gains.values()))
+        outside = sum(not inside for _, inside in found.values()) - dropped
+        return Gain(over_seeds(gains), outside, len(found), dropped)
 
     def gain_over(self, ours: Arm, theirs: Arm, point: ByPoint = by_one) -> Mean:
         """Difference of two arms' gains, paired."""
         a, b = self.gains(ours, point), self.gains(theirs, point)
-        return over_seeds({pair: a[pair].general - b[pair].general for pair in a if pair in b})
+        return over_seeds({pair: a[pair][0] - b[pair][0] for pair in a if pair in b})
 
     def curves(self, point: ByPoint, method: str = "plain") -> dict[Pair, list[Point]]:
         """Of every seed and order: the untuned model, then a method's settings from the weakest to the strongest.
@@ -156,12 +163,12 @@ class Results:
         return over_seeds(lost)
 
     def retained(self, arm: Arm, of: Arm, *, single: bool) -> Mean:
-        """New-task score as a share of what the whole fine-tune has; runs where that has nothing are left out."""
+        """New-task score as a share of the whole fine-tune's; runs where that has next to nothing are left out."""
         shares = {}
         for pair, found in self.arms.get(arm, {}).items():
             whole = self.arms.get(of, {}).get(pair)
             full = 0.0 if whole is None else whole.single[0] if single else whole.new
-            if full:
+            if full >= _NEXT_TO_NOTHING:
                 shares[pair] = (found.single[0] if single else found.new) / full
         return over_seeds(shares)
 

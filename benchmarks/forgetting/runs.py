@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def do_all(world: World, results: Path, *, workers: int, threads: int, until: fl
     if not left:
         return 0
     _end_line(results)
-    with ProcessPoolExecutor(workers, get_context("spawn"), models.be_repeatable, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,)) as pool:
         for wave in waves:
             for line in _in_turn(pool, world, iter(wave), workers, until):
                 finished += 1
@@ -211,6 +212,19 @@ def do_all(world: World, results: Path, *, workers: int, threads: int, until: fl
                     file.write(json.dumps(line | {"made": made}) + "\n")
                 say(f"{finished}/{left} {line['key']}: {line['seconds']:.1f} s")
     return left - finished
+
+
+def _begin(threads: int) -> None:
+    """Of a worker: it ends with the process that started it, however that one ends."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    models.be_repeatable(threads)
 
 
 def _in_turn(

@@ -61,7 +61,7 @@ _RATES = ("0.1", "0.3", "0.6", "1", "2")
 """Shares of the course's learning rate: the sweep that makes the curve of plain fine-tuning."""
 
 _QUICK: Plan = {
-    "plain": ("0.15", "0.3", "0.6", "1"),
+    "plain": ("0.15", "0.3", "0.6", "1", "2"),
     "random-rows": ("0.3",),
     "migu": ("0.7",),
     "fggm": ("input-tensor-0.3",),
@@ -69,8 +69,8 @@ _QUICK: Plan = {
     "fisher-subspace": ("0.25",),
     "weight-subspace": ("0.25",),
     "activation": ("0.9@3",),
-    "ewc": ("0.3",),
-    "pull": ("0.2@2",),
+    "ewc": ("0.1@2", "0.3", "0.3@2", "1"),
+    "pull": ("0.06@2", "0.2@2"),
     "shield": ("0.06@2", "0.2@2", "0.6@2"),
     "shield-onward": ("0.2@2",),
     "replay": ("1",),
@@ -123,9 +123,7 @@ _SEQUENCES: Plan = {
     "random-rows": ("0.3",),
     "migu": ("0.7",),
     "fggm": ("input-tensor-0.3",),
-    "protect": ("none-0.5",),
     "fisher-subspace": ("0.25",),
-    "weight-subspace": ("0.25",),
     "activation": ("0.9@3",),
     "ewc": ("0.3",),
     "pull": ("0.2@2",),
@@ -133,16 +131,12 @@ _SEQUENCES: Plan = {
     "shield-onward": ("0.2@2",),
     "replay": ("1",),
     "lora": ("0.25",),
-    "lora+shield": ("0.2@0.5",),
     "fapm": ("0.5", "0.9"),
     "magnitude": ("0.9",),
     "random": ("0.9",),
     "wise-ft": ("0.3",),
     "fggm+fapm": ("0.9",),
 }
-_ONE_IS_ENOUGH = ("protect", "weight-subspace", "lora+shield")
-"""Methods whose sequences are left out where time is short."""
-
 _FIVE = ("cipher", "order", "stack", "unit", "table")
 
 SIZES = {
@@ -199,7 +193,7 @@ SIZES = {
         old_items=24,
         windows=16,
         plan=_FULL,
-        sequences={method: own for method, own in _SEQUENCES.items() if method not in _ONE_IS_ENOUGH},
+        sequences=_SEQUENCES,
     ),
     "gpu": Size(
         name="gpu",

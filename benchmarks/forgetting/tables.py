@@ -41,9 +41,10 @@ def _signed(found: Mean) -> str:
 
 
 def gained(gain: Gain, form: Callable[[Mean], str]) -> str:
-    """With how many runs lie beyond the ends of the curve."""
-    outside = f" ({gain.outside} of {gain.runs} outside)" if gain.outside else ""
-    return form(gain.gain) + outside
+    """With how many runs lie beyond the ends of the curve, and how many of these say nothing."""
+    counts = ((gain.outside, "outside"), (gain.dropped, "left out"))
+    told = [f"{count} of {gain.runs} {what}" for count, what in counts if count]
+    return form(gain.gain) + (f" ({', '.join(told)})" if told else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -117,8 +117,14 @@ class MaskFile:
         """Of a soft subspace, see kernels.pull; None for a hard one.
 
         Raises:
-            CheckpointError: what the JSON says is no pull.
+            CheckpointError: what the JSON says is no pull, or there is none where there has to be.
         """
+        if self.kind == "subspace" and not self.made and any(self._may_be_soft(name) for name in self.names):
+            beside = self.path.with_suffix(".json").name
+            raise CheckpointError(
+                f"{self.path}: {beside}, which says whether its directions are protected softly, is missing; put it "
+                "beside the subspace"
+            )
         found = self.options.get("pull")
         if found is None or (type(found) in (int, float) and 0 < found < 1e6):
             return found
@@ -189,6 +195,10 @@ class MaskFile:
         """Whether there are U and V for a weight."""
         held = self._reader.index.tensors
         return f"{name}.U" in held, f"{name}.V" in held
+
+    def _may_be_soft(self, name: str) -> bool:
+        """Whether there is a spectrum and one side."""
+        return f"{name}.S" in self._reader.index.tensors and sum(self.has_sides(name)) == 1
 
     def kept(self, name: str) -> int:
         """Entries of one weight that may change; read from the tensor where nothing else says so."""

@@ -1,6 +1,7 @@
 """What the value of an option must be (OptionError otherwise), and texts of the command line as values."""
 
 import json
+import numbers
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +38,7 @@ def check_share(option: str, value: float | None) -> None:
 
 def check_pull(pull: float) -> None:
     """Above 0 and below a million."""
-    if not (isinstance(pull, int | float) and 0 < pull < 1e6):
+    if isinstance(pull, bool) or not (isinstance(pull, numbers.Real) and 0 < pull < 1e6):
         raise OptionError(f"--pull must lie above 0 and below 1000000, not {pull}")
 
 

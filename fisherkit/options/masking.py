@@ -211,7 +211,8 @@ class MaskOptions:
         if self.pull is not None:
             check_pull(self.pull)
             if basis != "activation":
-                raise OptionError(f"--pull {self.pull} is for --basis activation, not for --basis {basis}")
+                asked = "--preset shield" if self.preset == "shield" else f"--pull {self.pull}"
+                raise OptionError(f"{asked} is for --basis activation, not for --basis {basis}")
 
     def _check_weights(self, reader: str, *, needed: bool) -> None:
         if needed and self.weights is None:

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,6 +64,7 @@ class Adapter:
         a: [r, in]; b: [out, r].
         transposed: the weight is stored as [in, out] (Conv1D, embeddings).
         magnitude: DoRA's, which rescales rows.
+        begun: peft's ``init_lora_weights``; a name where B A did not begin as nothing.
     """
 
     module: str
@@ -70,6 +72,7 @@ class Adapter:
     b: nn.Parameter | None = None
     transposed: bool = False
     magnitude: nn.Parameter | None = None
+    begun: str = ""
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -120,6 +123,11 @@ def read_names(model: nn.Module) -> Names:
             _add_factor(adapters.setdefault((match[1], match[3]), Adapter(match[1])), match[2], parameter)
         elif _FROZEN_COPY not in name:
             found.parameters[name] = parameter
+    configs: dict[str, Any] = next(
+        (own for module in model.modules() if (own := getattr(module, "peft_config", None))), {}
+    )
+    for (_, label), adapter in adapters.items():
+        adapter.begun = str(getattr(configs.get(label), "init_lora_weights", ""))
     _place_adapters(found, adapters, dict(model.named_modules()))
     found.targets = _targets(found.parameters)
     return found

@@ -12,6 +12,8 @@ from fisherkit.training.rules import Rows, Rule, freeze, project, pull, scale, s
 from fisherkit.training.shards import is_sharded
 from fisherkit.training.sources import Basis, Pull, Wanted
 
+_FROM_WEIGHT = ("pissa", "olora", "corda", "loftq")
+"""Ways of peft to begin LoRA with what it takes out of the weight, so that B A is not nothing."""
 _Factors = tuple[nn.Parameter, nn.Parameter, tuple[int, ...]]
 
 Trains = Callable[[nn.Parameter], bool]
@@ -113,6 +115,7 @@ def _pull_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], train
     assert wanted.pull is not None
     rules: list[Rule] = []
     parts: dict[nn.Parameter, list[tuple[Rows, Pull, Tensor | None]]] = {}
+    on_device: dict[tuple[int, torch.device], Tensor] = {}  # weights that share an input share its directions
     for name, target in targets.items():
         _refuse_expert_adapter(wanted, names, name, target)
         for adapter in names.adapters_of(target):
@@ -120,8 +123,10 @@ def _pull_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], train
         if trains(target.parameter):
             _refuse_cut(wanted, name, target)
             start = None if wanted.anchor is None else wanted.anchor(name, target.shape)
-            part = (_rows(target), wanted.pull(name, target.shape), start)
-            parts.setdefault(target.parameter, []).append(part)
+            own = wanted.pull(name, target.shape)
+            key = id(own.directions), target.parameter.device
+            here = on_device.setdefault(key, own.directions.to(target.parameter.device))
+            parts.setdefault(target.parameter, []).append((_rows(target), own._replace(directions=here), start))
     return rules + [pull(parameter, own) for parameter, own in parts.items()]
 
 
@@ -185,6 +190,11 @@ def _factors(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> _Fa
         raise TrainingError(
             f"{wanted.label}: {name} has a DoRA adapter, whose magnitudes scale whole rows out of any subspace; "
             "use LoRA without use_dora"
+        )
+    if adapter.begun.lower().startswith(_FROM_WEIGHT):
+        raise TrainingError(
+            f"{wanted.label}: {name} has LoRA that was begun from the weight itself (init_lora_weights="
+            f"{adapter.begun!r}), which a subspace would take out of the model; use init_lora_weights=True"
         )
     if adapter.a is None or adapter.b is None or adapter.shape is None:
         raise TrainingError(f"{wanted.label}: the adapter of {adapter.module} lacks a LoRA factor")

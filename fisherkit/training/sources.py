@@ -4,6 +4,7 @@ A path of a mask, a subspace or a ``layer_importance.json``; an open ``MaskFile`
 (``<name>.U``, ``<name>.V``), or what is in a ``layer_importance.json``. Knows no model.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fisherkit.checkpoint.aliases import spelling
 from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.importance import FLOOR, POWER, layer_scales, read_importance
 from fisherkit.checkpoint.index import open_index
@@ -161,9 +163,21 @@ def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) ->
     basis: Callable[[str, Shape], Basis] = lambda n, s: _basis(*file.modes(n, s))  # noqa: E731
     if pull is None:
         return Wanted(kind="subspace", label=label, names=names, basis=basis)
-    soft: Callable[[str, Shape], Pull] = lambda n, s: _pull(file, n, s, pull)  # noqa: E731
+    basis_of = file.options.get("basis")
+    if basis_of not in (None, "activation"):
+        raise OptionError(f"{label}: a pull is for --basis activation, and this is --basis {basis_of}")
+    shared: dict[bytes, Tensor] = {}
+    soft: Callable[[str, Shape], Pull] = lambda n, s: _pull(file, n, s, pull, shared)  # noqa: E731
     start = None if anchor is None else _Anchor(anchor)
     return Wanted(kind="subspace", label=label, names=names, basis=basis, pull=soft, anchor=start)
+
+
+def _refuse_our_own(path: Path) -> None:
+    """A Fisher has a model's names and shapes too."""
+    beside = path.with_suffix(".json")
+    made = parse_json(beside, beside.read_bytes(), "file")
+    if str(made.get("format", "")).startswith("fisherkit."):
+        raise CheckpointError(f"{path}: is a {made.get('kind', 'Fisher')}, not a model; anchor is a checkpoint")
 
 
 class _Anchor:
@@ -171,6 +185,8 @@ class _Anchor:
 
     def __init__(self, reference: str | Path) -> None:
         self._index = open_index(resolve_model(str(reference)).path)
+        if self._index.path.with_suffix(".json").is_file() and self._index.path.suffix in (".safetensors", ".pt"):
+            _refuse_our_own(self._index.path)
         self._names = {spelling(name): name for name in self._index.tensors}
 
     def __call__(self, name: str, shape: Shape) -> Tensor:
@@ -185,13 +201,17 @@ class _Anchor:
             return torch.from_numpy(widen(reader.read(found), info.dtype).reshape(shape))
 
 
-def _pull(file: MaskFile, name: str, shape: Shape, pull: float) -> Pull:
+def _pull(file: MaskFile, name: str, shape: Shape, pull: float, shared: dict[bytes, Tensor]) -> Pull:
+    """Directions that are the same, as those of q, k and v are, are one tensor in ``shared``."""
     u, s, v = file.modes(name, shape)
     directions = v if u is None else u
     if s is None or directions is None or (u is not None and v is not None):
         raise OptionError(f"{file.path}: a pull takes directions of one side with their spectrum; --basis activation")
+    if (s < 0).any():
+        raise CheckpointError(f"{file.path}: the spectrum of {name} has negative values; make the subspace anew")
     strengths = pull_strengths(pull, s, directions.shape[-2])
-    return Pull(torch.from_numpy(directions), torch.from_numpy(strengths), axis=0 if v is None else 1)
+    own = shared.setdefault(hashlib.sha256(directions.tobytes()).digest(), torch.from_numpy(directions))
+    return Pull(own, torch.from_numpy(strengths), axis=0 if v is None else 1)
 
 
 def _flags(file: MaskFile, name: str, shape: Shape) -> Tensor:

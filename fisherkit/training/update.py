@@ -56,7 +56,9 @@ def constrain(
             name (True = may change); modes by name (``<name>.U``, ``<name>.V``); or layer importance as numbers.
             Entries that may not change keep their bits; the update of a weight stays out of a subspace (and so do LoRA
             factors, from this call on), or is drawn back out of a soft one after every step (see kernels.pull: the
-            harder the nearer the learning rate is to its peak); the update of a layer is multiplied by its scale.
+            harder the nearer the learning rate is to its peak, which is the largest that the group has had or names
+            as ``initial_lr`` or ``max_lr``); the update of a layer is multiplied by its scale. Of several on one
+            optimizer a binary mask comes last, or what follows moves what it froze.
         parity: ``paper`` applies the mask to the gradients before the step instead, as it was published. Weight decay
             and old momentum then move what is frozen, AdamW undoes scales and turns updates back into a subspace.
         power: of layer scales, ``(median(I) / I) ** power``.
@@ -158,7 +160,7 @@ def _rates(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, float, float]]:
     """Of every parameter its learning rate, and the largest one that is known: a scheduler begins by saying its own."""
     for group in optimizer.param_groups:
         rate = 1.0 if group.get("lr") is None else float(group["lr"])  # transformers' Adafactor may have none to say
-        peak = max(rate, *(float(group.get(key, 0.0)) for key in ("initial_lr", "max_lr")))  # max_lr: OneCycleLR's
+        peak = max(rate, *(float(group.get(key) or 0.0) for key in ("initial_lr", "max_lr")))  # max_lr: OneCycleLR's
         for parameter in group["params"]:
             yield parameter, rate, peak
 
