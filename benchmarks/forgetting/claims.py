@@ -198,10 +198,24 @@ def _below_shield_all(results: Results) -> tuple[bool, str]:
     return not open_ones, why + f"not decided, or not in both orders: {', '.join(open_ones) or 'none'}"
 
 
-def _sequence_of_shield(results: Results) -> tuple[bool, str]:
-    old, learnt = (results.difference(SHIELD, PLAIN, read) for read in (general, new))
-    worse = learnt.decided and learnt.mean < 0
-    return _above(old) and not worse, f"sequence: General {_points(old)}, OP {_points(learnt)} against plain"
+def _in_sequence(theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
+    """The shield keeps more at the end, and has not learnt less."""
+
+    def test(results: Results) -> tuple[bool, str]:
+        old, learnt = (results.difference(SHIELD, theirs, read) for read in (general, new))
+        worse = learnt.decided and learnt.mean < 0
+        return _above(old) and not worse, f"General {_points(old)}, OP {_points(learnt)} against {' '.join(theirs)}"
+
+    return test
+
+
+_SEQUENCE_RIVALS = {
+    "plain fine-tuning": PLAIN,
+    "hard projection": ACTIVATION,
+    "a pull without directions": PULL,
+    "EWC": EWC,
+    "replay": REPLAY,
+}
 
 
 def _onward(results: Results) -> tuple[bool, str]:
@@ -235,11 +249,14 @@ CLAIMS: Sequence[Claim] = (
     Claim("The shield is better than EWC", "ours", (SHIELD, EWC), _below_shield(EWC)),
     Claim("The shield is better than replay of 1 %", "ours", (SHIELD, REPLAY), _below_shield(REPLAY)),
     Claim("The shield is better than every other method that learns", "ours", (SHIELD, PLAIN), _below_shield_all),
-    Claim(
-        "In a sequence the shield keeps more than plain and learns no less",
-        "ours",
-        (SHIELD, PLAIN),
-        _sequence_of_shield,
+    *(
+        Claim(
+            f"In a sequence the shield keeps more than {name}, OP not decidedly lower",
+            "ours",
+            (SHIELD, arm),
+            _in_sequence(arm),
+        )
+        for name, arm in _SEQUENCE_RIVALS.items()
     ),
     Claim("Drawn back to each task's own start, it keeps and learns more than plain", "ours", (ONWARD, PLAIN), _onward),
 )
