@@ -7,7 +7,8 @@
 
 Run it from the repository's root with the package installed. Killed and started again, it goes on where it was: every
 run is a line of ``<size>.jsonl``, and none is made twice. At the end RESULTS.md and the curves beside it are written
-anew from all lines.
+anew from all lines there. Everything goes to ``benchmarks/forgetting/work``; with ``--out benchmarks/forgetting`` the
+published results are gone on with.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rate", type=_positive, help="learning rate of plain fine-tuning; a real model wants about 1e-5"
     )
-    parser.add_argument("--out", type=Path, default=_HERE, help="folder of RESULTS.md, curves and lines")
+    parser.add_argument("--out", type=Path, default=_HERE / "work", help="folder of RESULTS.md, curves and lines")
     parser.add_argument("--work", type=Path, help="folder of models and masks, kept between runs")
     parser.add_argument("--seeds", type=_at_least_one, help="in place of the size's own number")
     parser.add_argument("--workers", type=_at_least_one, help="processes; one per core otherwise")
