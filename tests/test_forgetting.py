@@ -115,12 +115,13 @@ def test_beyond_its_ends_a_curve_is_its_end_and_says_so() -> None:
 
 def test_beyond_the_ends_of_a_curve_only_what_is_better_or_worse_in_both_counts() -> None:
     curve = [(0.1, 1.0), (0.6, 0.6)]
-    assert measures.above(curve, (0.35, 0.7)) == pytest.approx(-0.1)
-    assert measures.above(curve, (0.7, 0.65)) == pytest.approx(0.05)  # learnt more, kept more
-    assert math.isnan(measures.above(curve, (0.7, 0.5)))  # learnt more, kept less
-    assert measures.above(curve, (0.0, 0.9)) == pytest.approx(-0.1)
-    assert math.isnan(measures.above(curve, (0.0, 1.1)))
-    assert measures.above(curve, (0.7, 0.6)) == 0
+    assert measures.above(curve, (0.35, 0.7))[0] == pytest.approx(-0.1)
+    assert measures.above(curve, (0.7, 0.65))[0] == pytest.approx(0.05)  # learnt more, kept more
+    assert math.isnan(measures.above(curve, (0.7, 0.5))[0])  # learnt more, kept less
+    assert measures.above(curve, (0.0, 0.9))[0] == pytest.approx(-0.1)
+    assert math.isnan(measures.above(curve, (0.0, 1.1))[0])
+    assert measures.above(curve, (0.7, 0.6))[0] == 0
+    assert [measures.above(curve, (x, 0.7))[1] for x in (0.0, 0.1, 0.35, 0.6, 0.7)] == [False, True, True, True, False]
 
 
 def test_figures_of_a_line_are_means_without_the_text() -> None:

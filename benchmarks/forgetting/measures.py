@@ -113,16 +113,16 @@ def best_at(curve: Sequence[Point], new: float) -> Crossing:
     return Crossing(max(found), (new > at) - (new < at))
 
 
-def above(curve: Sequence[Point], run: Point) -> float:
-    """General of a run over that of a curve at the same new-task score.
+def above(curve: Sequence[Point], run: Point) -> tuple[float, bool]:
+    """General of a run over that of a curve at the same new-task score, and whether the curve gets there.
 
     Returns:
-        Beyond an end of the curve, the difference to that end where it says which is better: who learns more is better
-        if it keeps as much, who learns less is worse if it keeps less. NaN otherwise: neither is better.
+        Beyond an end of the curve, first the difference to that end where it says which is better: who learns more is
+        better if it keeps as much, who learns less is worse if it keeps less. NaN otherwise: neither is better.
     """
     there = best_at(curve, run[0])
     gain = run[1] - there.general
-    return math.nan if there.beyond * gain < 0 else gain
+    return (math.nan if there.beyond * gain < 0 else gain), not there.beyond
 
 
 # Of a line of results.

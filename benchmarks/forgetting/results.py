@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from benchmarks.forgetting.measures import Figures, Line, Mean, Point, above, best_at, figures, mean_interval
+from benchmarks.forgetting.measures import Figures, Line, Mean, Point, above, figures, mean_interval
 
 _NEXT_TO_NOTHING = 0.1
 Arm = tuple[str, str]
@@ -118,7 +118,7 @@ class Results:
         for pair, one in self.arms.get(arm, {}).items():
             at = point(one)
             if pair in curves and not math.isnan(at[0]):
-                found[pair] = above(curves[pair], at), not best_at(curves[pair], at[0]).beyond
+                found[pair] = above(curves[pair], at)
         return found
 
     def gain(self, arm: Arm, point: ByPoint = by_one, against: str = "plain", orders: str = "") -> Gain:

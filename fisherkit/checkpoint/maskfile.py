@@ -36,8 +36,9 @@ from fisherkit.checkpoint.maskentry import (
     spans,
     unpack,
 )
-from fisherkit.errors import CheckpointError
+from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, widen
+from fisherkit.options import check_pull
 
 __all__ = ["FORMAT", "MaskEntry", "MaskFile", "Modes", "entry", "fit", "header", "open_mask", "pack", "unpack"]
 
@@ -126,9 +127,14 @@ class MaskFile:
                 "beside the subspace"
             )
         found = self.options.get("pull")
-        if found is None or (type(found) in (int, float) and 0 < found < 1e6):
-            return found
-        raise CheckpointError(f"{self.path.with_suffix('.json')}: {found!r} is no pull; make the subspace anew")
+        try:
+            if found is not None:
+                check_pull(found)
+        except OptionError:
+            raise CheckpointError(
+                f"{self.path.with_suffix('.json')}: {found!r} is no pull; make the subspace anew"
+            ) from None
+        return found
 
     @property
     def fisher(self) -> Mapping[str, Any] | None:

@@ -1,6 +1,7 @@
 """From what a run is asked to obey and the model it trains, the rules for its parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fisherkit.training.sources import Basis, Pull, Wanted
 
 _FROM_WEIGHT = ("pissa", "olora", "corda", "loftq")
 """Ways of peft to begin LoRA with what it takes out of the weight, so that B A is not nothing."""
+_Part = TypeVar("_Part")
 _Factors = tuple[nn.Parameter, nn.Parameter, tuple[int, ...]]
 
 Trains = Callable[[nn.Parameter], bool]
@@ -97,37 +99,68 @@ def _with_expert(joined: Tensor | None, target: Target, own: Tensor) -> Tensor:
 
 
 def _project_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
-    assert wanted.basis is not None
-    rules: list[Rule] = []
-    parts: dict[nn.Parameter, list[tuple[Rows, Basis]]] = {}
-    for name, target in targets.items():
-        _refuse_expert_adapter(wanted, names, name, target)
-        for adapter in names.adapters_of(target):
-            rules += _span_adapter(adapter, wanted, name, trains)
-        if trains(target.parameter):
-            _refuse_cut(wanted, name, target)
-            parts.setdefault(target.parameter, []).append((_rows(target), wanted.basis(name, target.shape)))
-    return rules + [project(parameter, own) for parameter, own in parts.items()]
+    basis = wanted.basis
+    assert basis is not None
+
+    def part(name: str, target: Target) -> tuple[Rows, Basis]:
+        return _rows(target), basis(name, target.shape)
+
+    return _hold_all(names, wanted, targets, trains, (_span_adapter, part, project))
 
 
 def _pull_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
     """Of LoRA, the factor that reads (or writes) the directions is drawn back to nothing: B A began as nothing."""
-    assert wanted.pull is not None
-    rules: list[Rule] = []
-    parts: dict[nn.Parameter, list[tuple[Rows, Pull, Tensor | None]]] = {}
+    directions_of, anchor = wanted.pull, wanted.anchor
+    assert directions_of is not None
     on_device: dict[tuple[int, torch.device], Tensor] = {}  # weights that share an input share its directions
+
+    def part(name: str, target: Target) -> tuple[Rows, Pull, Tensor | None]:
+        own = directions_of(name, target.shape)
+        key = id(own.directions), target.parameter.device
+        here = on_device.setdefault(key, own.directions.to(target.parameter.device))
+        start = None if anchor is None else anchor(name, target.shape)
+        return _rows(target), own._replace(directions=here), start
+
+    return _hold_all(names, wanted, targets, trains, (_pull_adapter, part, pull))
+
+
+def _hold_all(
+    names: Names,
+    wanted: Wanted,
+    targets: Mapping[str, Target],
+    trains: Trains,
+    how: tuple[
+        Callable[[Adapter, Wanted, str, Trains], list[Rule]],
+        Callable[[str, Target], _Part],
+        Callable[[nn.Parameter, Sequence[_Part]], Rule],
+    ],
+) -> list[Rule]:
+    """Rules for the adapters on every weight, then one per parameter that is trained, of all weights that lie in it.
+
+    Args:
+        names: of the model.
+        wanted: a subspace.
+        targets: its weights.
+        trains: what the optimizer holds.
+        how: rules of an adapter; what a weight asks of its parameter; the rule of a parameter.
+
+    Raises:
+        TrainingError: an adapter or a parameter that directions cannot hold.
+    """
+    of_adapter, part, make = how
+    rules: list[Rule] = []
+    parts: dict[nn.Parameter, list[_Part]] = {}
     for name, target in targets.items():
-        _refuse_expert_adapter(wanted, names, name, target)
+        if _has_expert_adapter(names, target):
+            raise TrainingError(
+                f"{wanted.label}: {name} has LoRA on fused experts, whose factors a subspace cannot hold"
+            )
         for adapter in names.adapters_of(target):
-            rules += _pull_adapter(adapter, wanted, name, trains)
+            rules += of_adapter(adapter, wanted, name, trains)
         if trains(target.parameter):
             _refuse_cut(wanted, name, target)
-            start = None if wanted.anchor is None else wanted.anchor(name, target.shape)
-            own = wanted.pull(name, target.shape)
-            key = id(own.directions), target.parameter.device
-            here = on_device.setdefault(key, own.directions.to(target.parameter.device))
-            parts.setdefault(target.parameter, []).append((_rows(target), own._replace(directions=here), start))
-    return rules + [pull(parameter, own) for parameter, own in parts.items()]
+            parts.setdefault(target.parameter, []).append(part(name, target))
+    return rules + [make(parameter, own) for parameter, own in parts.items()]
 
 
 def _pull_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> list[Rule]:
@@ -154,11 +187,6 @@ def _refuse_cut(wanted: Wanted, name: str, target: Target) -> None:
             f"{wanted.label}: {name} is an expert of {target.name}, which FSDP2 spreads over processes, so it cannot "
             "be projected alone; train unsharded, or apply the subspace with `fisherkit merge --subspace`"
         )
-
-
-def _refuse_expert_adapter(wanted: Wanted, names: Names, name: str, target: Target) -> None:
-    if _has_expert_adapter(names, target):
-        raise TrainingError(f"{wanted.label}: {name} has LoRA on fused experts, whose factors a subspace cannot hold")
 
 
 def _has_expert_adapter(names: Names, target: Target) -> bool:
