@@ -11,6 +11,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZE
 import tiny
 import transformers
 
+import fisherkit
+from fisherkit.options import ExtractOptions
+
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -32,3 +35,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five prompts of different lengths."""
     return tiny.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def measured(
+    checkpoint: Callable[[str], Path], prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A Fisher of an architecture with moments beside it; ask for it before anything is patched."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp("measured") / "fisher.pt"
+            options = ExtractOptions(statistics="activations", batch_tokens=40)
+            fisherkit.extract(checkpoint(architecture), prompts, made[architecture], options)
+        return made[architecture]
+
+    return get

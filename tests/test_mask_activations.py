@@ -31,21 +31,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 CONV = "transformer.h.1.mlp.c_fc.weight"
 
 
-@pytest.fixture(scope="module")
-def measured(checkpoint: Checkpoint, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A Fisher with moments beside it."""
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp("measured") / "fisher.pt"
-            options = ExtractOptions(statistics="activations", batch_tokens=40)
-            fisherkit.extract(checkpoint(architecture), prompts, made[architecture], options)
-        return made[architecture]
-
-    return get
-
-
 def subspace(fisher: Path, out: Path, **changes: Any) -> dict[str, Tensor]:
     mask(fisher, out, MaskOptions(**{"svd_rank": 6, "basis": "activation", **changes}))
     return safetensors.torch.load_file(out)

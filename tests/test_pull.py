@@ -26,7 +26,7 @@ from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, TrainingError
 from fisherkit.kernels.pull import pull_strengths, pulled_share
 from fisherkit.look import headline
-from fisherkit.options import ExtractOptions, MaskOptions, MergeOptions
+from fisherkit.options import MaskOptions, MergeOptions
 from fisherkit.training import MaskedUpdate, constrain, rules, update
 
 pytestmark = [
@@ -810,21 +810,6 @@ def test_what_cannot_be_drawn_back_on_lora_is_refused(tmp_path: Path) -> None:
 
 
 # The preset
-
-
-@pytest.fixture(scope="module")
-def measured(checkpoint: Checkpoint, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A Fisher with moments beside it."""
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp("measured") / "fisher.pt"
-            options = ExtractOptions(statistics="activations", batch_tokens=40)
-            fisherkit.extract(checkpoint(architecture), prompts, made[architecture], options)
-        return made[architecture]
-
-    return get
 
 
 def made_with(path: Path) -> Any:
