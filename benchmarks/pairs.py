@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.floats import narrow, widen

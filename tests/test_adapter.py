@@ -26,10 +26,10 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from fisherkit.checkpoint.adapter import Adapter, is_adapter
-from fisherkit.checkpoint.aliases import pieces
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import open_index
+from fisherkit.checkpoint.lora.adapter import Adapter, is_adapter
+from fisherkit.checkpoint.names.spelling import pieces
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import widen
 
@@ -431,7 +431,7 @@ def test_what_is_done_to_tied_embeddings_is_noted(checkpoint: Callable[[str], Pa
 
 def test_reading_an_adapter_imports_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'peft'} & sys.modules.keys()"
-    code = f"import sys, fisherkit.checkpoint.adapter; sys.exit(bool({heavy}))"
+    code = f"import sys, fisherkit.checkpoint.lora.adapter; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

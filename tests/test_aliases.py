@@ -11,7 +11,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from fisherkit.checkpoint.aliases import Piece, pieces, spelling
+from fisherkit.checkpoint.names.spelling import Piece, pieces, spelling
 
 Arrays = dict[str, NDArray[np.generic]]
 

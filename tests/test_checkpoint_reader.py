@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherkit.checkpoint.dtypes import DTYPES, dtype_code, torch_dtype
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.reader import Reader
+from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.errors import CheckpointError
 
 NAN = float("nan")
@@ -163,7 +163,7 @@ def test_reading_a_large_file_takes_the_memory_of_one_tensor(tmp_path: Path) -> 
 import resource
 from pathlib import Path
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.reader import Reader
+from fisherkit.checkpoint.torch_reader import Reader
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with Reader(open_index(Path({str(path)!r}))) as reader:
     reader.read_rows("t00", 0, 10)

@@ -21,7 +21,7 @@ from torch import Tensor
 from fisherkit.checkpoint.dtypes import dtype_code
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.layout import lay_out, write_checksums
-from fisherkit.checkpoint.reader import Reader
+from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec, check_target
 from fisherkit.errors import OutputError, ResumeError
 

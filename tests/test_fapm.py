@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import fisherkit
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.names import block_prefix, locate
-from fisherkit.checkpoint.reader import Reader
+from fisherkit.checkpoint.names.location import block_prefix, locate
+from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.options import FapmOptions, MergeOptions
 

@@ -300,7 +300,7 @@ def test_a_run_killed_when_all_but_the_tidying_was_done_is_resumed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("fisherkit.engine.work.Work.remove", kill)
+        patch.setattr("fisherkit.checkpoint.work_folder.Work.remove", kill)
         with pytest.raises(Killed):
             fapm(*pair, "out")
     finished = pairs.files(tmp_path / "out")

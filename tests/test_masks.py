@@ -14,7 +14,7 @@ from mask_oracle import Arrays, fisher_arrays, read_masks, top, write
 from safetensors.torch import load_file
 
 from fisherkit import MaskOptions, extract, inspect, load_mask, mask
-from fisherkit.checkpoint.axes import AxisFinder
+from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.engine import ranking
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.kernels.units import coarse_bracket, coarse_counts

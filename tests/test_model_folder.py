@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fisherkit.checkpoint.hub import ModelSource
-from fisherkit.checkpoint.model_card import front_matter, model_card, public_id, read_card, redact
-from fisherkit.checkpoint.model_folder import (
+from fisherkit.checkpoint.folder.model_card import front_matter, model_card, public_id, read_card, redact
+from fisherkit.checkpoint.folder.side_files import (
     code_files,
     copy_side_files,
     folder_of,
@@ -22,6 +21,7 @@ from fisherkit.checkpoint.model_folder import (
     read_config,
     side_files,
 )
+from fisherkit.checkpoint.hub import ModelSource
 from fisherkit.errors import CheckpointError, OutputError
 
 Make = Callable[..., Path]
@@ -337,6 +337,6 @@ class TestNames:
         assert read_card(make("card", README__md="# Hello\n")) == "# Hello\n"
 
     def test_nothing_here_needs_torch_or_transformers(self) -> None:
-        modules = "fisherkit.checkpoint.model_card, fisherkit.checkpoint.model_folder"
+        modules = "fisherkit.checkpoint.folder.model_card, fisherkit.checkpoint.folder.side_files"
         code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'numpy'}} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True)

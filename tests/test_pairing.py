@@ -15,10 +15,10 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.names import tower
-from fisherkit.checkpoint.pairing import Pairing, pair
+from fisherkit.checkpoint.matching.pairing import Pairing, pair
+from fisherkit.checkpoint.names.location import tower
 from fisherkit.errors import CheckpointError
 
 Checkpoint = Callable[[str], Path]
@@ -174,7 +174,9 @@ class TestLayouts:
             matched(base, write(tmp_path / "tuned", weights))
 
     def test_pairing_needs_no_torch(self) -> None:
-        code = "import sys, fisherkit.checkpoint.pairing; assert not {'torch', 'transformers'} & set(sys.modules)"
+        code = (
+            "import sys, fisherkit.checkpoint.matching.pairing; assert not {'torch', 'transformers'} & set(sys.modules)"
+        )
         subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisherkit.checkpoint.names import Place, block_prefix, locate
+from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.kernels.histogram import BINS, Histogram, lower_edge
 from fisherkit.kernels.stats import BINS_PER_OCTAVE, TensorStats, tensor_stats
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.headers import TensorInfo, parse_json
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.checkpoint.maskentry import (

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec, disk_errors
 from fisherkit.errors import CheckpointError, OutputError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from fisherkit.checkpoint.files import OpenFiles
+from fisherkit.checkpoint.descriptors import OpenFiles
 from fisherkit.checkpoint.layout import Slot, TensorSpec, checksum, find_layout, lay_out, write_checksums
 from fisherkit.checkpoint.target import check_target, is_folder, swap_in
 from fisherkit.errors import OutputError

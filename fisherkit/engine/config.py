@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from fisherkit.checkpoint.folder.quantised import DEQUANTISE, quantised_tensor
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.checkpoint.quantised import DEQUANTISE, quantised_tensor
 from fisherkit.errors import CheckpointError, UnsupportedModelError, first_line
 
 

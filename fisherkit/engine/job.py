@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.gather import Gather
 from fisherkit.engine.moment_file import MomentFile
 from fisherkit.engine.plan import Plan
 from fisherkit.engine.prompts import Sample
 from fisherkit.engine.skeleton import Skeleton
 from fisherkit.engine.spool import Budget
-from fisherkit.engine.work import Work
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
 

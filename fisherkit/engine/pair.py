@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fisherkit.checkpoint.adapter import Adapter, is_adapter
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.pairing import pair
+from fisherkit.checkpoint.lora.adapter import Adapter, is_adapter
+from fisherkit.checkpoint.matching.pairing import pair
 from fisherkit.checkpoint.sparse import SparseDelta, is_sparse_delta
 from fisherkit.engine.threads import Memory, Team
 from fisherkit.errors import CheckpointError

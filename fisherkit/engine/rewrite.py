@@ -9,10 +9,10 @@ from typing import Any
 
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.target import check_target, is_folder
+from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.pair import Pair
 from fisherkit.engine.tensors import Tensors
-from fisherkit.engine.work import Work
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.floats import Stored
 

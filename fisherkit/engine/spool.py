@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.engine.work import disk
+from fisherkit.checkpoint.work_folder import disk
 from fisherkit.errors import ResumeError
 
 

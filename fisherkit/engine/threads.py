@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.floats import Stored
 from fisherkit.kernels.scores import BLOCK, Scratch
 

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fisherkit.checkpoint.reader import Reader
+from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.engine.memory import give_back
 from fisherkit.engine.skeleton import Skeleton
 from fisherkit.errors import CheckpointError

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.target import check_target, is_folder, swap_in
-from fisherkit.engine.work import disk
+from fisherkit.checkpoint.work_folder import disk
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Floats, widen
 from fisherkit.methods import sidecar

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fisherkit.checkpoint.names import Place, block_prefix, locate
+from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.engine.tensors import Tensors, is_floating
 from fisherkit.errors import OptionError
 from fisherkit.options import PairOptions

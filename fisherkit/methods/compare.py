@@ -111,7 +111,7 @@ def compare(source: Source, other: Path, track: Track | None = None) -> Comparis
         raise OptionError(f"{source.path}: subspaces are not compared; compare two masks, Fishers or checkpoints")
     if source.kind == "mask":
         return _compare_masks(source.path, other, track)
-    from fisherkit.checkpoint.reader import Reader
+    from fisherkit.checkpoint.torch_reader import Reader
 
     here, there = (_open(path) for path in (source.path, other))
     shapes = [{name: info.shape for name, info in index.tensors.items()} for index in (here, there)]

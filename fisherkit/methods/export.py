@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisherkit.checkpoint.axes import AxisFinder
 from fisherkit.checkpoint.importance import layer_scales, read_importance
 from fisherkit.checkpoint.maskfile import MaskFile, open_mask
-from fisherkit.checkpoint.names import Place, block_prefix, locate
+from fisherkit.checkpoint.names.axes import AxisFinder
+from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.methods.export_shira import shira_text
 from fisherkit.options import ExportOptions

@@ -23,7 +23,7 @@ import torch
 from peft import ShiraConfig
 
 import fisherkit
-from fisherkit.checkpoint.aliases import spelling
+from fisherkit.checkpoint.names.spelling import spelling
 
 MASK = {path!r}
 RANK = {largest}

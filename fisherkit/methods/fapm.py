@@ -19,9 +19,9 @@ import numpy as np
 
 from fisherkit.checkpoint.sparse import SparseWriter, check_sidecar, sidecar_of
 from fisherkit.checkpoint.target import check_apart, check_target
+from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.prune import Outcome, Pruning
 from fisherkit.engine.rewrite import Row, Track, work_folder
-from fisherkit.engine.work import Work
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap

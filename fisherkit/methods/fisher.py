@@ -17,6 +17,7 @@ import torch
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.target import check_target
+from fisherkit.checkpoint.work_folder import PROGRESS, Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.capture import NeedsSingles
 from fisherkit.engine.config import choose_dtype, read_config
@@ -33,7 +34,6 @@ from fisherkit.engine.skeleton import Skeleton, build_skeleton, shared_between_b
 from fisherkit.engine.spool import Budget
 from fisherkit.engine.sweep import stream
 from fisherkit.engine.tape import Unreplayable
-from fisherkit.engine.work import PROGRESS, Work
 from fisherkit.errors import CheckpointError, UnsupportedModelError
 from fisherkit.methods import activations, sidecar
 from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare

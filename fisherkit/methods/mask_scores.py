@@ -15,12 +15,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from fisherkit.checkpoint.axes import AxisFinder
-from fisherkit.checkpoint.counterpart import Counterpart, Values
+from fisherkit.checkpoint.folder.side_files import read_config
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.model_folder import read_config
-from fisherkit.checkpoint.names import Place, block_prefix, locate
+from fisherkit.checkpoint.matching.counterpart import Counterpart, Values
+from fisherkit.checkpoint.names.axes import AxisFinder
+from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.engine.ranking import Block, entry_vector, unit_scores
 from fisherkit.engine.threads import Team
 from fisherkit.errors import CheckpointError, OptionError

@@ -24,9 +24,9 @@ import torch
 
 from fisherkit.checkpoint.layout import TensorSpec
 from fisherkit.checkpoint.maskentry import MaskEntry, Shape
+from fisherkit.checkpoint.work_folder import disk
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.engine.device import choose_device
-from fisherkit.engine.work import disk
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.scores import BLOCK

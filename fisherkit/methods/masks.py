@@ -26,8 +26,8 @@ from typing import Any
 import fisherkit
 from fisherkit.checkpoint.maskentry import Kind, MaskEntry, header
 from fisherkit.checkpoint.target import check_target
+from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.threads import Team
-from fisherkit.engine.work import Work
 from fisherkit.errors import OutputError
 from fisherkit.methods import sidecar
 from fisherkit.methods.activations import path_beside

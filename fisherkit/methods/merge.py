@@ -15,10 +15,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from fisherkit.checkpoint.aliases import spelling
-from fisherkit.checkpoint.axes import AxisFinder
 from fisherkit.checkpoint.importance import layer_scales, read_importance
 from fisherkit.checkpoint.maskfile import MaskFile, open_mask
+from fisherkit.checkpoint.names.axes import AxisFinder
+from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.checkpoint.target import check_apart
 from fisherkit.engine.blend import Treatment, blend
 from fisherkit.engine.rewrite import Row, Track

@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 import fisherkit
-from fisherkit.checkpoint.model_card import model_card, public_id, read_card
-from fisherkit.checkpoint.model_folder import code_files, copy_side_files, folder_of, output_config, side_files
+from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card
+from fisherkit.checkpoint.folder.side_files import code_files, copy_side_files, folder_of, output_config, side_files
 from fisherkit.checkpoint.target import MANIFEST
 from fisherkit.engine.pair import Pair, open_pair
 from fisherkit.engine.prune import flipped_signs

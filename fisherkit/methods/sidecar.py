@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fisherkit.checkpoint.names import block_prefix, locate
+from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import OutputError
 

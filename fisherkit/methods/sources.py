@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fisherkit.checkpoint.index import CheckpointIndex, TensorInfo, open_index
-from fisherkit.checkpoint.names import block_prefix, locate
+from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels.histogram import Histogram
 from fisherkit.methods.sidecar import FORMAT
 
 if TYPE_CHECKING:
-    from fisherkit.checkpoint.reader import Reader
+    from fisherkit.checkpoint.torch_reader import Reader
     from fisherkit.kernels.stats import TensorStats
 
 Kind = Literal["fisher", "mask", "subspace", "checkpoint", "importance"]
@@ -226,7 +226,7 @@ def _modes_figures(row: Mapping[str, Any], weights: int) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> Source:
-    from fisherkit.checkpoint.reader import Reader
+    from fisherkit.checkpoint.torch_reader import Reader
     from fisherkit.kernels.stats import TensorStats
 
     index = open_index(path)

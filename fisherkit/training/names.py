@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fisherkit.checkpoint.aliases import Piece, pieces, spelling
+from fisherkit.checkpoint.names.spelling import Piece, pieces, spelling
 from fisherkit.errors import TrainingError
 
 DEEPSPEED = (

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fisherkit.checkpoint.names import block_prefix, locate
+from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError, TrainingError
 from fisherkit.training.names import Adapter, Names, Target, find_all, read_names, spelled
 from fisherkit.training.rules import Rows, Rule, freeze, project, pull, scale, span

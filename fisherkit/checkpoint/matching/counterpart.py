@@ -11,10 +11,10 @@ from typing import Self
 
 import numpy as np
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.checkpoint.links import Link, Segment, links
-from fisherkit.checkpoint.sides import Side
+from fisherkit.checkpoint.matching.links import Link, Segment, links
+from fisherkit.checkpoint.matching.view import Side
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Floats, widen
 

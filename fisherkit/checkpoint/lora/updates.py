@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from fisherkit.checkpoint.aliases import Piece
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
+from fisherkit.checkpoint.names.spelling import Piece
 from fisherkit.floats import STORED, Floats, Stored, narrow, widen
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.checkpoint.links import Segment
-from fisherkit.checkpoint.matching import Matching
-from fisherkit.checkpoint.sides import Side
+from fisherkit.checkpoint.matching.links import Segment
+from fisherkit.checkpoint.matching.matcher import Matching
+from fisherkit.checkpoint.matching.view import Side
 from fisherkit.floats import STORED, Stored
 
 

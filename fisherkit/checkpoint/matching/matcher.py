@@ -1,13 +1,13 @@
-"""The rules by which two checkpoints are paired, step by step; fisherkit.checkpoint.pairing states them. No torch."""
+"""The rules by which two checkpoints are paired, step by step; fisherkit.checkpoint.matching.pairing states them. No torch."""
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fisherkit.checkpoint.aliases import Piece
-from fisherkit.checkpoint.links import Link, Segment, links, spelled
-from fisherkit.checkpoint.sides import Side, is_vocabulary, same_values
+from fisherkit.checkpoint.matching.links import Link, Segment, links, spelled
+from fisherkit.checkpoint.matching.view import Side, is_vocabulary, same_values
+from fisherkit.checkpoint.names.spelling import Piece
 from fisherkit.errors import CheckpointError
 
 

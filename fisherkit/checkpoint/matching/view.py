@@ -1,6 +1,6 @@
 """One side of a pair of checkpoints: which of its tensors are weights, and which of those its model can do without.
 
-No torch. Knows one checkpoint and its config at a time; what to make of two is for fisherkit.checkpoint.pairing.
+No torch. Knows one checkpoint and its config at a time; what to make of two is for fisherkit.checkpoint.matching.pairing.
 """
 
 import re
@@ -13,13 +13,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit.checkpoint.aliases import Piece, Shape, pieces, spelling
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
+from fisherkit.checkpoint.folder.quantised import refuse_quantised
+from fisherkit.checkpoint.folder.side_files import read_config
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.checkpoint.model_folder import read_config
-from fisherkit.checkpoint.names import block_prefix, locate, tower
-from fisherkit.checkpoint.quantised import refuse_quantised
+from fisherkit.checkpoint.names.location import block_prefix, locate, tower
+from fisherkit.checkpoint.names.spelling import Piece, Shape, pieces, spelling
 from fisherkit.floats import FLOATING, STORED, widen
 
 _BLOCK_ELEMENTS = 1 << 20

@@ -7,8 +7,8 @@ rules: what has no counterpart is not here.
 import re
 from typing import NamedTuple
 
-from fisherkit.checkpoint.aliases import Piece, spelling
-from fisherkit.checkpoint.sides import Side
+from fisherkit.checkpoint.matching.view import Side
+from fisherkit.checkpoint.names.spelling import Piece, spelling
 from fisherkit.errors import CheckpointError
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fisherkit.checkpoint.adapter_config import merge_first
+from fisherkit.checkpoint.lora.config import merge_first
 from fisherkit.errors import CheckpointError
 
 Role = Literal["A", "B", "embedding_A", "embedding_B", "magnitude", "tokens", "copy", "whole"]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from fisherkit.checkpoint.descriptors import OpenFiles
 from fisherkit.checkpoint.dtypes import DTYPES
-from fisherkit.checkpoint.files import OpenFiles
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.errors import CheckpointError

@@ -7,9 +7,9 @@ both or in neither. Standard library only; reads config.json and no tensor.
 import re
 from dataclasses import dataclass
 
-from fisherkit.checkpoint.aliases import Piece, Shape, pieces
+from fisherkit.checkpoint.folder.side_files import read_config
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.checkpoint.model_folder import read_config
+from fisherkit.checkpoint.names.spelling import Piece, Shape, pieces
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "wte.weight", "gpt_neox.embed_in.weight", "word_embeddings.weight")
 _HEAD = "lm_head.weight"

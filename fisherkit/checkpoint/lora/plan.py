@@ -1,17 +1,17 @@
 """From the keys of an adapter file to the updates of the base's tensors: what goes where, with every shape checked.
 
-Reads no tensor but those that must be equal to fit tied embeddings. Axes as in fisherkit.checkpoint.adapter_updates.
+Reads no tensor but those that must be equal to fit tied embeddings. Axes as in fisherkit.checkpoint.lora.updates.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fisherkit.checkpoint.adapter_base import BaseWeights, Place
-from fisherkit.checkpoint.adapter_config import AdapterConfig, merge_first
-from fisherkit.checkpoint.adapter_keys import Key, Role
-from fisherkit.checkpoint.adapter_updates import Factors, LowRank, Rows, Update, Whole
-from fisherkit.checkpoint.aliases import Piece, Shape, pieces, spelling
+from fisherkit.checkpoint.lora.base_weights import BaseWeights, Place
+from fisherkit.checkpoint.lora.config import AdapterConfig, merge_first
+from fisherkit.checkpoint.lora.keys import Key, Role
+from fisherkit.checkpoint.lora.updates import Factors, LowRank, Rows, Update, Whole
+from fisherkit.checkpoint.names.spelling import Piece, Shape, pieces, spelling
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING
 

@@ -13,13 +13,13 @@ from typing import Self
 
 import numpy as np
 
-from fisherkit.checkpoint.adapter_base import BaseWeights
-from fisherkit.checkpoint.adapter_config import CONFIG_NAME, AdapterConfig
-from fisherkit.checkpoint.adapter_keys import parse_keys
-from fisherkit.checkpoint.adapter_plan import Plan
-from fisherkit.checkpoint.adapter_updates import Factors
-from fisherkit.checkpoint.arrays import ArrayReader
+from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
+from fisherkit.checkpoint.lora.base_weights import BaseWeights
+from fisherkit.checkpoint.lora.config import CONFIG_NAME, AdapterConfig
+from fisherkit.checkpoint.lora.keys import parse_keys
+from fisherkit.checkpoint.lora.plan import Plan
+from fisherkit.checkpoint.lora.updates import Factors
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Floats, widen
 

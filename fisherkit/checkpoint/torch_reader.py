@@ -16,8 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint.descriptors import OpenFiles
 from fisherkit.checkpoint.dtypes import torch_dtype
-from fisherkit.checkpoint.files import OpenFiles
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.pickles import load_torch_file

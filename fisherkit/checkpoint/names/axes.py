@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fisherkit.checkpoint.aliases import Shape, spelling
+from fisherkit.checkpoint.names.spelling import Shape, spelling
 
 _CONV1D = re.compile(r"(?:^|\.)(?:attn|crossattention|mlp)\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
 _CONV1D_MODELS = ("gpt2", "openaigpt", "openai-gpt", "imagegpt", "decisiontransformer")
