@@ -18,7 +18,7 @@ import fisherkit
 from fisherkit.engine import gather, moments
 from fisherkit.engine.prompts import Sample, load_prompts
 from fisherkit.errors import OptionError, OutputError, UnsupportedModelError
-from fisherkit.kernels import moments as kernel
+from fisherkit.kernels import covariance as kernel
 from fisherkit.options import ExtractOptions
 
 Checkpoint = Callable[[str], Path]

@@ -201,7 +201,7 @@ def test_a_misleading_sample_costs_a_pass_and_nothing_else(
     sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fisherkit.engine import prune
-    from fisherkit.kernels.select import Bracket
+    from fisherkit.kernels.top_k import Bracket
 
     base, tuned, w, f = sides
     wanted = expected(w, f, list(open_index(base).tensors), Fraction("0.1"), "tensor", "fapm")

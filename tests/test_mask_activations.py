@@ -19,8 +19,8 @@ import fisherkit
 from fisherkit.checkpoint.maskfile import open_mask
 from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, OutputError
-from fisherkit.kernels import covariance
-from fisherkit.kernels import moments as kernel
+from fisherkit.kernels import covariance as kernel
+from fisherkit.kernels import eigenspace
 from fisherkit.methods.masks import mask
 from fisherkit.options import ExtractOptions, MaskOptions, MergeOptions
 from fisherkit.training import constrain
@@ -108,14 +108,14 @@ def test_energy_takes_the_fewest_directions_that_hold_it(
 def test_directions_of_a_factor_are_those_of_its_product() -> None:
     columns = torch.linalg.qr(torch.randn(50, 8, generator=torch.Generator().manual_seed(0))).Q
     factor = columns * torch.tensor([4.0, 3, 2, 1, 0.5, 1e-9, 0, 0])
-    found = covariance.factor_directions(factor, 40.0)
+    found = eigenspace.factor_directions(factor, 40.0)
     torch.testing.assert_close(found.values, torch.tensor([16.0, 9, 4, 1, 0.25]))
     torch.testing.assert_close(found.vectors, columns[:, :5])
     assert found.energy == pytest.approx(30.25 / 40)
-    one = covariance.fewest(found, 0.6)
+    one = eigenspace.fewest(found, 0.6)
     assert one is not None
     assert len(one.values) == 2
-    assert covariance.fewest(found, 0.9) is None
+    assert eigenspace.fewest(found, 0.9) is None
 
 
 def test_sketched_moments_make_subspaces_too(

@@ -17,7 +17,7 @@ from fisherkit import MaskOptions, extract, inspect, load_mask, mask
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.engine import ranking
 from fisherkit.errors import CheckpointError, OptionError, OutputError
-from fisherkit.kernels.units import coarse_bracket, coarse_counts
+from fisherkit.kernels.mask_scores import coarse_bracket, coarse_counts
 from fisherkit.options import ExtractOptions
 
 Checkpoint = Callable[[str], Path]

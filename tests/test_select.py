@@ -7,9 +7,9 @@ import pytest
 
 from fisherkit.floats import narrow, widen
 from fisherkit.kernels.prune import Sides, copy_flagged, keep_block, magnitude_sum, settle_block
+from fisherkit.kernels.prune_scores import BLOCK, LOWEST, Scratch, drawing, score, settle_ends
 from fisherkit.kernels.rescale import FACTORS
-from fisherkit.kernels.scores import BLOCK, LOWEST, Scratch, drawing, score, settle_ends
-from fisherkit.kernels.select import EVERYTHING, Bracket, Tally, bracket, from_key, keys, quota, settle
+from fisherkit.kernels.top_k import EVERYTHING, Bracket, Tally, bracket, from_key, keys, quota, settle
 
 
 def best(scores: np.ndarray, wanted: int) -> np.ndarray:

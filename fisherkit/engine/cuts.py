@@ -13,7 +13,7 @@ import numpy as np
 from fisherkit.engine.tensors import Tensors
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune import Sides, block_scores, sample_scores
-from fisherkit.kernels.select import SAMPLE, Counted, Cut, Tally, bracket
+from fisherkit.kernels.top_k import SAMPLE, Counted, Cut, Tally, bracket
 
 Group = TypeVar("Group", bound=Hashable)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherkit.engine.moments import Layer, Moment, identity
 from fisherkit.errors import FisherkitError, UnsupportedModelError
-from fisherkit.kernels.moments import add_second_moment_, add_sketch_, complete_, factor_of, random_signs
+from fisherkit.kernels.covariance import add_second_moment_, add_sketch_, complete_, factor_of, random_signs
 
 
 class Accumulator:

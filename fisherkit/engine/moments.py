@@ -20,7 +20,7 @@ from fisherkit.engine.capture import split_targets
 from fisherkit.engine.plan import Plan
 from fisherkit.engine.skeleton import Skeleton
 from fisherkit.errors import OptionError
-from fisherkit.kernels.moments import sketch_rank
+from fisherkit.kernels.covariance import sketch_rank
 
 MomentSide = Literal["input", "output"]
 Heard = dict[str, str]

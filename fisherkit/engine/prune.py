@@ -20,9 +20,9 @@ from fisherkit.kernels.prune import (
     sample_scores,
     settle_block,
 )
+from fisherkit.kernels.prune_scores import BLOCK, drawing
 from fisherkit.kernels.rescale import FACTORS
-from fisherkit.kernels.scores import BLOCK, drawing
-from fisherkit.kernels.select import EVERYTHING, Bracket, Cut, Tally, bracket, sample_size
+from fisherkit.kernels.top_k import EVERYTHING, Bracket, Cut, Tally, bracket, sample_size
 
 SIGN_SAMPLE = 1 << 12
 

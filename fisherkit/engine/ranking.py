@@ -13,9 +13,9 @@ import numpy as np
 
 from fisherkit.engine.threads import Team
 from fisherkit.floats import Floats
-from fisherkit.kernels.scores import BLOCK
-from fisherkit.kernels.select import Cut, Tally
-from fisherkit.kernels.units import Doubles, Flags, Units, coarse_bracket, coarse_counts, combined, joined, top
+from fisherkit.kernels.mask_scores import Doubles, Flags, Units, coarse_bracket, coarse_counts, combined, joined, top
+from fisherkit.kernels.prune_scores import BLOCK
+from fisherkit.kernels.top_k import Cut, Tally
 
 Block = Callable[[int, int], Floats]
 """Scores of the entries from one flat index to another; never more than BLOCK, and starting at a multiple of it,

@@ -11,7 +11,7 @@ import numpy as np
 
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.floats import Stored
-from fisherkit.kernels.scores import BLOCK, Scratch
+from fisherkit.kernels.prune_scores import BLOCK, Scratch
 
 Result = TypeVar("Result")
 _MOST = 8  # more cores than the memory can feed

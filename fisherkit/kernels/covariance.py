@@ -1,87 +1,131 @@
-"""Leading directions of a second moment C, positive semi-definite, given in full or as C ~ B B^T.
+"""Second moments C = sum_t x_t x_t^T of rows, in full, or as a sketch where they are too large for that.
 
-Axes: N channels, K directions. Tensors in, tensors out: no files, no state. Energy is of the trace: the share of the
-mean square of what C is the moment of.
+Axes: R rows (tokens), C channels, K columns of a sketch. Tensors in, tensors out: no files, no state. Products and sums
+are float32 whatever the rows are: a product of two bfloat16 or float16 numbers is exact then.
+
+The sketch is Y = C S with fixed random signs S [C, K]. It is linear in C, so neither the order of the rows nor how they
+were batched matters, and C ~ Y (S^T Y)^+ Y^T (Nystroem's approximation, in the form for one pass over the data of
+Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736). It is never larger than C. Its leading half of directions is
+good, the last ones are vague, and what lies below some 1e-5 of the largest eigenvalue is float32's rounding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fisherkit.kernels.subspace import PRECISION, effective_rank, energy_held, top_modes
+SKETCH_ABOVE = 4096
+"""Channels above which a moment is sketched: from four times SKETCH_RANK on a sketch takes fewer products."""
+SKETCH_RANK = 1024
 
-_FIRST_RANK = 16
+# C is symmetric, so blocks below the diagonal are not computed; those on it are taken whole from this size down.
+_LEAF = {"cpu": 128}
+_DEVICE_LEAF = 2048
+_COPY_ROWS = 512
+_CUT = 13  # bits of a float32 that TF32 leaves out
 
 
-@dataclass(frozen=True)
-class Directions:
-    """Eigenvectors, largest eigenvalue first.
+def sketch_rank(size: int) -> int | None:
+    """Columns of the sketch of a moment of so many channels; None where it is kept in full."""
+    return SKETCH_RANK if size > SKETCH_ABOVE else None
 
-    Attributes:
-        vectors: [N, K] float32, orthonormal columns.
-        values: [K] float32, eigenvalues, descending.
-        trace: of all of C.
+
+def add_second_moment_(moment: Tensor, rows: Tensor) -> None:
+    """moment[C,C] += rows^T rows, on and above the diagonal; ``complete_`` makes up the rest.
+
+    Args:
+        moment: float32, changed in place.
+        rows: [R, C] of any float dtype.
     """
-
-    vectors: Tensor
-    values: Tensor
-    trace: float
-
-    @property
-    def energy(self) -> float:
-        """The share of the trace that these directions hold."""
-        return energy_held(self.values.double().sqrt(), self.trace**0.5)
-
-    @property
-    def effective_rank(self) -> float:
-        """Over how many directions the trace spreads, at least; see kernels.subspace."""
-        return effective_rank(self.values.double().sqrt(), self.trace**0.5)
-
-    def first(self, count: int) -> "Directions":
-        """The largest ``count`` of them, in memory of their own."""
-        return Directions(self.vectors[:, :count].clone(), self.values[:count].clone(), self.trace)
+    with _fast_if_exact(rows):
+        _add_upper_(moment, rows.float())
 
 
-def top_directions(moment: Tensor, rank: int) -> Directions:
-    """The ``rank`` largest directions of a full moment [N, N]; fewer where the rest is float32's rounding.
+def _add_upper_(moment: Tensor, rows: Tensor) -> None:
+    size = moment.shape[0]
+    if size <= _LEAF.get(moment.device.type, _DEVICE_LEAF):
+        moment.addmm_(rows.mT, rows)
+        return
+    half = size // 2
+    moment[:half, half:].addmm_(rows[:, :half].mT, rows[:, half:])
+    _add_upper_(moment[:half, :half], rows[:, :half])
+    _add_upper_(moment[half:, half:], rows[:, half:])
 
-    Raises:
-        CheckpointError: a value that is not finite.
+
+def complete_(moment: Tensor) -> Tensor:
+    """Copy what lies above the diagonal below it, where add_second_moment_ left it out; returns the same tensor."""
+    for start in range(0, moment.shape[0], _COPY_ROWS):
+        stop = min(start + _COPY_ROWS, moment.shape[0])
+        square = moment[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).mT)
+        moment[stop:, start:stop] = moment[start:stop, stop:].mT
+    return moment
+
+
+def random_signs(size: int, rank: int, device: torch.device) -> Tensor:
+    """S [size, rank] of +1 and -1, float32; the same for the same sizes, on every device."""
+    generator = torch.Generator().manual_seed(size)
+    coins = torch.randint(0, 2, (size, rank), generator=generator, dtype=torch.int8)
+    return coins.to(device, torch.float32).mul_(2).sub_(1)
+
+
+def add_sketch_(sketch: Tensor, rows: Tensor, signs: Tensor) -> None:
+    """sketch[C,K] += rows^T (rows signs).
+
+    Args:
+        sketch: float32, changed in place.
+        rows: [R, C] of any float dtype.
+        signs: [C, K] from random_signs.
     """
-    modes = top_modes(moment, rank)
-    return Directions(modes.v, modes.s, float(moment.diagonal().sum(dtype=torch.float64)))
+    wide = rows.float()
+    with _fast_if_exact(rows) as fast:
+        mixed = wide @ signs
+        if fast:  # the second factor has more digits than TF32: its leading ones, and then the others
+            leading = leading_digits(mixed)
+            sketch.addmm_(wide.mT, leading)
+            mixed -= leading
+        sketch.addmm_(wide.mT, mixed)
 
 
-def factor_directions(factor: Tensor, trace: float) -> Directions:
-    """All directions of B [N, R], whose columns are orthogonal and descend in length; ``trace`` is that of C."""
-    lengths = torch.linalg.vector_norm(factor, dim=0, dtype=torch.float64)
-    real = int((lengths.square() > PRECISION * lengths[:1].square()).sum())
-    vectors = factor[:, :real].double() / lengths[:real]
-    return Directions(vectors.float(), lengths[:real].square().float(), trace)
+def leading_digits(values: Tensor) -> Tensor:
+    """Float32 values cut to the digits that TF32 holds; the rest fits TF32 as well, but for the last two bits."""
+    return (values.view(torch.int32) >> _CUT << _CUT).view(torch.float32)
 
 
-def directions_for_energy(moment: Tensor, energy: float) -> Directions:
-    """The fewest directions of a full moment [N, N] that hold a share of its trace, above 0 and at most 1.
+def factor_of(sketch: Tensor, signs: Tensor) -> Tensor:
+    """B [C, K] float32 with C ~ B B^T from its sketch: orthogonal columns, longest first, zeros at the end.
 
-    With 1, or where rounding hides the last of it, all that are more than rounding.
-
-    Raises:
-        CheckpointError: a value that is not finite.
+    A column's direction is an eigenvector of the approximation and its squared length the eigenvalue.
     """
-    rank = _FIRST_RANK
-    while True:
-        found = top_directions(moment, rank)
-        cut = fewest(found, energy)
-        if cut is not None:
-            return cut
-        if len(found.values) < rank:
-            return found
-        rank *= 2
+    y, s = sketch.double(), signs.double()
+    shift = torch.finfo(torch.float32).eps * float(torch.linalg.vector_norm(y))
+    if not shift:
+        return torch.zeros_like(sketch)
+    while True:  # rounding may leave S^T Y indefinite; the shift is taken off the eigenvalues again
+        shifted = y + shift * s
+        inner = s.mT @ shifted
+        lower, failed = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
+        if not failed:
+            break
+        shift *= 10
+    root = torch.linalg.solve_triangular(lower.mT, shifted, upper=True, left=False)
+    values, turn = torch.linalg.eigh(root.mT @ root)
+    values, turn = values.flip(0).clamp_(min=torch.finfo(torch.float64).tiny), turn.flip(1)
+    scale = ((values - shift).clamp(min=0) / values).sqrt()
+    factor: Tensor = (root @ turn) * scale
+    return factor.float()
 
 
-def fewest(found: Directions, energy: float) -> Directions | None:
-    """The fewest of these that hold a share of the trace; None if all of them do not."""
-    held = found.values.double().cumsum(0)
-    count = int((held < energy * found.trace).sum()) + 1
-    return found.first(count) if energy < 1 and count <= len(held) else None
+@contextmanager
+def _fast_if_exact(rows: Tensor) -> Iterator[bool]:
+    """Products of 16-bit numbers on CUDA may take the TF32 units, whose inputs hold all of their digits."""
+    fast = rows.device.type == "cuda" and rows.dtype in (torch.bfloat16, torch.float16)
+    before = torch.get_float32_matmul_precision()
+    if fast:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield fast
+    finally:
+        if fast:
+            torch.set_float32_matmul_precision(before)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune import Sides
-from fisherkit.kernels.scores import Scratch, deltas
+from fisherkit.kernels.prune_scores import Scratch, deltas
 
 BINS = 96
 LOW, HIGH = -8.0, 8.0

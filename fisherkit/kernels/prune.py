@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import FLOATING, Floats, Stored, narrow, widen
-from fisherkit.kernels.scores import BLOCK, Draw, Flags, Scratch, deltas, drawing, score, settle_ends
-from fisherkit.kernels.select import Bracket, settle
+from fisherkit.kernels.prune_scores import BLOCK, Draw, Flags, Scratch, deltas, drawing, score, settle_ends
+from fisherkit.kernels.top_k import Bracket, settle
 
 _TYPICAL = (1e-30, 1e30)  # sums of squares in float32 that lost nothing worth naming
 

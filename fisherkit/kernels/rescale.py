@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.scores import Draw
+from fisherkit.kernels.prune_scores import Draw
 
 MAGPRUNE_WINDOW = 0.3
 """Width of the range of keep probabilities, at most; it shrinks near densities of 0 and 1."""

@@ -26,8 +26,8 @@ from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap
 from fisherkit.kernels.prune import Sides, block_scores, converted, sample_indices
-from fisherkit.kernels.scores import BLOCK, Scratch
-from fisherkit.kernels.select import SAMPLE, quota
+from fisherkit.kernels.prune_scores import BLOCK, Scratch
+from fisherkit.kernels.top_k import SAMPLE, quota
 from fisherkit.methods.fapm_report import COUNTS, FapmReport, facts
 from fisherkit.methods.output import Request, Run, Say, provenance, totals
 from fisherkit.methods.quotas import Quotas, random_stream

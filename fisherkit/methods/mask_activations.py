@@ -18,7 +18,7 @@ import torch
 
 from fisherkit.engine.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
-from fisherkit.kernels.covariance import (
+from fisherkit.kernels.eigenspace import (
     Directions,
     directions_for_energy,
     factor_directions,

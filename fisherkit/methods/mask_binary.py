@@ -12,8 +12,8 @@ from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.engine.ranking import Divider, find_cut, top_of_group
 from fisherkit.engine.threads import Team
 from fisherkit.floats import Stored
-from fisherkit.kernels.select import quota
-from fisherkit.kernels.units import Doubles, Flags, Units
+from fisherkit.kernels.mask_scores import Doubles, Flags, Units
+from fisherkit.kernels.top_k import quota
 from fisherkit.methods.mask_scores import Ingredients, Scorer
 from fisherkit.methods.sources import Track
 from fisherkit.options import MaskOptions, Selection

@@ -25,8 +25,8 @@ from fisherkit.engine.ranking import Block, entry_vector, unit_scores
 from fisherkit.engine.threads import Team
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
-from fisherkit.kernels.scores import BLOCK, drawing
-from fisherkit.kernels.units import Doubles, Flags, Units, contrasted, entry_scores
+from fisherkit.kernels.mask_scores import Doubles, Flags, Units, contrasted, entry_scores
+from fisherkit.kernels.prune_scores import BLOCK, drawing
 from fisherkit.methods.sources import provenance_of
 from fisherkit.options import MaskOptions
 

@@ -29,7 +29,7 @@ from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.engine.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
-from fisherkit.kernels.scores import BLOCK
+from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.subspace import Modes, modes_for_energy, top_modes
 from fisherkit.methods.mask_binary import Masked, some
 from fisherkit.methods.mask_scores import Ingredients

@@ -8,7 +8,7 @@ from fisherkit.engine.cuts import Stream, find_cuts
 from fisherkit.engine.prune import Outcome, Pruning, stream_of
 from fisherkit.engine.rewrite import Row
 from fisherkit.kernels.prune import Sides
-from fisherkit.kernels.select import Cut, quota
+from fisherkit.kernels.top_k import Cut, quota
 from fisherkit.methods.output import Run
 from fisherkit.options import FapmOptions
 

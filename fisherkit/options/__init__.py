@@ -4,9 +4,9 @@ Standard library only: building options must not import torch.
 """
 
 from fisherkit.options.checks import check_pull, exact_share, parse_bytes, parse_json, parse_layers, parse_shares
-from fisherkit.options.extracting import ExtractOptions, PromptOptions
-from fisherkit.options.masking import Direction, ExportOptions, MaskOptions, Selection
-from fisherkit.options.pruning import FapmOptions, MergeOptions, Metric, PairOptions, Side
+from fisherkit.options.extract import ExtractOptions, PromptOptions
+from fisherkit.options.mask import Direction, ExportOptions, MaskOptions, Selection
+from fisherkit.options.merge import FapmOptions, MergeOptions, Metric, PairOptions, Side
 
 __all__ = [
     "Direction",

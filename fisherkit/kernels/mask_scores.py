@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.select import EVERYTHING, Bracket, settle
+from fisherkit.kernels.top_k import EVERYTHING, Bracket, settle
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fisherkit.errors import OptionError
 from fisherkit.options.checks import as_paths, at_least, check_device, check_pull, exact_share, one_of
-from fisherkit.options.pruning import Scope, Side
+from fisherkit.options.merge import Scope, Side
 
 Top = Literal["top"]
 Direction = Literal["train", "protect"]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.scores import LOWEST, Flags
+from fisherkit.kernels.prune_scores import LOWEST, Flags
 
 SAMPLE = 1 << 17
 """Scores that a bracket is taken from."""
