@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from fisherkit.engine.prompts import Sample
+from fisherkit.prompts.dataset import Sample
 
 
 def fisher(folder: Path, samples: Sequence[Sample], reduction: str = "mean") -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import fisherkit
 from fisherkit.engine import gather, moments
-from fisherkit.engine.prompts import Sample, load_prompts
 from fisherkit.errors import OptionError, OutputError, UnsupportedModelError
 from fisherkit.kernels import covariance as kernel
 from fisherkit.options import ExtractOptions
+from fisherkit.prompts.dataset import Sample, load_prompts
 
 Checkpoint = Callable[[str], Path]
 EXACT: dict[str, Any] = {"group_size": 2, "batch_tokens": 40, "statistics": "activations"}

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import fisherkit
 from fisherkit.engine import capture, sweep
-from fisherkit.engine.prompts import load_prompts
 from fisherkit.errors import CheckpointError, FisherkitError, OptionError, UnsupportedModelError
 from fisherkit.options import ExtractOptions
+from fisherkit.prompts.dataset import load_prompts
 
 Checkpoint = Callable[[str], Path]
 EXACT: dict[str, Any] = {"store": "fp32", "group_size": 2, "batch_tokens": 40}

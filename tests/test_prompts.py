@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from tiny_tokenizers import BOS, CHATML, GEMMA, LLAMA, THINKING, CharTokenizer, tiny_tokenizer
 
-from fisherkit.engine.prompts import PromptReport, PromptSet, Sample, batches, load_prompts
 from fisherkit.errors import MissingLibraryError, OptionError, PromptError
 from fisherkit.options import PromptOptions
+from fisherkit.prompts.dataset import PromptReport, PromptSet, Sample, batches, load_prompts
 
 QA = {"prompt": "What is two plus two?", "completion": "Four."}
 DIALOGUE = [
@@ -591,7 +591,7 @@ def test_batches_hold_every_sample_once_within_the_budget() -> None:
 
 
 def test_the_builtin_set_has_200_different_instructions() -> None:
-    lines = files("fisherkit.engine").joinpath("builtin_prompts.txt").read_text(encoding="utf-8").splitlines()
+    lines = files("fisherkit.prompts").joinpath("builtin_prompts.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 200
     assert all(10 <= len(line.split()) <= 80 and line == line.strip() for line in lines)
     for words in (3, -3):  # no two start or end alike, hence no two from one mould

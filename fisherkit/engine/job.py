@@ -12,11 +12,11 @@ from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.gather import Gather
 from fisherkit.engine.moment_file import MomentFile
 from fisherkit.engine.plan import Plan
-from fisherkit.engine.prompts import Sample
 from fisherkit.engine.skeleton import Skeleton
 from fisherkit.engine.spool import Budget
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
+from fisherkit.prompts.dataset import Sample
 
 Track = Callable[[str, int, int], None]
 

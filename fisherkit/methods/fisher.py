@@ -27,7 +27,6 @@ from fisherkit.engine.memory import available_bytes
 from fisherkit.engine.moment_file import MomentFile
 from fisherkit.engine.moments import hear_without_weights, left_out, moment_bytes
 from fisherkit.engine.plan import Plan, needs, only_batches_of_one
-from fisherkit.engine.prompts import batches, load_prompts
 from fisherkit.engine.resident import resident
 from fisherkit.engine.sink import FisherSink, store_bytes, store_code
 from fisherkit.engine.skeleton import Skeleton, build_skeleton, shared_between_blocks
@@ -38,6 +37,7 @@ from fisherkit.errors import CheckpointError, UnsupportedModelError
 from fisherkit.methods import activations, sidecar
 from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
 from fisherkit.options import ExtractOptions
+from fisherkit.prompts.dataset import batches, load_prompts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,11 @@ from fisherkit.engine.device import choose_device
 from fisherkit.engine.memory import available_bytes
 from fisherkit.engine.moments import memory_of_moments
 from fisherkit.engine.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
-from fisherkit.engine.prompts import PromptSet, load_prompts
 from fisherkit.engine.skeleton import Skeleton, blocks_in_groups, build_skeleton
 from fisherkit.errors import CheckpointError, OptionError, first_line
 from fisherkit.methods import sidecar
 from fisherkit.options import ExtractOptions
+from fisherkit.prompts.dataset import PromptSet, load_prompts
 
 Say = Callable[[str], None]
 

@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from fisherkit.engine.chat import Row
 from fisherkit.errors import MissingLibraryError, PromptError, first_line
+from fisherkit.prompts.templates import Row
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[^@:]+))?(@(?P<revision>[^@:]+))?")
 
@@ -36,7 +36,7 @@ def read_rows(source: str) -> Iterator[Row]:
     """
     path = Path(source)
     if source == "builtin":
-        text = files("fisherkit.engine").joinpath("builtin_prompts.txt").read_text(encoding="utf-8")
+        text = files("fisherkit.prompts").joinpath("builtin_prompts.txt").read_text(encoding="utf-8")
         return _parse_txt(iter(io.StringIO(text)), source)
     if source == "-":
         return _parse_sniffed(_lines(sys.stdin.buffer, "stdin"), "stdin")

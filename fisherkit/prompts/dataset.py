@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from fisherkit.engine.chat import (
+from fisherkit.errors import OptionError, PromptError
+from fisherkit.options import PromptOptions
+from fisherkit.prompts.readers import counted, read_rows
+from fisherkit.prompts.templates import (
     Layout,
     Render,
     Rendered,
@@ -27,9 +30,6 @@ from fisherkit.engine.chat import (
     template_of,
     tokenise,
 )
-from fisherkit.engine.rows import counted, read_rows
-from fisherkit.errors import OptionError, PromptError
-from fisherkit.options import PromptOptions
 
 _OWN_KWARGS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"}
 
