@@ -200,8 +200,8 @@ def test_changes_too_small_for_the_bases_type_are_counted_and_told(tmp_path: Pat
 def test_a_misleading_sample_costs_a_pass_and_nothing_else(
     sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fisherkit.engine import prune
     from fisherkit.kernels.top_k import Bracket
+    from fisherkit.pairs import prune
 
     base, tuned, w, f = sides
     wanted = expected(w, f, list(open_index(base).tensors), Fraction("0.1"), "tensor", "fapm")

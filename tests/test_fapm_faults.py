@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from pairs import Pair, cli, fisherkit, one_line, worked
 
-from fisherkit.engine import rewrite
 from fisherkit.errors import FisherkitError, OutputError, ResumeError
 from fisherkit.methods.fapm import fapm
 from fisherkit.methods.merge import merge
 from fisherkit.options import FapmOptions, MergeOptions
+from fisherkit.pairs import rewrite
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -170,7 +170,7 @@ def test_a_killed_command_goes_on_to_the_same_files(pair: Pair, tmp_path: Path) 
         (tmp_path / folder).mkdir()
     worked(fisherkit(*words, cwd=tmp_path / "whole"))
     kill = (
-        "import os, fisherkit.engine.rewrite as r, fisherkit.checkpoint.writer as w\n"
+        "import os, fisherkit.pairs.rewrite as r, fisherkit.checkpoint.writer as w\n"
         "r._COMMIT_SECONDS, left, mark = 0, iter(range(9)), w.StreamedWriter.mark_written\n"
         "die = lambda: os.kill(os.getpid(), 9)\n"
         "w.StreamedWriter.mark_written = lambda *a: die() if next(left, None) is None else mark(*a)"

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from fisherkit import MaskOptions, extract, inspect, load_mask, mask
 from fisherkit.checkpoint.names.axes import AxisFinder
-from fisherkit.engine import ranking
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.kernels.mask_scores import coarse_bracket, coarse_counts
 from fisherkit.options import ExtractOptions
+from fisherkit.pairs import ranking
 
 Checkpoint = Callable[[str], Path]
 Q, DOWN, NORM, HEAD = (

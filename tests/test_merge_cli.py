@@ -18,10 +18,10 @@ from pairs import Pair, cli, one_line, worked
 from transformers import AutoModelForCausalLM
 
 from fisherkit.checkpoint.maskfile import MaskEntry, entry, header, pack
-from fisherkit.engine import rewrite
 from fisherkit.errors import ResumeError
 from fisherkit.methods.merge import merge
 from fisherkit.options import MergeOptions
+from fisherkit.pairs import rewrite
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fisherkit.checkpoint.names.location import Place, block_prefix, locate
-from fisherkit.engine.tensors import Tensors, is_floating
 from fisherkit.errors import OptionError
 from fisherkit.options import PairOptions
+from fisherkit.pairs.reader import Tensors, is_floating
 
 
 @dataclass(frozen=True)

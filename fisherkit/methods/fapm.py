@@ -20,8 +20,6 @@ import numpy as np
 from fisherkit.checkpoint.sparse import SparseWriter, check_sidecar, sidecar_of
 from fisherkit.checkpoint.target import check_apart, check_target
 from fisherkit.checkpoint.work_folder import Work
-from fisherkit.engine.prune import Outcome, Pruning
-from fisherkit.engine.rewrite import Row, Track, work_folder
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap
@@ -32,6 +30,8 @@ from fisherkit.methods.fapm_report import COUNTS, FapmReport, facts
 from fisherkit.methods.output import Request, Run, Say, provenance, totals
 from fisherkit.methods.quotas import Quotas, random_stream
 from fisherkit.options import FapmOptions, exact_share
+from fisherkit.pairs.prune import Outcome, Pruning
+from fisherkit.pairs.rewrite import Row, Track, work_folder
 
 DEFAULT_SPARSITY = 0.9
 ADAPTER_SPARSITY = 0.1

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fisherkit.engine.rewrite import Row
 from fisherkit.kernels.density import DensityMap
+from fisherkit.pairs.rewrite import Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,14 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.matching.counterpart import Counterpart, Values
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.location import Place, block_prefix, locate
-from fisherkit.engine.ranking import Block, entry_vector, unit_scores
-from fisherkit.engine.threads import Team
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units, contrasted, entry_scores
 from fisherkit.kernels.prune_scores import BLOCK, drawing
 from fisherkit.methods.sources import provenance_of
 from fisherkit.options import MaskOptions
+from fisherkit.pairs.parallel import Team
+from fisherkit.pairs.ranking import Block, entry_vector, unit_scores
 
 
 class Ingredients:

@@ -27,7 +27,6 @@ import fisherkit
 from fisherkit.checkpoint.maskentry import Kind, MaskEntry, header
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
-from fisherkit.engine.threads import Team
 from fisherkit.errors import OutputError
 from fisherkit.methods import sidecar
 from fisherkit.methods.activations import path_beside
@@ -35,6 +34,7 @@ from fisherkit.methods.mask_binary import Masked, write_mask
 from fisherkit.methods.mask_scores import Ingredients
 from fisherkit.methods.sources import Track
 from fisherkit.options import Direction, MaskOptions
+from fisherkit.pairs.parallel import Team
 
 Say = Callable[[str], None]
 

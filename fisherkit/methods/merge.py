@@ -20,13 +20,13 @@ from fisherkit.checkpoint.maskfile import MaskFile, open_mask
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.checkpoint.target import check_apart
-from fisherkit.engine.blend import Treatment, blend
-from fisherkit.engine.rewrite import Row, Track
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, Stored
 from fisherkit.kernels.pull import pull_strengths, pulled_share
 from fisherkit.methods.output import Request, Run, Say, provenance, totals
 from fisherkit.options import MergeOptions, Side
+from fisherkit.pairs.blend import Treatment, blend
+from fisherkit.pairs.rewrite import Row, Track
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,16 @@ import fisherkit
 from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card
 from fisherkit.checkpoint.folder.side_files import code_files, copy_side_files, folder_of, output_config, side_files
 from fisherkit.checkpoint.target import MANIFEST
-from fisherkit.engine.pair import Pair, open_pair
-from fisherkit.engine.prune import flipped_signs
-from fisherkit.engine.rewrite import Row, Track, check_output, refuse_unwritable, rewrite
-from fisherkit.engine.tensors import Tensors
-from fisherkit.engine.threads import Team
 from fisherkit.errors import CheckpointError, OutputError
 from fisherkit.floats import Stored, widen
 from fisherkit.kernels.prune import Sides, converted
 from fisherkit.methods.chosen import Chosen, choose
 from fisherkit.options import PairOptions
+from fisherkit.pairs.pair import Pair, open_pair
+from fisherkit.pairs.parallel import Team
+from fisherkit.pairs.prune import flipped_signs
+from fisherkit.pairs.reader import Tensors
+from fisherkit.pairs.rewrite import Row, Track, check_output, refuse_unwritable, rewrite
 
 Say = Callable[[str], None]
 _MUCH_ROUNDED = 0.2  # share of the changes that rounding may take away without a word

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from fisherkit.engine.cuts import Stream, find_cuts
-from fisherkit.engine.prune import Outcome, Pruning, stream_of
-from fisherkit.engine.rewrite import Row
 from fisherkit.kernels.prune import Sides
 from fisherkit.kernels.top_k import Cut, quota
 from fisherkit.methods.output import Run
 from fisherkit.options import FapmOptions
+from fisherkit.pairs.prune import Outcome, Pruning, stream_of
+from fisherkit.pairs.rewrite import Row
+from fisherkit.pairs.thresholds import Stream, find_cuts
 
 
 class Quotas:

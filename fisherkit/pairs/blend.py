@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fisherkit.engine.threads import Team
 from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.prune import Sides, copy_flagged
 from fisherkit.kernels.prune_scores import BLOCK, Flags, Scratch
+from fisherkit.pairs.parallel import Team
 
 _PRODUCT_ROWS = 1024  # rows of a matrix that are multiplied at a time
 

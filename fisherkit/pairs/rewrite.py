@@ -11,10 +11,10 @@ from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.target import check_target, is_folder
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.pair import Pair
-from fisherkit.engine.tensors import Tensors
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.floats import Stored
+from fisherkit.pairs.pair import Pair
+from fisherkit.pairs.reader import Tensors
 
 Row = dict[str, Any]
 """What is reported of a tensor; plain values, since it goes to JSON."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fisherkit.engine.threads import Team
 from fisherkit.floats import Floats
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units, coarse_bracket, coarse_counts, combined, joined, top
 from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.top_k import Cut, Tally
+from fisherkit.pairs.parallel import Team
 
 Block = Callable[[int, int], Floats]
 """Scores of the entries from one flat index to another; never more than BLOCK, and starting at a multiple of it,

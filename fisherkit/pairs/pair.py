@@ -16,9 +16,9 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.lora.adapter import Adapter, is_adapter
 from fisherkit.checkpoint.matching.pairing import pair
 from fisherkit.checkpoint.sparse import SparseDelta, is_sparse_delta
-from fisherkit.engine.threads import Memory, Team
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import STORED, Stored, widen
+from fisherkit.pairs.parallel import Memory, Team
 
 
 class Tuned(Protocol):

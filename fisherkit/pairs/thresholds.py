@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from fisherkit.engine.tensors import Tensors
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune import Sides, block_scores, sample_scores
 from fisherkit.kernels.top_k import SAMPLE, Counted, Cut, Tally, bracket
+from fisherkit.pairs.reader import Tensors
 
 Group = TypeVar("Group", bound=Hashable)
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit.engine.threads import Team, starts
 from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.prune import (
     Part,
@@ -23,6 +22,7 @@ from fisherkit.kernels.prune import (
 from fisherkit.kernels.prune_scores import BLOCK, drawing
 from fisherkit.kernels.rescale import FACTORS
 from fisherkit.kernels.top_k import EVERYTHING, Bracket, Cut, Tally, bracket, sample_size
+from fisherkit.pairs.parallel import Team, starts
 
 SIGN_SAMPLE = 1 << 12
 

@@ -7,11 +7,11 @@ from types import TracebackType
 from typing import Self
 
 from fisherkit.checkpoint.headers import TensorInfo
-from fisherkit.engine.pair import Pair
-from fisherkit.engine.threads import Memory, Team
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Stored
 from fisherkit.kernels.prune import Sides, magnitude_sum, nonfinite, round_to_base
+from fisherkit.pairs.pair import Pair
+from fisherkit.pairs.parallel import Memory, Team
 
 AHEAD_BYTES = 256 << 20
 """How much of the files to come the system is asked for."""
