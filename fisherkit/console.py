@@ -16,9 +16,9 @@ from rich.console import Console
 from tqdm import tqdm
 
 from fisherkit import look, tables
+from fisherkit.artefacts.statistics import Track
 from fisherkit.errors import FisherkitError, OptionError
 from fisherkit.methods.records import FORMATS, Record, render
-from fisherkit.methods.sources import Track
 from fisherkit.methods.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141

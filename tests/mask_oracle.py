@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from fisherkit.checkpoint.maskfile import open_mask
+from fisherkit.artefacts.mask_file import open_mask
 
 Doubles = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[np.float32]]

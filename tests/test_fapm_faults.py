@@ -361,7 +361,9 @@ def test_a_sparse_delta_is_started_over(pair: Pair, tmp_path: Path, monkeypatch:
     for name in ("delta.safetensors", "delta.json"):
         Path(name).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("fisherkit.checkpoint.sparse.SparseWriter.finish", kill)  # the model is there, the delta is not
+        patch.setattr(
+            "fisherkit.artefacts.sparse_delta.SparseWriter.finish", kill
+        )  # the model is there, the delta is not
         with pytest.raises(Killed):
             fapm(*pair, "out", FapmOptions(force=True), sparse=delta)
     fapm(*pair, "out", FapmOptions(resume=True), sparse=delta)

@@ -392,6 +392,6 @@ def test_large_tensors_are_read_in_rows(tmp_path: Path, monkeypatch: pytest.Monk
     tensors = fisher_tensors()
     path = write_fisher(tmp_path / "fisher.safetensors", tensors, statistics=False)
     whole = inspect(path)
-    monkeypatch.setattr("fisherkit.methods.sources._ROWS_BYTES", 100)
+    monkeypatch.setattr("fisherkit.artefacts.statistics._ROWS_BYTES", 100)
     assert inspect(path).total.sum == pytest.approx(whole.total.sum, rel=1e-12)
     assert inspect(path).total.weights == whole.total.weights == sum(t.numel() for t in tensors.values())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fisherkit
-from fisherkit.checkpoint.maskfile import open_mask
+from fisherkit.artefacts.mask_file import open_mask
 from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.kernels import covariance as kernel

@@ -9,7 +9,7 @@ import pytest
 from mask_oracle import fisher_arrays, write
 
 from fisherkit import MaskOptions, MaskReport, inspect, mask
-from fisherkit.checkpoint.maskfile import Modes, open_mask
+from fisherkit.artefacts.mask_file import Modes, open_mask
 from fisherkit.errors import CheckpointError, OptionError
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"

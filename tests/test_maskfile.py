@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fisherkit.checkpoint import maskfile
-from fisherkit.checkpoint.maskfile import MaskEntry, entry, fit, header, open_mask, pack, unpack
+from fisherkit.artefacts import mask_file
+from fisherkit.artefacts.mask_file import MaskEntry, entry, fit, header, open_mask, pack, unpack
 from fisherkit.errors import CheckpointError
 
 ROWS, COLUMNS, EXPERTS, VECTOR, PACKED, ODD = "rows", "columns", "experts", "vector", "packed", "odd"
@@ -266,9 +266,9 @@ def test_counts_are_of_weights_not_of_flags() -> None:
 
 
 def test_reading_masks_imports_no_torch() -> None:
-    code = "import sys, fisherkit.checkpoint.maskfile; assert 'torch' not in sys.modules"
+    code = "import sys, fisherkit.artefacts.mask_file; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_public_names_are_there() -> None:
-    assert all(hasattr(maskfile, name) for name in maskfile.__all__)
+    assert all(hasattr(maskfile, name) for name in mask_file.__all__)

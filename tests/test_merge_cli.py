@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pairs import Pair, cli, one_line, worked
 from transformers import AutoModelForCausalLM
 
-from fisherkit.checkpoint.maskfile import MaskEntry, entry, header, pack
+from fisherkit.artefacts.mask_file import MaskEntry, entry, header, pack
 from fisherkit.errors import ResumeError
 from fisherkit.methods.merge import merge
 from fisherkit.options import MergeOptions

@@ -21,7 +21,7 @@ from training_runs import OPTIMIZERS, basis, copies, learn, llama, matrices
 from typer.testing import CliRunner
 
 import fisherkit
-from fisherkit.checkpoint.maskfile import MaskEntry, header, open_mask
+from fisherkit.artefacts.mask_file import MaskEntry, header, open_mask
 from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, TrainingError
 from fisherkit.kernels.pull import pull_strengths, pulled_share

@@ -86,7 +86,7 @@ def test_a_kill_between_the_file_and_its_sidecars_can_be_resumed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("fisherkit.methods.sidecar.write_json", kill)
+        patch.setattr("fisherkit.artefacts.fisher_sidecar.write_json", kill)
         with pytest.raises(Killed):
             extract(model, prompts, out, force=True)
     assert not (tmp_path / "fisher.json").exists()

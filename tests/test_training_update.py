@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 import fisherkit
-from fisherkit.checkpoint.maskfile import entry, header, open_mask, pack
+from fisherkit.artefacts.mask_file import entry, header, open_mask, pack
 from fisherkit.errors import CheckpointError, OptionError, TrainingError
 from fisherkit.training import constrain, update
 

@@ -142,7 +142,7 @@ def _written(sparse: Path | None, report: Path | None, figure: Path | None) -> l
 
 def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None:
     from fisherkit import figures
-    from fisherkit.methods.sidecar import write_json
+    from fisherkit.artefacts.fisher_sidecar import write_json
 
     if report is not None:
         write_json(report, made.as_json())
@@ -151,8 +151,8 @@ def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None
 
 
 def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:
+    from fisherkit.artefacts.fisher_sidecar import write_json
     from fisherkit.methods.records import render
-    from fisherkit.methods.sidecar import write_json
 
     whole = {"sweep": [one.as_json() for one in reports]}
     if report is not None:

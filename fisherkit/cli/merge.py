@@ -83,8 +83,8 @@ def merge(
             given = [path for path in (mask, subspace, layer_scale) if path is not None]
             beside = [path.with_suffix(".json") for path in given]
             check_apart((report,), (Path(base), Path(tuned), Path(tuned).with_suffix(".json"), *given, *beside), out)
+        from fisherkit.artefacts.fisher_sidecar import write_json
         from fisherkit.methods import merge as methods
-        from fisherkit.methods.sidecar import write_json
 
         made = methods.merge(
             base,

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from fisherkit.artefacts.statistics import Source, Track
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.errors import CheckpointError, OptionError
-from fisherkit.methods.sources import Source, Track
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fisherkit.checkpoint.maskentry import Flags
+    from fisherkit.artefacts.mask_entry import Flags
 
 Shape = tuple[int, ...]
 TOP = (0.1, 0.3)
@@ -166,7 +166,7 @@ def _common(here: Mapping[str, Shape | None], there: Mapping[str, Shape | None],
 
 
 def _compare_masks(path: Path, other: Path, track: Track | None) -> Comparison:
-    from fisherkit.checkpoint.maskfile import open_mask  # brings numpy in
+    from fisherkit.artefacts.mask_file import open_mask  # brings numpy in
 
     with open_mask(path) as here, open_mask(other) as there:
         if there.kind != "mask":

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisherkit.checkpoint.importance import layer_scales, read_importance
-from fisherkit.checkpoint.maskfile import MaskFile, open_mask
+from fisherkit.artefacts.layer_importance import layer_scales, read_importance
+from fisherkit.artefacts.mask_file import MaskFile, open_mask
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.errors import CheckpointError, OptionError, OutputError

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fisherkit.checkpoint.sparse import SparseWriter, check_sidecar, sidecar_of
+from fisherkit.artefacts.sparse_delta import SparseWriter, check_sidecar, sidecar_of
 from fisherkit.checkpoint.target import check_apart, check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import CheckpointError, OptionError

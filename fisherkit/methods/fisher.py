@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fisherkit.artefacts import covariance_file, fisher_sidecar
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.target import check_target
@@ -34,7 +35,6 @@ from fisherkit.engine.spool import Budget
 from fisherkit.engine.sweep import stream
 from fisherkit.engine.tape import Unreplayable
 from fisherkit.errors import CheckpointError, UnsupportedModelError
-from fisherkit.methods import activations, sidecar
 from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
 from fisherkit.options import ExtractOptions
 from fisherkit.prompts.dataset import batches, load_prompts
@@ -87,21 +87,21 @@ def extract(
     renamed = options.resume and _was_renamed(out, partial)
     if not renamed:
         check_target(out, force=options.force)
-        sidecar.check_sidecar(out)
+        fisher_sidecar.check_sidecar(out)
         if options.statistics == "activations":
-            activations.check_free(out, force=options.force)
+            covariance_file.check_free(out, force=options.force)
     run = prepare(os.fspath(model), os.fspath(prompts), options, say)
     started = time.monotonic()
     with _open_work(partial, run.fingerprint(), options, say) as work:
         if not renamed:
             _fill(out, run, work, track, say)
-        apart = activations.path_beside(out)
+        apart = covariance_file.path_beside(out)
         files = tuple(path for path in sorted(out.iterdir()) if path.stem != apart.stem) if out.is_dir() else (out,)
         provenance = run.provenance(out, files, work.progress["mode"]) | {"loss": work.progress.get("loss")}
         provenance["run"]["seconds"] = round(time.monotonic() - started, 3)
         more: list[Path] = []
         if "activations" in work.progress:
-            more = activations.put_in_place(out, work.folder, provenance, work.progress["activations"])
+            more = covariance_file.put_in_place(out, work.folder, provenance, work.progress["activations"])
         report = _write_sidecars(out, files, provenance, work.progress["sink"])
         work.remove()
     return dataclasses.replace(report, files=(*report.files, *more))
@@ -120,10 +120,10 @@ def _fill(out: Path, run: Run, work: Work, track: Track, say: Say) -> None:
         _measure(run, work, sink, moments, track, say)
         if moments is not None:
             _describe(moments, run, work, say)
-            activations.check_free(out, force=run.options.force)
+            covariance_file.check_free(out, force=run.options.force)
         work.commit(renaming=True)
         check_target(out, force=run.options.force)
-        sidecar.remove(out)
+        fisher_sidecar.remove(out)
         writer.finish(force=run.options.force)
 
 
@@ -131,7 +131,7 @@ def _open_moments(out: Path, run: Run, work: Work) -> AbstractContextManager[Mom
     """The file of moments in the work folder, where they are asked for; the Fisher's folder is not there yet."""
     if run.options.statistics != "activations":
         return nullcontext()
-    target = out.with_name(activations.path_beside(out).name)
+    target = out.with_name(covariance_file.path_beside(out).name)
     return MomentFile(run.skeleton, run.plan, target, work.folder, run.device)
 
 
@@ -311,9 +311,9 @@ def _resident_mode(run: Run, reason: str) -> dict[str, Any]:
 def _write_sidecars(
     out: Path, files: tuple[Path, ...], provenance: dict[str, Any], state: dict[str, Any]
 ) -> ExtractReport:
-    importance = sidecar.importance(provenance["model"]["id"], out, state["tensors"])
-    details = {"tensors": sidecar.placed(state["tensors"]), "histogram": state["histogram"]}
-    beside = (sidecar.sidecar_path(out), sidecar.importance_path(out))
-    sidecar.write_json(beside[0], provenance | details)
-    sidecar.write_json(beside[1], importance)
+    importance = fisher_sidecar.importance(provenance["model"]["id"], out, state["tensors"])
+    details = {"tensors": fisher_sidecar.placed(state["tensors"]), "histogram": state["histogram"]}
+    beside = (fisher_sidecar.sidecar_path(out), fisher_sidecar.importance_path(out))
+    fisher_sidecar.write_json(beside[0], provenance | details)
+    fisher_sidecar.write_json(beside[1], importance)
     return ExtractReport(out, (*files, *beside), provenance, importance["layers"])

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherkit.artefacts.covariance_file import Activations, Which, path_beside
+from fisherkit.artefacts.statistics import Track
 from fisherkit.engine.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.eigenspace import (
@@ -25,11 +27,9 @@ from fisherkit.kernels.eigenspace import (
     fewest,
     top_directions,
 )
-from fisherkit.methods.activations import Activations, Which, path_beside
 from fisherkit.methods.mask_binary import Masked, some
 from fisherkit.methods.mask_scores import Ingredients
 from fisherkit.methods.mask_subspace import Spool, as_written
-from fisherkit.methods.sources import Track
 from fisherkit.options import MaskOptions
 
 _SIDES: dict[str, tuple[Which, ...]] = {"right": ("input",), "left": ("output",), "both": ("input", "output")}

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from fisherkit.checkpoint.maskentry import MaskEntry, pack
+from fisherkit.artefacts.mask_entry import MaskEntry, pack
+from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.floats import Stored
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units
 from fisherkit.kernels.top_k import quota
 from fisherkit.methods.mask_scores import Ingredients, Scorer
-from fisherkit.methods.sources import Track
 from fisherkit.options import MaskOptions, Selection
 from fisherkit.pairs.parallel import Team
 from fisherkit.pairs.ranking import Divider, find_cut, top_of_group

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fisherkit.artefacts.statistics import provenance_of
 from fisherkit.checkpoint.folder.side_files import read_config
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.index import open_index
@@ -25,7 +26,6 @@ from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units, contrasted, entry_scores
 from fisherkit.kernels.prune_scores import BLOCK, drawing
-from fisherkit.methods.sources import provenance_of
 from fisherkit.options import MaskOptions
 from fisherkit.pairs.parallel import Team
 from fisherkit.pairs.ranking import Block, entry_vector, unit_scores

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherkit.artefacts.mask_entry import MaskEntry, Shape
+from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.layout import TensorSpec
-from fisherkit.checkpoint.maskentry import MaskEntry, Shape
 from fisherkit.checkpoint.work_folder import disk
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.engine.device import choose_device
@@ -33,7 +34,6 @@ from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.subspace import Modes, modes_for_energy, top_modes
 from fisherkit.methods.mask_binary import Masked, some
 from fisherkit.methods.mask_scores import Ingredients
-from fisherkit.methods.sources import Track
 from fisherkit.options import MaskOptions
 
 

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import fisherkit
-from fisherkit.checkpoint.maskentry import Kind, MaskEntry, header
+from fisherkit.artefacts import fisher_sidecar
+from fisherkit.artefacts.covariance_file import path_beside
+from fisherkit.artefacts.mask_entry import Kind, MaskEntry, header
+from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import OutputError
-from fisherkit.methods import sidecar
-from fisherkit.methods.activations import path_beside
 from fisherkit.methods.mask_binary import Masked, write_mask
 from fisherkit.methods.mask_scores import Ingredients
-from fisherkit.methods.sources import Track
 from fisherkit.options import Direction, MaskOptions
 from fisherkit.pairs.parallel import Team
 
@@ -144,12 +144,12 @@ def _check_output(out: Path, made_from: Ingredients, options: MaskOptions) -> No
     ):
         raise OutputError(f"{out}: is an input of this command; choose another name")
     check_target(out, force=options.force)
-    sidecar.check_sidecar(out)
+    fisher_sidecar.check_sidecar(out)
 
 
 def _finish(out: Path, made_from: Ingredients, options: MaskOptions, masked: Masked) -> None:
     """Put the finished file in its place, and then what describes it; an older description is gone before that."""
-    sidecar.remove(out)
+    fisher_sidecar.remove(out)
     masked.writer.finish(force=options.force)
     made = header(
         "subspace" if options.is_subspace else "mask",
@@ -163,7 +163,7 @@ def _finish(out: Path, made_from: Ingredients, options: MaskOptions, masked: Mas
         made["tensors"][name] |= details
     version = {"fisherkit": fisherkit.__version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     facts = {"units": masked.units, "selected": masked.selected, "unreached": list(masked.unreached)}
-    sidecar.write_json(sidecar.sidecar_path(out), made | version | facts | {"notes": list(masked.notes)})
+    fisher_sidecar.write_json(fisher_sidecar.sidecar_path(out), made | version | facts | {"notes": list(masked.notes)})
 
 
 def _direction(options: MaskOptions) -> Direction:
@@ -204,7 +204,7 @@ def _report(out: Path, options: MaskOptions, masked: Masked, seconds: float) -> 
     energies = [details["energy"] for details in masked.details.values() if "energy" in details]
     return MaskReport(
         path=out,
-        files=(out, sidecar.sidecar_path(out)),
+        files=(out, fisher_sidecar.sidecar_path(out)),
         kind="subspace" if options.is_subspace else "mask",
         direction=_direction(options),
         tensors=len(entries),

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from fisherkit.checkpoint.importance import layer_scales, read_importance
-from fisherkit.checkpoint.maskfile import MaskFile, open_mask
+from fisherkit.artefacts.layer_importance import layer_scales, read_importance
+from fisherkit.artefacts.mask_file import MaskFile, open_mask
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.checkpoint.target import check_apart

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import fisherkit
+from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.engine.config import choose_dtype, read_config
@@ -22,7 +23,6 @@ from fisherkit.engine.moments import memory_of_moments
 from fisherkit.engine.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.skeleton import Skeleton, blocks_in_groups, build_skeleton
 from fisherkit.errors import CheckpointError, OptionError, first_line
-from fisherkit.methods import sidecar
 from fisherkit.options import ExtractOptions
 from fisherkit.prompts.dataset import PromptSet, load_prompts
 
@@ -60,7 +60,7 @@ class Run:
         options, report = self.options, dataclasses.asdict(self.prompts.report)
         assert self.skeleton.index is not None
         return {
-            "format": sidecar.FORMAT,
+            "format": fisher_sidecar.FORMAT,
             "fisherkit": fisherkit.__version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "kind": "fisher",

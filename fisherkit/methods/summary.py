@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from fisherkit.artefacts.statistics import Entry, Kind, Source, Track, read_source
 from fisherkit.errors import OptionError
 from fisherkit.kernels.histogram import Histogram
 from fisherkit.methods.compare import Agreement, Comparison, Overlap, compare, mean_agreement
 from fisherkit.methods.records import Value, finite
-from fisherkit.methods.sources import Entry, Kind, Source, Track, read_source
 
 By = Literal["layer", "module", "tensor"]
 Key = TypeVar("Key", bound=Hashable)

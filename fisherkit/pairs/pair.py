@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fisherkit.artefacts.sparse_delta import SparseDelta, is_sparse_delta
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.lora.adapter import Adapter, is_adapter
 from fisherkit.checkpoint.matching.pairing import pair
-from fisherkit.checkpoint.sparse import SparseDelta, is_sparse_delta
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import STORED, Stored, widen
 from fisherkit.pairs.parallel import Memory, Team

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from fisherkit.checkpoint.importance import FLOOR, POWER
+from fisherkit.artefacts.layer_importance import FLOOR, POWER
 from fisherkit.errors import TrainingError
 from fisherkit.training.names import DEEPSPEED
 from fisherkit.training.sources import MaskLike

@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fisherkit.artefacts.layer_importance import FLOOR, POWER, layer_scales, read_importance
+from fisherkit.artefacts.mask_entry import fit_shape, spans
+from fisherkit.artefacts.mask_file import SIDES, MaskFile, open_mask
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
-from fisherkit.checkpoint.importance import FLOOR, POWER, layer_scales, read_importance
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.maskentry import fit_shape, spans
-from fisherkit.checkpoint.maskfile import SIDES, MaskFile, open_mask
 from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import widen

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fisherkit.checkpoint.importance import FLOOR, POWER
+from fisherkit.artefacts.layer_importance import FLOOR, POWER
 from fisherkit.errors import OptionError, TrainingError
 from fisherkit.training.names import DEEPSPEED
 from fisherkit.training.resolve import make_rules

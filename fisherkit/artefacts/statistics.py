@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fisherkit.artefacts.fisher_sidecar import FORMAT
 from fisherkit.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels.histogram import Histogram
-from fisherkit.methods.sidecar import FORMAT
 
 if TYPE_CHECKING:
     from fisherkit.checkpoint.torch_reader import Reader
@@ -200,7 +200,7 @@ def _placed(figures: Mapping[str, Mapping[str, Any]]) -> tuple[Entry, ...]:
 
 def _from_mask(made: Mapping[str, Any], path: Path) -> Source:
     """A mask or subspace with its description; raises CheckpointError where the two do not fit."""
-    from fisherkit.checkpoint.maskfile import open_mask  # brings numpy in
+    from fisherkit.artefacts.mask_file import open_mask  # brings numpy in
 
     with open_mask(path) as file:
         found = {name: entry for name in file.names if (entry := file.entry(name)) is not None}

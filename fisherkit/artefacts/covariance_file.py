@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.index import open_index
@@ -18,7 +19,6 @@ from fisherkit.checkpoint.target import check_target, is_folder, swap_in
 from fisherkit.checkpoint.work_folder import disk
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Floats, widen
-from fisherkit.methods import sidecar
 
 FORMAT = "fisherkit.activations/1"
 RULE = (
@@ -43,7 +43,7 @@ def check_free(fisher: Path, *, force: bool) -> None:
     """
     if not is_folder(fisher):
         check_target(path_beside(fisher), force=force)
-        sidecar.check_sidecar(path_beside(fisher))
+        fisher_sidecar.check_sidecar(path_beside(fisher))
 
 
 def put_in_place(fisher: Path, work: Path, provenance: Mapping[str, Any], described: Mapping[str, Any]) -> list[Path]:
@@ -64,12 +64,12 @@ def put_in_place(fisher: Path, work: Path, provenance: Mapping[str, Any], descri
     target = path_beside(fisher)
     staged = work / target.name
     if staged.exists():
-        sidecar.sidecar_path(target).unlink(missing_ok=True)
+        fisher_sidecar.sidecar_path(target).unlink(missing_ok=True)
         with disk(target):
             swap_in(staged, target)
     about = {"format": FORMAT, "kind": "activations", "file": target.name, "file_bytes": target.stat().st_size}
-    sidecar.write_json(sidecar.sidecar_path(target), {**provenance, **about, "rule": RULE, **described})
-    return [target, sidecar.sidecar_path(target)]
+    fisher_sidecar.write_json(fisher_sidecar.sidecar_path(target), {**provenance, **about, "rule": RULE, **described})
+    return [target, fisher_sidecar.sidecar_path(target)]
 
 
 class Covariance(NamedTuple):

@@ -19,10 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fisherkit.checkpoint.array_reader import ArrayReader
-from fisherkit.checkpoint.headers import TensorInfo, parse_json
-from fisherkit.checkpoint.index import CheckpointIndex, open_index
-from fisherkit.checkpoint.maskentry import (
+from fisherkit.artefacts.mask_entry import (
     FORMAT,
     Direction,
     Flags,
@@ -36,6 +33,9 @@ from fisherkit.checkpoint.maskentry import (
     spans,
     unpack,
 )
+from fisherkit.checkpoint.array_reader import ArrayReader
+from fisherkit.checkpoint.headers import TensorInfo, parse_json
+from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, widen
 from fisherkit.options import check_pull
