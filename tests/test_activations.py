@@ -15,7 +15,7 @@ from test_resume import Killed, killed_after
 from torch import Tensor
 
 import fisherkit
-from fisherkit.engine import gather, moments
+from fisherkit.engine.covariance import hooks, plan
 from fisherkit.errors import OptionError, OutputError, UnsupportedModelError
 from fisherkit.kernels import covariance as kernel
 from fisherkit.options import ExtractOptions
@@ -318,20 +318,20 @@ def test_targets_without_linear_layers_are_refused(checkpoint: Checkpoint, promp
 def test_inputs_that_are_shared_only_sometimes_are_refused(
     checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = moments.Ear.__exit__
+    plain = plan.Ear.__exit__
 
-    def lie(ear: moments.Ear, *error: Any) -> None:
+    def lie(ear: plan.Ear, *error: Any) -> None:
         plain(ear, *error)
         ear.heard.update({name: name.replace("o_proj", "q_proj") for name in ear.heard if "o_proj" in name})
 
-    monkeypatch.setattr(moments.Ear, "__exit__", lie)
+    monkeypatch.setattr(plan.Ear, "__exit__", lie)
     with pytest.raises(UnsupportedModelError, match=r"o_proj.* read the same tensor in one batch and different ones"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
 
 
 def test_overflow_is_an_error_that_names_the_layer() -> None:
-    one = moments.Moment("x.input", "input", ("x",), ("x",), 0, 2, None)
-    accumulator = gather.Accumulator(one, torch.device("cpu"), None)
+    one = plan.Moment("x.input", "input", ("x",), ("x",), 0, 2, None)
+    accumulator = hooks.Accumulator(one, torch.device("cpu"), None)
     accumulator.add(torch.tensor([[1e30, 1e30]]))
     with pytest.raises(fisherkit.FisherkitError, match=r"x\.input: the second moment is not finite in float32"):
         accumulator.finish()

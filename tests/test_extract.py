@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor
 
 import fisherkit
-from fisherkit.engine import capture, sweep
+from fisherkit.engine.fisher import squared_gradients
+from fisherkit.engine.sweep import sweep
 from fisherkit.errors import CheckpointError, FisherkitError, OptionError, UnsupportedModelError
 from fisherkit.options import ExtractOptions
 from fisherkit.prompts.dataset import load_prompts
@@ -253,13 +254,13 @@ def test_gpt2_as_it_lies_on_the_hub_without_its_prefix(checkpoint: Checkpoint, p
 def test_a_replay_that_disagrees_with_autograd_is_noticed(
     checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = capture.add_squared_linear_grads_
+    plain = squared_gradients.add_squared_linear_grads_
 
     def doubled(*args: Any) -> None:
         plain(*args)
         plain(*args)
 
-    monkeypatch.setattr(capture, "add_squared_linear_grads_", doubled)
+    monkeypatch.setattr(squared_gradients, "add_squared_linear_grads_", doubled)
     with pytest.raises(UnsupportedModelError, match="another Fisher than plain autograd"):
         run(checkpoint("llama"), prompts, tmp_path / "a.pt", engine="stream")
     report = fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "b.pt", options())
@@ -431,7 +432,9 @@ def test_the_outcome_does_not_depend_on_the_size_of_the_memory_budget(
 ) -> None:
     model = checkpoint("gemma4-e2b")
     one = run(model, prompts, tmp_path / "a.pt")
-    monkeypatch.setattr("fisherkit.engine.spool.Budget.take", lambda self, count: False)  # everything from the disk
+    monkeypatch.setattr(
+        "fisherkit.engine.sweep.spool.Budget.take", lambda self, count: False
+    )  # everything from the disk
     other = run(model, prompts, tmp_path / "b.pt")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -20,20 +20,20 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import PROGRESS, Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.capture import NeedsSingles
-from fisherkit.engine.config import choose_dtype, read_config
-from fisherkit.engine.device import choose_device
-from fisherkit.engine.job import Job, Track
-from fisherkit.engine.memory import available_bytes
-from fisherkit.engine.moment_file import MomentFile
-from fisherkit.engine.moments import hear_without_weights, left_out, moment_bytes
-from fisherkit.engine.plan import Plan, needs, only_batches_of_one
-from fisherkit.engine.resident import resident
-from fisherkit.engine.sink import FisherSink, store_bytes, store_code
-from fisherkit.engine.skeleton import Skeleton, build_skeleton, shared_between_blocks
-from fisherkit.engine.spool import Budget
-from fisherkit.engine.sweep import stream
-from fisherkit.engine.tape import Unreplayable
+from fisherkit.engine.covariance.plan import hear_without_weights, left_out, moment_bytes
+from fisherkit.engine.covariance.writer import MomentFile
+from fisherkit.engine.fisher.sink import FisherSink, store_bytes, store_code
+from fisherkit.engine.fisher.squared_gradients import NeedsSingles
+from fisherkit.engine.model.config import choose_dtype, read_config
+from fisherkit.engine.model.device import choose_device
+from fisherkit.engine.model.memory import available_bytes
+from fisherkit.engine.model.plan import Plan, needs, only_batches_of_one
+from fisherkit.engine.model.skeleton import Skeleton, build_skeleton, shared_between_blocks
+from fisherkit.engine.sweep.job import Job, Track
+from fisherkit.engine.sweep.recorder import Unreplayable
+from fisherkit.engine.sweep.resident import resident
+from fisherkit.engine.sweep.spool import Budget
+from fisherkit.engine.sweep.sweep import stream
 from fisherkit.errors import CheckpointError, UnsupportedModelError
 from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
 from fisherkit.options import ExtractOptions

@@ -18,7 +18,7 @@ import torch
 
 from fisherkit.artefacts.covariance_file import Activations, Which, path_beside
 from fisherkit.artefacts.statistics import Track
-from fisherkit.engine.device import choose_device
+from fisherkit.engine.model.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.eigenspace import (
     Directions,

@@ -27,7 +27,7 @@ from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.layout import TensorSpec
 from fisherkit.checkpoint.work_folder import disk
 from fisherkit.checkpoint.writer import StreamedWriter
-from fisherkit.engine.device import choose_device
+from fisherkit.engine.model.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune_scores import BLOCK

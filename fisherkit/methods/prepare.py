@@ -16,12 +16,12 @@ import fisherkit
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
-from fisherkit.engine.config import choose_dtype, read_config
-from fisherkit.engine.device import choose_device
-from fisherkit.engine.memory import available_bytes
-from fisherkit.engine.moments import memory_of_moments
-from fisherkit.engine.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
-from fisherkit.engine.skeleton import Skeleton, blocks_in_groups, build_skeleton
+from fisherkit.engine.covariance.plan import memory_of_moments
+from fisherkit.engine.model.config import choose_dtype, read_config
+from fisherkit.engine.model.device import choose_device
+from fisherkit.engine.model.memory import available_bytes
+from fisherkit.engine.model.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
+from fisherkit.engine.model.skeleton import Skeleton, blocks_in_groups, build_skeleton
 from fisherkit.errors import CheckpointError, OptionError, first_line
 from fisherkit.options import ExtractOptions
 from fisherkit.prompts.dataset import PromptSet, load_prompts

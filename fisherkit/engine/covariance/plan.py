@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fisherkit.checkpoint.layout import TensorSpec
-from fisherkit.engine.capture import split_targets
-from fisherkit.engine.plan import Plan
-from fisherkit.engine.skeleton import Skeleton
+from fisherkit.engine.fisher.squared_gradients import split_targets
+from fisherkit.engine.model.plan import Plan
+from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import OptionError
 from fisherkit.kernels.covariance import sketch_rank
 

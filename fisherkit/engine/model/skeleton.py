@@ -23,7 +23,7 @@ from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.engine.config import refuse_quantised
+from fisherkit.engine.model.config import refuse_quantised
 from fisherkit.errors import CheckpointError, UnsupportedModelError
 
 

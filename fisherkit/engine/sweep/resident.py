@@ -6,9 +6,9 @@ cannot be replayed one by one.
 
 import torch
 
-from fisherkit.engine.capture import add_squared_parameters_, trainable
-from fisherkit.engine.job import Job
-from fisherkit.engine.weights import Weights
+from fisherkit.engine.fisher.squared_gradients import add_squared_parameters_, trainable
+from fisherkit.engine.model.weights import Weights
+from fisherkit.engine.sweep.job import Job
 
 
 def resident(job: Job) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.engine.capture import trainable
-from fisherkit.engine.job import Job
-from fisherkit.engine.spool import Spool
-from fisherkit.engine.tape import Record, Tape
+from fisherkit.engine.fisher.squared_gradients import trainable
+from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.recorder import Record, Tape
+from fisherkit.engine.sweep.spool import Spool
 
 
 class Arguments:

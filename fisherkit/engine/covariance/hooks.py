@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fisherkit.engine.moments import Layer, Moment, identity
+from fisherkit.engine.covariance.plan import Layer, Moment, identity
 from fisherkit.errors import FisherkitError, UnsupportedModelError
 from fisherkit.kernels.covariance import add_second_moment_, add_sketch_, complete_, factor_of, random_signs
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.torch_reader import Reader
-from fisherkit.engine.memory import give_back
-from fisherkit.engine.skeleton import Skeleton
+from fisherkit.engine.model.memory import give_back
+from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError
 
 

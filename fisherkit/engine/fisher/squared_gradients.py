@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fisherkit.engine.tape import Unreplayable
+from fisherkit.engine.sweep.recorder import Unreplayable
 from fisherkit.kernels.fisher import add_squared_bias_grads_, add_squared_linear_grads_, add_squares_
 
 

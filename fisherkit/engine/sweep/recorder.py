@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fisherkit.engine.skeleton import Skeleton
+from fisherkit.engine.model.skeleton import Skeleton
 
 
 class Unreplayable(Exception):  # noqa: N818 - a finding that chooses another engine, not an error

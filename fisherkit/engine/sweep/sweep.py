@@ -14,15 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fisherkit.engine.arguments import Arguments
-from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
-from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
-from fisherkit.engine.gather import Gather
-from fisherkit.engine.job import Job
-from fisherkit.engine.selfcheck import check_replay
-from fisherkit.engine.spool import Spool
-from fisherkit.engine.tape import Tape
-from fisherkit.engine.weights import Weights
+from fisherkit.engine.covariance.hooks import Gather
+from fisherkit.engine.fisher.squared_gradients import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.model.weights import Weights
+from fisherkit.engine.sweep.block_arguments import Arguments
+from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
+from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.recorder import Tape
+from fisherkit.engine.sweep.selfcheck import check_replay
+from fisherkit.engine.sweep.spool import Spool
 
 
 def stream(job: Job) -> None:

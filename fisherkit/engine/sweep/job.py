@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.work_folder import Work
-from fisherkit.engine.gather import Gather
-from fisherkit.engine.moment_file import MomentFile
-from fisherkit.engine.plan import Plan
-from fisherkit.engine.skeleton import Skeleton
-from fisherkit.engine.spool import Budget
+from fisherkit.engine.covariance.hooks import Gather
+from fisherkit.engine.covariance.writer import MomentFile
+from fisherkit.engine.model.plan import Plan
+from fisherkit.engine.model.skeleton import Skeleton
+from fisherkit.engine.sweep.spool import Budget
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
 from fisherkit.prompts.dataset import Sample

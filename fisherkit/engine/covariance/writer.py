@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.gather import Gather
-from fisherkit.engine.moments import Ear, Heard, Layer, Moment, layers_of, plan_moments
-from fisherkit.engine.plan import Plan
-from fisherkit.engine.skeleton import Skeleton
+from fisherkit.engine.covariance.hooks import Gather
+from fisherkit.engine.covariance.plan import Ear, Heard, Layer, Moment, layers_of, plan_moments
+from fisherkit.engine.model.plan import Plan
+from fisherkit.engine.model.skeleton import Skeleton
 
 
 class MomentFile:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.engine.skeleton import Skeleton
-from fisherkit.engine.tape import HiddenPlace, MappingPlace, Record, TensorPlace, Unreplayable
+from fisherkit.engine.model.skeleton import Skeleton
+from fisherkit.engine.sweep.recorder import HiddenPlace, MappingPlace, Record, TensorPlace, Unreplayable
 
 SideKey = tuple[int, str | int]
 

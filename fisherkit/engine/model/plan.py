@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fisherkit.engine.capture import split_targets
-from fisherkit.engine.skeleton import Skeleton, TargetTensor, blocks_in_groups
+from fisherkit.engine.fisher.squared_gradients import split_targets
+from fisherkit.engine.model.skeleton import Skeleton, TargetTensor, blocks_in_groups
 from fisherkit.errors import OptionError
 
 BASE_BYTES = 600 << 20  # Python, torch and transformers themselves

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fisherkit.engine.blocks import Boundary, differentiate_blocks, run_blocks
-from fisherkit.engine.capture import Capture, Census, add_squared_parameters_, trainable
-from fisherkit.engine.job import Job
-from fisherkit.engine.tape import Tape, Unreplayable
+from fisherkit.engine.fisher.squared_gradients import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
+from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.recorder import Tape, Unreplayable
 from fisherkit.errors import first_line
 from fisherkit.kernels.loss import sample_loss
 

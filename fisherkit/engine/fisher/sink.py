@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.skeleton import Skeleton, TargetTensor
+from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
 
