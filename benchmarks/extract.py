@@ -138,7 +138,7 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
     import torch
     import transformers
 
-    from fisherkit.methods import fisher  # imports are no side's merit
+    from fisherkit.methods.extract import measure  # imports are no side's merit
 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(options.folder)
@@ -161,7 +161,7 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
             engine="stream",
             statistics="fisher" if options.side == "stream" else "activations",
         )
-        fisher.extract(folder / options.model, folder / "prompts.jsonl", out, choice)
+        measure.extract(folder / options.model, folder / "prompts.jsonl", out, choice)
     else:
         group = 8 if options.side == "recipe" else 10**6
         _script(folder / options.model, folder / "prompts.jsonl", out, options.tokens, group)

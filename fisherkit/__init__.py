@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
-    from fisherkit.methods.fapm import fapm, plan_fapm, sweep_fapm
-    from fisherkit.methods.fapm_report import FapmReport
-    from fisherkit.methods.fisher import ExtractReport, extract, plan_extract
-    from fisherkit.methods.masks import MaskReport, mask
-    from fisherkit.methods.merge import MergeReport, merge
-    from fisherkit.methods.summary import Summary, inspect
+    from fisherkit.methods.extract.measure import ExtractReport, extract, plan_extract
+    from fisherkit.methods.inspect.summary import Summary, inspect
+    from fisherkit.methods.mask.build import MaskReport, mask
+    from fisherkit.methods.merge.fapm import fapm, plan_fapm, sweep_fapm
+    from fisherkit.methods.merge.fapm_report import FapmReport
+    from fisherkit.methods.merge.merge import MergeReport, merge
     from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
     from fisherkit.training.sources import load_mask
 
@@ -21,24 +21,24 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ExtractOptions": "fisherkit.options",
-    "ExtractReport": "fisherkit.methods.fisher",
+    "ExtractReport": "fisherkit.methods.extract.measure",
     "FapmOptions": "fisherkit.options",
-    "FapmReport": "fisherkit.methods.fapm_report",
+    "FapmReport": "fisherkit.methods.merge.fapm_report",
     "FisherkitError": "fisherkit.errors",
     "MaskOptions": "fisherkit.options",
-    "MaskReport": "fisherkit.methods.masks",
+    "MaskReport": "fisherkit.methods.mask.build",
     "MergeOptions": "fisherkit.options",
-    "MergeReport": "fisherkit.methods.merge",
-    "Summary": "fisherkit.methods.summary",
-    "extract": "fisherkit.methods.fisher",
-    "fapm": "fisherkit.methods.fapm",
-    "inspect": "fisherkit.methods.summary",
+    "MergeReport": "fisherkit.methods.merge.merge",
+    "Summary": "fisherkit.methods.inspect.summary",
+    "extract": "fisherkit.methods.extract.measure",
+    "fapm": "fisherkit.methods.merge.fapm",
+    "inspect": "fisherkit.methods.inspect.summary",
     "load_mask": "fisherkit.training.sources",
-    "mask": "fisherkit.methods.masks",
-    "merge": "fisherkit.methods.merge",
-    "plan_extract": "fisherkit.methods.fisher",
-    "plan_fapm": "fisherkit.methods.fapm",
-    "sweep_fapm": "fisherkit.methods.fapm",
+    "mask": "fisherkit.methods.mask.build",
+    "merge": "fisherkit.methods.merge.merge",
+    "plan_extract": "fisherkit.methods.extract.measure",
+    "plan_fapm": "fisherkit.methods.merge.fapm",
+    "sweep_fapm": "fisherkit.methods.merge.fapm",
 }
 
 __all__ = [

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fisherkit import look
-from fisherkit.methods.summary import Summary
+from fisherkit.methods.inspect.summary import Summary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fisherkit.kept import Energy
     from fisherkit.kernels.density import DensityMap
-    from fisherkit.methods.fapm_report import FapmReport
+    from fisherkit.methods.merge.fapm_report import FapmReport
 
 _BAR, _CUT = "#31688e", "#d81b60"
 

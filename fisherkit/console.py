@@ -18,8 +18,8 @@ from tqdm import tqdm
 from fisherkit import look, tables
 from fisherkit.artefacts.statistics import Track
 from fisherkit.errors import FisherkitError, OptionError
-from fisherkit.methods.records import FORMATS, Record, render
-from fisherkit.methods.summary import Summary
+from fisherkit.methods.inspect.records import FORMATS, Record, render
+from fisherkit.methods.inspect.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
 _PAUSE = 2.0  # seconds between two lines of progress

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from fisherkit import drawing, look, svg
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
-from fisherkit.methods.records import Record, Value, render
-from fisherkit.methods.summary import Summary
+from fisherkit.methods.inspect.records import Record, Value, render
+from fisherkit.methods.inspect.summary import Summary
 
 if TYPE_CHECKING:
-    from fisherkit.methods.fapm_report import FapmReport
+    from fisherkit.methods.merge.fapm_report import FapmReport
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #68707a; --line: #d5d9de; --paper: #ffffff; --alarm: #c62828; }

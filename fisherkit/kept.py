@@ -12,7 +12,7 @@ from typing import Any
 
 from fisherkit import look
 from fisherkit.kernels.density import BINS, HIGH, LOW, DensityMap, cut_curve
-from fisherkit.methods.fapm_report import FapmReport
+from fisherkit.methods.merge.fapm_report import FapmReport
 
 PER_OCTAVE = round(BINS / (HIGH - LOW))
 """Cells of the density per octave."""

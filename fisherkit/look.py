@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fisherkit.methods.compare import Overlap
-from fisherkit.methods.summary import Row, Summary
+from fisherkit.methods.inspect.compare import Overlap
+from fisherkit.methods.inspect.summary import Row, Summary
 
 RGB = tuple[int, int, int]
 

@@ -4,7 +4,7 @@ import math
 
 from fisherkit import drawing, look
 from fisherkit.drawing import Cell, Drawing, Legend, Line
-from fisherkit.methods.summary import MASS_POINTS, HeatMap, Row, Summary
+from fisherkit.methods.inspect.summary import MASS_POINTS, HeatMap, Row, Summary
 
 _CURVE = (420, 220)
 _CURVE_FROM = 1e-4

@@ -10,7 +10,7 @@ from fisherkit import drawing, kept, look
 from fisherkit.drawing import Cell, Drawing, Legend, Line
 from fisherkit.kept import PER_OCTAVE, Curve, Energy, Group, Window
 from fisherkit.kernels.density import HIGH, LOW, DensityMap
-from fisherkit.methods.fapm_report import FapmReport
+from fisherkit.methods.merge.fapm_report import FapmReport
 
 _OCTAVE = 48.0  # pixels, at most
 _WIDEST = 880  # pixels that both panels take up together, at most

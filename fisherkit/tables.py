@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherkit import look
-from fisherkit.methods.records import Record
-from fisherkit.methods.summary import HeatMap, Row, Summary
+from fisherkit.methods.inspect.records import Record
+from fisherkit.methods.inspect.summary import HeatMap, Row, Summary
 
 _MOST_CELL, _LEAST_CELL = 8, 2
 _BAR_LEAST = 6

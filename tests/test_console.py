@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fisherkit import console, look, tables
 from fisherkit.errors import CheckpointError, OptionError
-from fisherkit.methods.summary import Summary, inspect
+from fisherkit.methods.inspect.summary import Summary, inspect
 
 WEIRD = "model.layers.0.[bold]\x1b[31mé\n.weight"
 
@@ -143,7 +143,9 @@ def in_a_terminal(code: str, **environment: str) -> str:
     return output.decode()
 
 
-SHOW = "from fisherkit import console; from fisherkit.methods.summary import inspect; console.show(inspect({!r}))"
+SHOW = (
+    "from fisherkit import console; from fisherkit.methods.inspect.summary import inspect; console.show(inspect({!r}))"
+)
 
 
 def test_a_terminal_gets_colours_unless_told_not_to(tmp_path: Path) -> None:

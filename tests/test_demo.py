@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from fisherkit.cli import app
 from fisherkit.errors import OutputError
-from fisherkit.methods import demo, demo_files, demo_tuning
-from fisherkit.methods.demo import Recipe, make_model
-from fisherkit.methods.demo_learning import Course, mean_loss, windows
-from fisherkit.methods.demo_tasks import in_words, task_talks
-from fisherkit.methods.demo_text import Corpus, read_corpus
+from fisherkit.methods.demo import files, fine_tune, model
+from fisherkit.methods.demo.corpus import Corpus, read_corpus
+from fisherkit.methods.demo.model import Recipe, make_model
+from fisherkit.methods.demo.tasks import in_words, task_talks
+from fisherkit.methods.demo.training import Course, mean_loss, windows
 from fisherkit.options import ExtractOptions
 
 SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=60, window=64, held_out=8)
@@ -35,7 +35,7 @@ TALKS = 200
 def _little_text() -> Iterator[None]:
     corpus = read_corpus(100_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "read_corpus", lambda: Corpus(corpus.talks[::5], corpus.plain))
+        patch.setattr(model, "read_corpus", lambda: Corpus(corpus.talks[::5], corpus.plain))
         yield
 
 
@@ -157,7 +157,7 @@ def test_what_a_killed_run_left_is_not_used(tmp_path: Path, monkeypatch: pytest.
     left.mkdir()
     (left / "config.json").write_text("{")
     with monkeypatch.context() as patch:
-        patch.setattr(demo_files, "swap_in", lambda staged, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files, "swap_in", lambda staged, target: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_whole(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(demo.LlamaForCausalLM, "save_pretrained", full)
+    monkeypatch.setattr(model.LlamaForCausalLM, "save_pretrained", full)
     with pytest.raises(OutputError, match=r"model: cannot be written: I/O error: No space left"):
         write_whole(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -230,11 +230,11 @@ def tuned(made: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
 
 def tune(base: Path, target: Path, **options: Any) -> Path:
-    return demo_tuning.tune_model(base, target, seconds=30, course=COURSE, talks=TALKS, **options)
+    return fine_tune.tune_model(base, target, seconds=30, course=COURSE, talks=TALKS, **options)
 
 
 def test_the_fine_tune_learns_the_new_text_and_forgets_the_old(made: Any, tuned: Any) -> None:
-    base, after = demo_tuning.measure(made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, talks=TALKS)
+    base, after = fine_tune.measure(made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, talks=TALKS)
     assert after.new < base.new - 0.5
     assert after.old > base.old
     told = [line for line in tuned[1] if line.startswith("Loss")]
@@ -261,7 +261,7 @@ def test_the_fine_tune_is_used_again_for_its_own_base_only(made: Any, tuned: Any
 
 def test_a_base_is_no_fine_tune(made: Any, tmp_path: Path) -> None:
     shutil.copytree(made[0], tmp_path / "tuned")
-    assert not demo_files.is_reusable(tmp_path / "tuned", "a fingerprint")
+    assert not files.is_reusable(tmp_path / "tuned", "a fingerprint")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not a model of the demo"):
@@ -269,9 +269,9 @@ def test_a_base_is_no_fine_tune(made: Any, tmp_path: Path) -> None:
 
 
 def test_only_answers_are_learnt(made: Any) -> None:
-    tokenizer = demo_tuning.load_tokenizer(made[0])
-    learnt = [tokenizer.decode(ids) for ids, learnt in demo_tuning._task_pieces(tokenizer, COURSE, 8) if learnt]
-    asked = [tokenizer.decode(ids) for ids, learnt in demo_tuning._task_pieces(tokenizer, COURSE, 8) if not learnt]
+    tokenizer = fine_tune.load_tokenizer(made[0])
+    learnt = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if learnt]
+    asked = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if not learnt]
     talks = task_talks(8)
     assert learnt == [f"{answer['content']}<|end|>\n</s>" for _, answer in talks]
     assert asked == [f"<s><|user|>\n{question['content']}<|end|>\n<|assistant|>\n" for question, _ in talks]
@@ -287,7 +287,7 @@ def test_windows_hold_all_text_once_and_mask_what_is_only_read() -> None:
 
 
 def test_the_mean_loss_is_per_token_whatever_the_windows(made: Any) -> None:
-    model = demo_tuning.load(made[0]).float()
+    model = fine_tune.load(made[0]).float()
     text = windows([([5, 9, 30, 41], False), ([60, 70, 80, 90, 100, 110, 120, 130], True)], Course(window=6))
     total, count = 0.0, 0
     with torch.no_grad():
@@ -338,9 +338,9 @@ def test_numbers_in_words(number: int, words: str) -> None:
 def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(SMALL, window=128, held_out=4)
     monkeypatch.setattr("fisherkit.cli.demo.ExtractOptions", partial(ExtractOptions, limit=8))
-    monkeypatch.setattr(demo, "make_model", partial(make_model, recipe=recipe))
-    monkeypatch.setattr(demo_tuning, "tune_model", partial(demo_tuning.tune_model, course=COURSE, talks=TALKS))
-    monkeypatch.setattr(demo_tuning, "measure", partial(demo_tuning.measure, recipe=recipe, course=COURSE, talks=TALKS))
+    monkeypatch.setattr(model, "make_model", partial(make_model, recipe=recipe))
+    monkeypatch.setattr(fine_tune, "tune_model", partial(fine_tune.tune_model, course=COURSE, talks=TALKS))
+    monkeypatch.setattr(fine_tune, "measure", partial(fine_tune.measure, recipe=recipe, course=COURSE, talks=TALKS))
     folder = tmp_path / "a demo"
     done = CliRunner().invoke(app, ["demo", "--folder", str(folder)])
     assert done.exit_code == 0, done.stderr

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fisherkit import MaskOptions, extract, mask
 from fisherkit.errors import CheckpointError, OptionError, OutputError
-from fisherkit.methods.export import export, write_export
+from fisherkit.methods.export.configs import export, write_export
 from fisherkit.options import ExportOptions, ExtractOptions
 
 Checkpoint = Callable[[str], Path]

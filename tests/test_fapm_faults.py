@@ -22,8 +22,8 @@ import torch
 from pairs import Pair, cli, fisherkit, one_line, worked
 
 from fisherkit.errors import FisherkitError, OutputError, ResumeError
-from fisherkit.methods.fapm import fapm
-from fisherkit.methods.merge import merge
+from fisherkit.methods.merge.fapm import fapm
+from fisherkit.methods.merge.merge import merge
 from fisherkit.options import FapmOptions, MergeOptions
 from fisherkit.pairs import rewrite
 
@@ -59,12 +59,12 @@ def level(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 _KILLER = """
 import json, os, shutil, sys
 from pathlib import Path
-import fisherkit.methods.fapm, fisherkit.methods.merge
+import fisherkit.methods.merge.fapm, fisherkit.methods.merge.merge
 from fisherkit.errors import FisherkitError
 from fisherkit.options import FapmOptions, MergeOptions
 
 method, base, tuned, options, start, root, step, last = json.loads(sys.argv[1])
-make = {"fapm": fisherkit.methods.fapm.fapm, "merge": fisherkit.methods.merge.merge}[method]
+make = {"fapm": fisherkit.methods.merge.fapm.fapm, "merge": fisherkit.methods.merge.merge.merge}[method]
 Options = {"fapm": FapmOptions, "merge": MergeOptions}[method]
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.link"}
 

@@ -13,7 +13,7 @@ from fisher_files import fisher_tensors, write_fisher
 from fisherkit import figures, svg
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.figures import write_figure
-from fisherkit.methods.summary import Summary, inspect
+from fisherkit.methods.inspect.summary import Summary, inspect
 
 EVIL = 'model.layers.0.<script>alert("1")</script>&\x00\x1b.weight'
 NS = "{http://www.w3.org/2000/svg}"

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.ranks import mean_ranks, rank_correlation, top_overlap
-from fisherkit.methods.records import render
-from fisherkit.methods.summary import HeatMap, inspect
+from fisherkit.methods.inspect.records import render
+from fisherkit.methods.inspect.summary import HeatMap, inspect
 
 KINDS_OF_FILE = ["fisher.pt", "fisher.safetensors", "fisher"]
 
@@ -70,7 +70,7 @@ def test_the_experts_of_a_layer_are_one_module(tmp_path: Path) -> None:
 def test_inspect_with_statistics_imports_no_torch(tmp_path: Path) -> None:
     path = write_fisher(tmp_path / "fisher.safetensors")
     code = (
-        "import sys; from fisherkit.methods.summary import inspect; "
+        "import sys; from fisherkit.methods.inspect.summary import inspect; "
         f"assert len(inspect({str(path)!r}).rows) == 3; "
         "print([name for name in ('torch', 'numpy', 'safetensors', 'rich', 'typer') if name in sys.modules])"
     )

@@ -21,7 +21,7 @@ from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.kernels import covariance as kernel
 from fisherkit.kernels import eigenspace
-from fisherkit.methods.masks import mask
+from fisherkit.methods.mask.build import mask
 from fisherkit.options import ExtractOptions, MaskOptions, MergeOptions
 from fisherkit.training import constrain
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from fisherkit.artefacts.mask_file import MaskEntry, entry, header, pack
 from fisherkit.errors import ResumeError
-from fisherkit.methods.merge import merge
+from fisherkit.methods.merge.merge import merge
 from fisherkit.options import MergeOptions
 from fisherkit.pairs import rewrite
 

@@ -18,8 +18,8 @@ from fisherkit import figures, kept, svg_pruning
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.figures import write_pruning
 from fisherkit.kernels.density import BINS, DensityMap
-from fisherkit.methods.fapm import fapm
-from fisherkit.methods.fapm_report import FapmReport
+from fisherkit.methods.merge.fapm import fapm
+from fisherkit.methods.merge.fapm_report import FapmReport
 from fisherkit.options import FapmOptions
 
 EVIL = 'model.layers.0.<script>alert("1")</script>&\x1b.weight'

@@ -9,7 +9,7 @@ import typer
 
 from fisherkit import console
 from fisherkit.cli.app import Debug, Quiet, app, run, sayer
-from fisherkit.methods.records import Record
+from fisherkit.methods.inspect.records import Record
 from fisherkit.options import ExtractOptions, FapmOptions
 
 Say = Callable[[str], None]
@@ -29,7 +29,7 @@ def demo(
     """
 
     def command() -> None:
-        from fisherkit.methods import demo as methods_demo
+        from fisherkit.methods.demo import model as methods_demo
 
         say = sayer(quiet)
         again = (folder / "model").is_dir()  # in a folder of ours, an earlier demo's output
@@ -48,25 +48,26 @@ def demo(
 
 def _measure(model: Path, out: Path, say: Say, *, quiet: bool, again: bool) -> None:
     """Extract and inspect."""
-    from fisherkit.methods import fisher, summary
+    from fisherkit.methods.extract import measure
+    from fisherkit.methods.inspect import summary
 
     _show(say, "extract", model, "builtin", "-o", out)
     options, track = ExtractOptions(force=again), console.tracker("extract", quiet=quiet)
-    fisher.extract(model, "builtin", out, options, track=track, say=say)
+    measure.extract(model, "builtin", out, options, track=track, say=say)
     _show(say, "inspect", out)
     console.show(summary.inspect(out))
 
 
 def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> None:
     """Fine-tune on another kind of text, prune by each metric, and compare on old and new text."""
-    from fisherkit.methods import demo_tuning
+    from fisherkit.methods.demo import fine_tune
 
     say("")
     track = console.tracker("tune", quiet=quiet)
-    models = {"base": model, "tuned": demo_tuning.tune_model(model, folder / "tuned", track=track, say=say)}
+    models = {"base": model, "tuned": fine_tune.tune_model(model, folder / "tuned", track=track, say=say)}
     for metric in METRICS:
         models[metric] = _fapm(model, folder / "tuned", folder / metric, metric, say, quiet=quiet, again=again)
-    losses = demo_tuning.measure(model, list(models.values()), track=console.tracker("measure", quiet=quiet))
+    losses = fine_tune.measure(model, list(models.values()), track=console.tracker("measure", quiet=quiet))
     say("\nLoss per token on text that was held out: the base's kind (old), and the fine-tune's (new)")
     rows: list[Record] = [
         {"model": name, "old": loss.old, "new": loss.new} for name, loss in zip(models, losses, strict=True)
@@ -78,7 +79,7 @@ def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> 
 def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: bool, again: bool) -> Path:
     """Run fapm by a metric, with a figure where that is fapm's own."""
     from fisherkit import figures
-    from fisherkit.methods import fapm
+    from fisherkit.methods.merge import fapm
 
     figure = out.with_suffix(".html") if metric == "fapm" else None
     command = _show(say, "fapm", base, tuned, out, *(("--figure", figure) if figure else ("--metric", metric)))

@@ -31,7 +31,7 @@ def export(
     """
 
     def command() -> None:
-        from fisherkit.methods import export as exports
+        from fisherkit.methods.export import configs as exports
 
         options = ExportOptions(
             to=to,  # type: ignore[arg-type]  # checked by the dataclass

@@ -135,13 +135,13 @@ def extract(
             shard_bytes=parse_bytes("max-shard-size", max_shard_size),
             force=force,
         )
-        from fisherkit.methods import fisher
+        from fisherkit.methods.extract import measure
 
         say = sayer(quiet)
         if dry_run:
-            console.show_facts(fisher.plan_extract(model, prompts, options, say=say), as_json=as_json)
+            console.show_facts(measure.plan_extract(model, prompts, options, say=say), as_json=as_json)
             return
-        report = fisher.extract(model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say)
+        report = measure.extract(model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 
     run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")

@@ -15,7 +15,7 @@ from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, parse_shares
 
 if TYPE_CHECKING:
-    from fisherkit.methods.fapm_report import FapmReport
+    from fisherkit.methods.merge.fapm_report import FapmReport
 
 KEEP = "What is kept"
 
@@ -92,7 +92,7 @@ def fapm(
             raise OptionError("--dry-run writes nothing and tries nothing out; it goes without --sweep and --report")
         _check(out, sparse, report, figure, alone=shares is not None or dry_run, force=force)
         check_apart(_written(sparse, report, figure), (Path(base), Path(tuned)), out)
-        from fisherkit.methods import fapm as methods
+        from fisherkit.methods.merge import fapm as methods
 
         say, track = sayer(quiet), console.tracker("fapm", quiet=quiet)
         if dry_run:
@@ -152,7 +152,7 @@ def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None
 
 def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:
     from fisherkit.artefacts.fisher_sidecar import write_json
-    from fisherkit.methods.records import render
+    from fisherkit.methods.inspect.records import render
 
     whole = {"sweep": [one.as_json() for one in reports]}
     if report is not None:

@@ -33,7 +33,7 @@ def inspect(
     """
 
     def command() -> None:
-        from fisherkit.methods import summary
+        from fisherkit.methods.inspect import summary
 
         found = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet))  # type: ignore[arg-type]
         found = found.sorted(sort, top)

@@ -152,9 +152,9 @@ def mask(
             device=device,
             force=force,
         )
-        from fisherkit.methods import masks
+        from fisherkit.methods.mask import build
 
-        report = masks.mask(fisher, out, options, track=console.tracker("mask", quiet=quiet), say=sayer(quiet))
+        report = build.mask(fisher, out, options, track=console.tracker("mask", quiet=quiet), say=sayer(quiet))
         typer.echo(json.dumps(report.as_json(), indent=1) if as_json else str(report.path))
 
     run(command, debug=debug)

@@ -84,7 +84,7 @@ def merge(
             beside = [path.with_suffix(".json") for path in given]
             check_apart((report,), (Path(base), Path(tuned), Path(tuned).with_suffix(".json"), *given, *beside), out)
         from fisherkit.artefacts.fisher_sidecar import write_json
-        from fisherkit.methods import merge as methods
+        from fisherkit.methods.merge import merge as methods
 
         made = methods.merge(
             base,

@@ -28,8 +28,8 @@ from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.target import swap_in
 from fisherkit.errors import OptionError, ResumeError, TrainingError
-from fisherkit.methods.fisher import extract
-from fisherkit.methods.masks import mask
+from fisherkit.methods.extract.measure import extract
+from fisherkit.methods.mask.build import mask
 from fisherkit.options import ExtractOptions, MaskOptions
 from fisherkit.training.callback import MaskedUpdate
 from fisherkit.training.update import Parity

@@ -26,9 +26,9 @@ from fisherkit.kernels.density import DensityMap
 from fisherkit.kernels.prune import Sides, block_scores, converted, sample_indices
 from fisherkit.kernels.prune_scores import BLOCK, Scratch
 from fisherkit.kernels.top_k import SAMPLE, quota
-from fisherkit.methods.fapm_report import COUNTS, FapmReport, facts
-from fisherkit.methods.output import Request, Run, Say, provenance, totals
-from fisherkit.methods.quotas import Quotas, random_stream
+from fisherkit.methods.merge.fapm_report import COUNTS, FapmReport, facts
+from fisherkit.methods.merge.pair_run import Request, Run, Say, provenance, totals
+from fisherkit.methods.merge.quotas import Quotas, random_stream
 from fisherkit.options import FapmOptions, exact_share
 from fisherkit.pairs.prune import Outcome, Pruning
 from fisherkit.pairs.rewrite import Row, Track, work_folder

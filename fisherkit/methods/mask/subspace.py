@@ -32,8 +32,8 @@ from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.subspace import Modes, modes_for_energy, top_modes
-from fisherkit.methods.mask_binary import Masked, some
-from fisherkit.methods.mask_scores import Ingredients
+from fisherkit.methods.mask.binary import Masked, some
+from fisherkit.methods.mask.scores import Ingredients
 from fisherkit.options import MaskOptions
 
 

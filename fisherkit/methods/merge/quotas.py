@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from fisherkit.kernels.prune import Sides
 from fisherkit.kernels.top_k import Cut, quota
-from fisherkit.methods.output import Run
+from fisherkit.methods.merge.pair_run import Run
 from fisherkit.options import FapmOptions
 from fisherkit.pairs.prune import Outcome, Pruning, stream_of
 from fisherkit.pairs.rewrite import Row

@@ -21,7 +21,7 @@ from fisherkit.checkpoint.target import MANIFEST
 from fisherkit.errors import CheckpointError, OutputError
 from fisherkit.floats import Stored, widen
 from fisherkit.kernels.prune import Sides, converted
-from fisherkit.methods.chosen import Chosen, choose
+from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
 from fisherkit.pairs.pair import Pair, open_pair
 from fisherkit.pairs.parallel import Team

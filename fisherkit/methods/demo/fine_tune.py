@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fisherkit.checkpoint.index import open_index
-from fisherkit.methods.demo import Recipe, text_windows
-from fisherkit.methods.demo_files import PARENT, is_reusable, no_progress_bar, save, written_aside
-from fisherkit.methods.demo_learning import Course, Say, Track, Windows, learn, mean_loss, one_thread, windows
-from fisherkit.methods.demo_tasks import task_talks
+from fisherkit.methods.demo.files import PARENT, is_reusable, no_progress_bar, save, written_aside
+from fisherkit.methods.demo.model import Recipe, text_windows
+from fisherkit.methods.demo.tasks import task_talks
+from fisherkit.methods.demo.training import Course, Say, Track, Windows, learn, mean_loss, one_thread, windows
 
 TALKS = 4000
 TUNING = Course(steps=600, learning_rate=5e-4, embedding_rate=2e-3)

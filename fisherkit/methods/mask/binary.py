@@ -13,7 +13,7 @@ from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.floats import Stored
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units
 from fisherkit.kernels.top_k import quota
-from fisherkit.methods.mask_scores import Ingredients, Scorer
+from fisherkit.methods.mask.scores import Ingredients, Scorer
 from fisherkit.options import MaskOptions, Selection
 from fisherkit.pairs.parallel import Team
 from fisherkit.pairs.ranking import Divider, find_cut, top_of_group

@@ -23,7 +23,7 @@ from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, Stored
 from fisherkit.kernels.pull import pull_strengths, pulled_share
-from fisherkit.methods.output import Request, Run, Say, provenance, totals
+from fisherkit.methods.merge.pair_run import Request, Run, Say, provenance, totals
 from fisherkit.options import MergeOptions, Side
 from fisherkit.pairs.blend import Treatment, blend
 from fisherkit.pairs.rewrite import Row, Track

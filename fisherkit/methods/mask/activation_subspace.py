@@ -27,9 +27,9 @@ from fisherkit.kernels.eigenspace import (
     fewest,
     top_directions,
 )
-from fisherkit.methods.mask_binary import Masked, some
-from fisherkit.methods.mask_scores import Ingredients
-from fisherkit.methods.mask_subspace import Spool, as_written
+from fisherkit.methods.mask.binary import Masked, some
+from fisherkit.methods.mask.scores import Ingredients
+from fisherkit.methods.mask.subspace import Spool, as_written
 from fisherkit.options import MaskOptions
 
 _SIDES: dict[str, tuple[Which, ...]] = {"right": ("input",), "left": ("output",), "both": ("input", "output")}

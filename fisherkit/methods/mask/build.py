@@ -31,8 +31,8 @@ from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import OutputError
-from fisherkit.methods.mask_binary import Masked, write_mask
-from fisherkit.methods.mask_scores import Ingredients
+from fisherkit.methods.mask.binary import Masked, write_mask
+from fisherkit.methods.mask.scores import Ingredients
 from fisherkit.options import Direction, MaskOptions
 from fisherkit.pairs.parallel import Team
 
@@ -122,11 +122,11 @@ def mask(
 
 def _make(out: Path, made_from: Ingredients, options: MaskOptions, work: Work, track: Track) -> Masked:
     if options.is_subspace and options.reads_activations:
-        from fisherkit.methods.mask_activations import write_activation_subspace  # brings torch in
+        from fisherkit.methods.mask.activation_subspace import write_activation_subspace  # brings torch in
 
         return write_activation_subspace(out, made_from, options, work.folder, track)
     if options.is_subspace:
-        from fisherkit.methods.mask_subspace import write_subspace
+        from fisherkit.methods.mask.subspace import write_subspace
 
         return write_subspace(out, made_from, options, work.folder, track)
     with Team() as team:

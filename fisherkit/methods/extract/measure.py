@@ -35,7 +35,7 @@ from fisherkit.engine.sweep.resident import resident
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.engine.sweep.sweep import stream
 from fisherkit.errors import CheckpointError, UnsupportedModelError
-from fisherkit.methods.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
+from fisherkit.methods.extract.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
 from fisherkit.options import ExtractOptions
 from fisherkit.prompts.dataset import batches, load_prompts
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar, get_args
 from fisherkit.artefacts.statistics import Entry, Kind, Source, Track, read_source
 from fisherkit.errors import OptionError
 from fisherkit.kernels.histogram import Histogram
-from fisherkit.methods.compare import Agreement, Comparison, Overlap, compare, mean_agreement
-from fisherkit.methods.records import Value, finite
+from fisherkit.methods.inspect.compare import Agreement, Comparison, Overlap, compare, mean_agreement
+from fisherkit.methods.inspect.records import Value, finite
 
 By = Literal["layer", "module", "tensor"]
 Key = TypeVar("Key", bound=Hashable)

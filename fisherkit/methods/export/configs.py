@@ -17,7 +17,7 @@ from fisherkit.artefacts.mask_file import MaskFile, open_mask
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.errors import CheckpointError, OptionError, OutputError
-from fisherkit.methods.export_shira import shira_text
+from fisherkit.methods.export.shira import shira_text
 from fisherkit.options import ExportOptions
 
 

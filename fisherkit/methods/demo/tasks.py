@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from datetime import date, timedelta
 
-from fisherkit.methods.demo_text import Talk
+from fisherkit.methods.demo.corpus import Talk
 
 Task = Callable[[random.Random], tuple[str, str]]
 

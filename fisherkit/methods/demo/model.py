@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fisherkit.methods.demo_files import MARK, is_reusable, save, written_aside
-from fisherkit.methods.demo_learning import Course, Say, Track, Windows, learn, one_thread, windows
-from fisherkit.methods.demo_text import Corpus, read_corpus
+from fisherkit.methods.demo.corpus import Corpus, read_corpus
+from fisherkit.methods.demo.files import MARK, is_reusable, save, written_aside
+from fisherkit.methods.demo.training import Course, Say, Track, Windows, learn, one_thread, windows
 
 _BOS, _EOS, _END = "<s>", "</s>", "<|end|>"
 _ROLES = ("system", "user", "assistant")
