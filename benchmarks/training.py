@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fisherkit.training import Handle, constrain, update
+from fisherkit.training import Handle, constrain
 
 KINDS = ("rows", "elements", "subspace", "pull", "scale")
 FREE = "none"
@@ -84,8 +84,8 @@ def _print_memory(options: argparse.Namespace, model: Any, optimizer: torch.opti
     print(f"peak memory {peaks[FREE]:,.0f} MB without a mask")
     for kind in KINDS:
         handle = _constrain(optimizer, model, _mask(kind, model, options.rank))
-        by_parameter = update._by_parameter(handle.rules())
-        turns = [turn for group in optimizer.param_groups for turn in update._turns(group["params"], by_parameter)]
+        by_parameter = constrain._by_parameter(handle.rules())
+        turns = [turn for group in optimizer.param_groups for turn in constrain._turns(group["params"], by_parameter)]
         each = [sum(rule.nbytes for parameter in turn for rule in by_parameter.get(parameter, ())) for turn in turns]
         handle.remove()
         print(

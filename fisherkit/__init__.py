@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fisherkit.methods.merge.fapm_report import FapmReport
     from fisherkit.methods.merge.merge import MergeReport, merge
     from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
-    from fisherkit.training.sources import load_mask
+    from fisherkit.training.mask_input import load_mask
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _HOMES = {
     "extract": "fisherkit.methods.extract.measure",
     "fapm": "fisherkit.methods.merge.fapm",
     "inspect": "fisherkit.methods.inspect.summary",
-    "load_mask": "fisherkit.training.sources",
+    "load_mask": "fisherkit.training.mask_input",
     "mask": "fisherkit.methods.mask.build",
     "merge": "fisherkit.methods.merge.merge",
     "plan_extract": "fisherkit.methods.extract.measure",

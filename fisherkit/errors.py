@@ -10,7 +10,7 @@
     ├── ResumeError               a work folder that belongs to another run
     └── MissingLibraryError       an optional library that is not installed
 
-Only ``fisherkit.console`` catches the root of this tree; it prints the message and exits with 1 (or 2).
+Only ``fisherkit.cli.console`` catches the root of this tree; it prints the message and exits with 1 (or 2).
 """
 
 

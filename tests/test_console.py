@@ -15,9 +15,10 @@ import typer
 from fisher_files import MODULES, fisher_tensors, write_fisher
 from rich.console import Console
 
-from fisherkit import console, look, tables
+from fisherkit.cli import console
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.methods.inspect.summary import Summary, inspect
+from fisherkit.render import formatting, terminal
 
 WEIRD = "model.layers.0.[bold]\x1b[31mé\n.weight"
 
@@ -28,7 +29,7 @@ def drawn(summary: Summary, *, encoding: str = "utf-8", colour: bool = False, wi
     terminal = Console(
         file=stream, width=width, force_terminal=colour, color_system="truecolor" if colour else None, highlight=False
     )
-    tables.draw(summary, terminal)
+    terminal.draw(summary, terminal)
     stream.seek(0)
     return stream.read()
 
@@ -143,9 +144,7 @@ def in_a_terminal(code: str, **environment: str) -> str:
     return output.decode()
 
 
-SHOW = (
-    "from fisherkit import console; from fisherkit.methods.inspect.summary import inspect; console.show(inspect({!r}))"
-)
+SHOW = "from fisherkit.cli import console; from fisherkit.methods.inspect.summary import inspect; console.show(inspect({!r}))"
 
 
 def test_a_terminal_gets_colours_unless_told_not_to(tmp_path: Path) -> None:
@@ -157,7 +156,7 @@ def test_a_terminal_gets_colours_unless_told_not_to(tmp_path: Path) -> None:
     assert "#" in in_a_terminal(code, NO_COLOR="1", PYTHONIOENCODING="ascii")
 
 
-PROGRESS = "from fisherkit import console; t = console.tracker('read'); [t('shards', i, 40) for i in range(41)]"
+PROGRESS = "from fisherkit.cli import console; t = console.tracker('read'); [t('shards', i, 40) for i in range(41)]"
 
 
 class Clock:
@@ -229,7 +228,7 @@ def test_rows_are_exact_in_a_pipe_and_short_on_a_terminal(capsys: pytest.Capture
     console.show_rows(rows, ("model", "loss"))
     assert capsys.readouterr().out == f"model\tloss\nbase\t{1 / 3!r}\ntuned\\x1b\tnull\n"
     shown = in_a_terminal(
-        f"from fisherkit import console; console.show_rows({rows!r}, ('model', 'loss'))", NO_COLOR="1"
+        f"from fisherkit.cli import console; console.show_rows({rows!r}, ('model', 'loss'))", NO_COLOR="1"
     )
     lines = [line.split() for line in shown.replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()]
     assert lines == [["model", "loss"], ["base", "0.3333"], ["tuned\\x1b", "-"]]
@@ -284,7 +283,7 @@ def test_debug_and_typers_own_exceptions_pass() -> None:
 
 def test_a_closed_pipe_is_silent_and_141() -> None:
     code = (
-        "import sys; from fisherkit import console\n"
+        "import sys; from fisherkit.cli import console\n"
         "def run():\n  for i in range(200000): print(i)\n"
         "sys.exit(console.guard(run))"
     )
@@ -299,7 +298,7 @@ def test_a_closed_pipe_is_silent_and_141() -> None:
 
 
 def test_importing_the_terminal_imports_no_torch() -> None:
-    code = "import sys, fisherkit.console, fisherkit.figures; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys, fisherkit.cli.console, fisherkit.render.files; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -311,7 +310,7 @@ def test_importing_the_terminal_imports_no_torch() -> None:
     ("number", "text"), [(0, "0"), (999, "999"), (1000, "1 k"), (999_600, "1 M"), (29_286_727_680, "29.3 G")]
 )
 def test_counts_are_short(number: int, text: str) -> None:
-    assert look.count(number) == text
+    assert formatting.count(number) == text
 
 
 @pytest.mark.parametrize(
@@ -319,18 +318,18 @@ def test_counts_are_short(number: int, text: str) -> None:
     [(None, "-"), (0.0, "0.00 %"), (1e-9, "<0.01 %"), (0.0123, "1.23 %"), (0.0999999, "10.0 %"), (1, "100.0 %")],
 )
 def test_shares_are_percents(share: float | None, text: str) -> None:
-    assert look.percent(share) == text
+    assert formatting.percent(share) == text
 
 
 def test_short_names_still_tell_modules_apart() -> None:
     names = ["self_attn.q_proj", "cross_attn.q_proj", "mlp.up_proj", "up_proj", "norm"]
-    short = look.short_names(names)
+    short = formatting.short_names(names)
     assert len(set(short.values())) == len(names)
-    assert look.short_names(["self_attn.q_proj", "mlp.up_proj"]) == {"self_attn.q_proj": "q", "mlp.up_proj": "up"}
+    assert formatting.short_names(["self_attn.q_proj", "mlp.up_proj"]) == {"self_attn.q_proj": "q", "mlp.up_proj": "up"}
 
 
 def test_colours_run_from_dark_to_light_and_stay_at_the_ends() -> None:
-    brightness = [sum(look.colour(level / 20)) for level in range(21)]
+    brightness = [sum(formatting.colour(level / 20)) for level in range(21)]
     assert brightness == sorted(brightness)
-    assert look.colour(-1) == look.colour(0)
-    assert look.colour(2) == look.colour(1)
+    assert formatting.colour(-1) == formatting.colour(0)
+    assert formatting.colour(2) == formatting.colour(1)

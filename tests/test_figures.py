@@ -10,10 +10,10 @@ import pytest
 import torch
 from fisher_files import fisher_tensors, write_fisher
 
-from fisherkit import figures, svg
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
-from fisherkit.figures import write_figure
 from fisherkit.methods.inspect.summary import Summary, inspect
+from fisherkit.render import files, svg_summary
+from fisherkit.render.files import write_figure
 
 EVIL = 'model.layers.0.<script>alert("1")</script>&\x00\x1b.weight'
 NS = "{http://www.w3.org/2000/svg}"
@@ -31,7 +31,7 @@ def tooltips(text: str) -> list[str]:
 
 
 def test_the_drawing_has_a_cell_for_every_tensor_and_a_bar_for_every_layer(summary: Summary) -> None:
-    told = tooltips(svg.picture(summary))
+    told = tooltips(svg_summary.picture(summary))
     for (layer, module), mean in summary.heat.means.items():
         told_mean = "all zero" if mean == 0 else "mean"
         assert sum(tip.startswith(f"layer {layer}, {module}: {told_mean}") for tip in told) == 1
@@ -42,7 +42,7 @@ def test_the_drawing_has_a_cell_for_every_tensor_and_a_bar_for_every_layer(summa
 
 
 def test_bars_are_as_long_as_their_shares(summary: Summary) -> None:
-    root = ET.fromstring(svg.picture(summary))  # noqa: S314  our own text
+    root = ET.fromstring(svg_summary.picture(summary))  # noqa: S314  our own text
     bars = [float(element.get("width", "")) for element in root.iter(f"{NS}rect") if element.get("class") == "bar"]
     shares = [row.share for row in summary.layers]
     assert len(bars) == len(shares)
@@ -50,7 +50,7 @@ def test_bars_are_as_long_as_their_shares(summary: Summary) -> None:
 
 
 def test_the_drawing_stays_inside_its_frame(summary: Summary) -> None:
-    drawing = svg.layers(summary)
+    drawing = svg_summary.layers(summary)
     root = ET.fromstring(f'<svg xmlns="{NS[1:-1]}">{drawing.body}</svg>')  # noqa: S314  our own text
     for element in root.iter(f"{NS}rect"):
         assert float(element.get("x", "")) + float(element.get("width", "")) <= drawing.width
@@ -66,19 +66,17 @@ def test_the_page_is_self_contained(summary: Summary, tmp_path: Path) -> None:
     assert "200 prompts (builtin)" in text
     assert "estimator.name" in text
     assert text.count("<svg ") == 2
-    assert text.count("<tr>") == 1 + len(summary.rows) + len(
-        list(figures.look.provenance_rows(summary.provenance or {}))
-    )
+    assert text.count("<tr>") == 1 + len(summary.rows) + len(list(files.look.provenance_rows(summary.provenance or {})))
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     summary = inspect(write_fisher(tmp_path / "fisher.pt", {EVIL: torch.ones(2, 3)}), by="tensor")
-    for text in (figures.page(summary), svg.picture(summary)):
+    for text in (files.page(summary), svg_summary.picture(summary)):
         assert "<script" not in text
         assert "\x00" not in text
         assert "\x1b" not in text
         assert html.escape("<script>") in text
-    assert tooltips(svg.picture(summary))
+    assert tooltips(svg_summary.picture(summary))
 
 
 def test_rows_as_files_are_exact(summary: Summary, tmp_path: Path) -> None:
@@ -98,7 +96,7 @@ def test_png_is_drawn_through_matplotlib(summary: Summary, tmp_path: Path) -> No
 def test_png_without_matplotlib_says_what_to_install(
     summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingLibraryError, match=r"a \.png report needs the library 'matplotlib'"):
         write_figure(summary, tmp_path / "report.png")
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fisherkit import figures, kept, svg_pruning
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
-from fisherkit.figures import write_pruning
 from fisherkit.kernels.density import BINS, DensityMap
 from fisherkit.methods.merge.fapm import fapm
 from fisherkit.methods.merge.fapm_report import FapmReport
 from fisherkit.options import FapmOptions
+from fisherkit.render import fapm_view, files, svg_fapm
+from fisherkit.render.files import write_pruning
 
 EVIL = 'model.layers.0.<script>alert("1")</script>&\x1b.weight'
 NS = "{http://www.w3.org/2000/svg}"
@@ -72,7 +72,7 @@ def elements(text: str, name: str) -> list[ET.Element]:
 
 
 def tooltips(report: FapmReport) -> list[str]:
-    return [element.text or "" for element in elements(svg_pruning.picture(report), "title")]
+    return [element.text or "" for element in elements(svg_fapm.picture(report), "title")]
 
 
 def cell(value: float) -> int:
@@ -80,7 +80,7 @@ def cell(value: float) -> int:
 
 
 def cuts(report: FapmReport) -> list[str]:
-    return [curve.told for curve in kept.curves_of(the_map(report), kept.window_of(the_map(report)))]
+    return [curve.told for curve in fapm_view.curves_of(the_map(report), fapm_view.window_of(the_map(report)))]
 
 
 # The density
@@ -120,21 +120,19 @@ def test_the_cut_parts_what_was_kept_from_the_rest(tmp_path: Path, density: floa
 @pytest.mark.parametrize("metric", ["fapm", "magnitude", "relative"])
 def test_the_line_lies_where_the_metric_equals_its_threshold(tmp_path: Path, metric: str) -> None:
     found = the_map(prune(tmp_path, metric=metric))
-    window = kept.window_of(found)
-    (curve,) = kept.curves_of(found, window)
+    window = fapm_view.window_of(found)
+    (curve,) = fapm_view.curves_of(found, window)
     for x, y in ((2**x, 2**y) for x, y in curve.points):
         equal = {"fapm": y * (1 - 1 / x), "magnitude": y, "relative": y / x}[metric]
         assert equal == pytest.approx(1)
-    (drawn,) = {
-        line.get("points") for line in elements(svg_pruning.picture(prune(tmp_path, metric=metric)), "polyline")
-    }
+    (drawn,) = {line.get("points") for line in elements(svg_fapm.picture(prune(tmp_path, metric=metric)), "polyline")}
     assert len((drawn or "").split()) == len(curve.points) > 10
 
 
 @pytest.mark.parametrize("metric", ["random", "wise-ft", "dare", "della"])
 def test_metrics_without_a_cut_have_no_line(tmp_path: Path, metric: str) -> None:
     report = prune(tmp_path, metric=metric)
-    text = svg_pruning.picture(report)
+    text = svg_fapm.picture(report)
     assert not elements(text, "polyline")
     assert "mean |delta|" in text
     assert ("those that were kept" in text) == (metric == "random")
@@ -146,52 +144,52 @@ def test_thresholds_on_both_sides_of_zero_have_a_line_each(report: FapmReport) -
         "the cut of 3 tensors, whose threshold is above 0",
         "the cut of 2 tensors, whose threshold is below 0",
     ]
-    classes = [line.get("class") for line in elements(svg_pruning.picture(both), "polyline")]
+    classes = [line.get("class") for line in elements(svg_fapm.picture(both), "polyline")]
     assert classes == ["halo", "cut", "halo", "cut second"] * 2
 
 
 def test_tooltips_of_the_density_add_up(report: FapmReport) -> None:
     found = the_map(report)
-    window = kept.window_of(found)
+    window = fapm_view.window_of(found)
     told = [re.fullmatch(r".*: about ([\d.]+)( k)? entries, (.*) % kept", tip) for tip in tooltips(report)]
     counts = [float(match[1]) * (1000 if match[2] else 1) for match in told if match]
     assert sum(counts) == pytest.approx(2 * found.entries[window.cells].sum(), rel=0.01)  # in both panels
-    assert kept.beyond(found, window) == pytest.approx(1 - found.entries[window.cells].sum() / found.entries.sum())
-    assert 0 < kept.beyond(found, window) < 0.022
+    assert fapm_view.beyond(found, window) == pytest.approx(1 - found.entries[window.cells].sum() / found.entries.sum())
+    assert 0 < fapm_view.beyond(found, window) < 0.022
 
 
 def test_colours_are_the_same_in_both_panels(report: FapmReport) -> None:
     everything = replace(report, map=replace(the_map(report), kept=the_map(report).entries.copy()))
     filled = [
-        path.get("d") for path in elements(svg_pruning.picture(everything), "path") if path.get("fill", "")[:1] == "#"
+        path.get("d") for path in elements(svg_fapm.picture(everything), "path") if path.get("fill", "")[:1] == "#"
     ]
     assert len(filled) == 2 * len(set(filled)) > 10
 
 
 def test_the_window_holds_the_origin_and_what_is_not_thin() -> None:
     empty = DensityMap()
-    assert kept.window_of(empty) == kept.Window(-1, 1, -1, 1)
-    assert kept.beyond(empty, kept.window_of(empty)) == 0
+    assert fapm_view.window_of(empty) == fapm_view.Window(-1, 1, -1, 1)
+    assert fapm_view.beyond(empty, fapm_view.window_of(empty)) == 0
     far = DensityMap()
     far.entries[0, BINS - 1] = 5
-    assert kept.window_of(far) == kept.Window(-1, 8, -8, 1)
+    assert fapm_view.window_of(far) == fapm_view.Window(-1, 8, -8, 1)
     thin = DensityMap()
     thin.entries[48, 48], thin.entries[0, 0], thin.entries[BINS - 1, BINS - 1] = 10_000, 10, 10
-    window = kept.window_of(thin)
+    window = fapm_view.window_of(thin)
     assert (window.left, window.top) == (-1, 1)
-    assert kept.beyond(thin, window) == pytest.approx(20 / 10_020)
+    assert fapm_view.beyond(thin, window) == pytest.approx(20 / 10_020)
 
 
 def test_powers_of_two_are_written_as_such() -> None:
-    assert [kept.power(exponent) for exponent in (-8, -1, 0, 1, 12)] == ["2⁻⁸", "2⁻¹", "1", "2¹", "2¹²"]
-    assert kept.ticks(-3, 2) == [-2, 0, 2]
+    assert [fapm_view.power(exponent) for exponent in (-8, -1, 0, 1, 12)] == ["2⁻⁸", "2⁻¹", "1", "2¹", "2¹²"]
+    assert fapm_view.ticks(-3, 2) == [-2, 0, 2]
 
 
 # Kept energy
 
 
 def test_energy_is_that_of_the_tensors_taken_together(report: FapmReport) -> None:
-    energy = kept.energy_of(report)
+    energy = fapm_view.energy_of(report)
     assert [group.layer for group in energy.layers] == [0, 2, 10, None, None]
     assert [group.name for group in energy.layers[3:]] == ["model.embed_tokens", "model.norm"]
     first = [row for name, row in report.tensors.items() if ".layers.0." in name]
@@ -205,8 +203,8 @@ def test_energy_is_that_of_the_tensors_taken_together(report: FapmReport) -> Non
 
 
 def test_small_tensors_do_not_set_the_scale() -> None:
-    def group(weights: int, left: float) -> kept.Group:
-        return kept.Group("layer 0, a", 0, 1, weights, 1, 1.0, left)
+    def group(weights: int, left: float) -> fapm_view.Group:
+        return fapm_view.Group("layer 0, a", 0, 1, weights, 1, 1.0, left)
 
     cells = {
         (0, "q"): group(1000, 0.2),
@@ -214,11 +212,11 @@ def test_small_tensors_do_not_set_the_scale() -> None:
         (0, "norm"): group(9, 0.9),
         (0, "bias"): group(9, 0),
     }
-    energy = kept.Energy((), cells)
+    energy = fapm_view.Energy((), cells)
     assert energy.bounds == (0.2, 0.4)
     assert [energy.level(*cell) for cell in cells] == [0, 1, 1, 0]
     assert energy.measure.endswith("; small tensors lie beyond too")
-    alike = kept.Energy((), {(0, "q"): group(10, 0.5), (1, "q"): group(10, 0.5)})
+    alike = fapm_view.Energy((), {(0, "q"): group(10, 0.5), (1, "q"): group(10, 0.5)})
     assert (alike.level(0, "q"), alike.measure) == (1, "share of the squared delta kept")
 
 
@@ -234,9 +232,9 @@ def test_every_tensor_has_its_figures_in_a_tooltip(report: FapmReport) -> None:
 def test_a_delta_without_energy_draws_nothing_but_marks(report: FapmReport) -> None:
     rows = {name: row | {"energy": 0.0, "energy_kept": 0.0, "kept": 0} for name, row in report.tensors.items()}
     nothing = replace(report, tensors=rows, map=DensityMap())
-    assert kept.energy_of(nothing).bounds is None
+    assert fapm_view.energy_of(nothing).bounds is None
     assert tooltips(nothing).count("layer 0, mlp.up_proj: fine-tuning changed nothing") == 1
-    assert not elements(svg_pruning.picture(nothing), "polyline")
+    assert not elements(svg_fapm.picture(nothing), "polyline")
 
 
 # Files
@@ -265,13 +263,13 @@ def test_the_page_is_self_contained_and_says_what_was_done(report: FapmReport, t
     assert f"{report.totals['kept']:,} of {report.totals['weights']:,} entries" in text
     assert "In every tensor, those entries were kept with the highest S" in text
     assert text.count("<svg ") == 2
-    for group in kept.energy_of(report).layers:
+    for group in fapm_view.energy_of(report).layers:
         assert f"<td>{group.name}</td>" in text
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     report = prune(tmp_path, {EVIL: (8, 9), "model.layers.1.a.weight": (8, 9)})
-    for text in (figures.pruning_page(report), svg_pruning.picture(report)):
+    for text in (files.pruning_page(report), svg_fapm.picture(report)):
         assert "<script" not in text
         assert "\x1b" not in text
         assert html.escape("<script>") in text
@@ -279,7 +277,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
 
 
 def test_the_drawing_stays_inside_its_frame(report: FapmReport) -> None:
-    for drawing in (svg_pruning.layers(report), svg_pruning.density(the_map(report))):
+    for drawing in (svg_fapm.layers(report), svg_fapm.density(the_map(report))):
         for rect in elements(f'<svg xmlns="{NS[1:-1]}">{drawing.body}</svg>', "rect"):
             assert float(rect.get("x", "")) + float(rect.get("width", "")) <= drawing.width
             assert float(rect.get("y", "")) + float(rect.get("height", "")) <= drawing.height
@@ -290,6 +288,6 @@ def test_what_cannot_be_drawn_is_one_line(report: FapmReport, tmp_path: Path, mo
         write_pruning(report, tmp_path / "figure.pdf")
     with pytest.raises(OutputError, match=r"there is no folder .*nowhere; make it first"):
         write_pruning(report, tmp_path / "nowhere" / "figure.svg")
-    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingLibraryError, match="needs the library 'matplotlib'"):
         write_pruning(report, tmp_path / "figure.png")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import __version__, console
+from fisherkit import __version__
+from fisherkit.cli import console
 
 app = typer.Typer(
     name="fisherkit",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import console
+from fisherkit.cli import console
 from fisherkit.cli.app import Debug, Quiet, app, run, sayer
 from fisherkit.methods.inspect.records import Record
 from fisherkit.options import ExtractOptions, FapmOptions
@@ -78,13 +78,13 @@ def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> 
 
 def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: bool, again: bool) -> Path:
     """Run fapm by a metric, with a figure where that is fapm's own."""
-    from fisherkit import figures
     from fisherkit.methods.merge import fapm
+    from fisherkit.render import files
 
     figure = out.with_suffix(".html") if metric == "fapm" else None
     command = _show(say, "fapm", base, tuned, out, *(("--figure", figure) if figure else ("--metric", metric)))
     if figure is not None:
-        figures.check_figure(figure, force=again)
+        files.check_figure(figure, force=again)
     report = fapm.fapm(
         base,
         tuned,
@@ -97,7 +97,7 @@ def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: b
     )
     console.say_kept(report.totals, selects=True, quiet=quiet)
     if figure is not None:
-        figures.write_pruning(report, figure)
+        files.write_pruning(report, figure)
         say(f"{figure}: changes against weights, the cut, and where the kept part lies")
     return out
 

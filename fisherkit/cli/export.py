@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import console
+from fisherkit.cli import console
 from fisherkit.cli.app import OUTPUT, Debug, Force, app, run
 from fisherkit.options import ExportOptions
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fisherkit import console
+from fisherkit.cli import console
 from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
 

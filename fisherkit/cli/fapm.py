@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fisherkit import console
 from fisherkit.checkpoint.target import check_apart
+from fisherkit.cli import console
 from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
-from fisherkit.cli.pair import Base, Nan, Only, Rest, Seed, ShardSize, Skip, hint, shard_bytes, typed
+from fisherkit.cli.shared import Base, Nan, Only, Rest, Seed, ShardSize, Skip, hint, shard_bytes, typed
 from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, parse_shares
 
@@ -126,7 +126,7 @@ def _check(
         raise OptionError("--sweep and --dry-run only report; they go without --sparse and --figure")
     if not alone and not (out or sparse or report or figure):
         raise OptionError("nothing to write: give OUT, or one of --sparse, --report, --figure, --sweep, --dry-run")
-    from fisherkit.figures import check_figure, check_report
+    from fisherkit.render.files import check_figure, check_report
 
     if report is not None:
         check_report(report, force=force)
@@ -141,13 +141,13 @@ def _written(sparse: Path | None, report: Path | None, figure: Path | None) -> l
 
 
 def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None:
-    from fisherkit import figures
     from fisherkit.artefacts.fisher_sidecar import write_json
+    from fisherkit.render import files
 
     if report is not None:
         write_json(report, made.as_json())
     if figure is not None:
-        figures.write_pruning(made, figure)
+        files.write_pruning(made, figure)
 
 
 def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:

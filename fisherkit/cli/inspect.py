@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import console
+from fisherkit.cli import console
 from fisherkit.cli.app import Debug, Force, Json, Quiet, app, run
 
 
@@ -40,9 +40,9 @@ def inspect(
         if out is None:
             console.show(found, "json" if as_json else form)
             return
-        from fisherkit import figures
+        from fisherkit.render import files
 
-        figures.write_figure(found, out, force=force)
+        files.write_figure(found, out, force=force)
         typer.echo(str(out))
 
     run(command, debug=debug)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import console
+from fisherkit.cli import console
 from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
 from fisherkit.options import MaskOptions
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import console
 from fisherkit.checkpoint.target import check_apart
+from fisherkit.cli import console
 from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
-from fisherkit.cli.pair import Base, Nan, Only, Rest, ShardSize, Skip, hint, shard_bytes, typed
+from fisherkit.cli.shared import Base, Nan, Only, Rest, ShardSize, Skip, hint, shard_bytes, typed
 from fisherkit.options import MergeOptions
 
 HOW = "What is done to the delta"
@@ -77,7 +77,7 @@ def merge(
             force=force,
         )
         if report is not None:
-            from fisherkit.figures import check_report
+            from fisherkit.render.files import check_report
 
             check_report(report, force=force)
             given = [path for path in (mask, subspace, layer_scale) if path is not None]

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisherkit.training.callback import MaskedUpdate
+    from fisherkit.training.constrain import Handle, constrain
     from fisherkit.training.fggm import FGGM, Task
+    from fisherkit.training.mask_input import load_mask
     from fisherkit.training.migu import MIGU
-    from fisherkit.training.sources import load_mask
-    from fisherkit.training.update import Handle, constrain
 
 _HOMES = {
     "FGGM": "fisherkit.training.fggm",
     "MIGU": "fisherkit.training.migu",
-    "Handle": "fisherkit.training.update",
+    "Handle": "fisherkit.training.constrain",
     "MaskedUpdate": "fisherkit.training.callback",
     "Task": "fisherkit.training.fggm",
-    "constrain": "fisherkit.training.update",
-    "load_mask": "fisherkit.training.sources",
+    "constrain": "fisherkit.training.constrain",
+    "load_mask": "fisherkit.training.mask_input",
 }
 
 __all__ = ["FGGM", "MIGU", "Handle", "MaskedUpdate", "Task", "constrain", "load_mask"]

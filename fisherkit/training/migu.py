@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 from fisherkit.errors import OptionError, TrainingError
 from fisherkit.training.callback import refuse_deepspeed
+from fisherkit.training.constrain import Handle, Parity, unwrap
 from fisherkit.training.names import read_names
 from fisherkit.training.rules import Rule, freeze
-from fisherkit.training.update import Handle, Parity, unwrap
 
 
 class MIGU(TrainerCallback):  # type: ignore[misc]  # transformers comes without types

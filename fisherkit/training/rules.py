@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fisherkit.training.mask_input import Basis, Pull
 from fisherkit.training.shards import flags_like, local, replicated_like
-from fisherkit.training.sources import Basis, Pull
 
 Rows = tuple[int, int, int] | None
 """Expert, first row and the row after the last of a part of a fused parameter; None for the whole of any parameter."""

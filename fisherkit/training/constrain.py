@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from fisherkit.artefacts.layer_importance import FLOOR, POWER
 from fisherkit.errors import OptionError, TrainingError
+from fisherkit.training.make_rules import make_rules
+from fisherkit.training.mask_input import MaskLike, read_wanted
 from fisherkit.training.names import DEEPSPEED
-from fisherkit.training.resolve import make_rules
 from fisherkit.training.rules import Rule
-from fisherkit.training.sources import MaskLike, read_wanted
 
 Parity = Literal["paper"] | None
 

@@ -2,9 +2,9 @@
 
 import math
 
-from fisherkit import drawing, look
-from fisherkit.drawing import Cell, Drawing, Legend, Line
 from fisherkit.methods.inspect.summary import MASS_POINTS, HeatMap, Row, Summary
+from fisherkit.render import formatting, svg
+from fisherkit.render.svg import Cell, Drawing, Legend, Line
 
 _CURVE = (420, 220)
 _CURVE_FROM = 1e-4
@@ -12,8 +12,8 @@ _CURVE_FROM = 1e-4
 
 def picture(summary: Summary) -> str:
     """A whole ``.svg`` file: headline, heat map and bars, mass curve."""
-    return drawing.picture(
-        look.headline(summary), [layers(summary)] + ([mass_curve(summary)] if summary.mass() else [])
+    return svg.picture(
+        formatting.headline(summary), [layers(summary)] + ([mass_curve(summary)] if summary.mass() else [])
     )
 
 
@@ -21,8 +21,8 @@ def layers(summary: Summary) -> Drawing:
     """A line per layer: its cells of the heat map, then a bar as long as its share of the total."""
     heat = summary.heat
     shares = (row.share for row in summary.layers if math.isfinite(row.share))
-    low, high = ("none", "none") if heat.bounds is None else map(look.number, heat.bounds)
-    return drawing.chart(
+    low, high = ("none", "none") if heat.bounds is None else map(formatting.number, heat.bounds)
+    return svg.chart(
         [_line(row, heat) for row in summary.layers],
         heat.modules,
         lambda layer, module: _cell(heat, layer, module),
@@ -39,11 +39,11 @@ def layers(summary: Summary) -> Drawing:
 
 def _line(row: Row, heat: HeatMap) -> Line:
     return Line(
-        label=look.row_label(row, "layer"),
+        label=formatting.row_label(row, "layer"),
         name=row.name,
         layer=row.layer,
         value=row.mean if heat.linear else row.share,
-        told=f"{row.name}: sum {look.number(row.sum)}, mean {look.number(row.mean)}",
+        told=f"{row.name}: sum {formatting.number(row.sum)}, mean {formatting.number(row.mean)}",
     )
 
 
@@ -54,7 +54,7 @@ def _cell(heat: HeatMap, layer: int, module: str) -> Cell:
         return Cell("missing", f"{place}: no such tensor")
     if level is None:
         return Cell("dead", f"{place}: all zero")
-    return Cell(level, f"{place}: {heat.measure} {look.number(mean)}")
+    return Cell(level, f"{place}: {heat.measure} {formatting.number(mean)}")
 
 
 def mass_curve(summary: Summary) -> Drawing:
@@ -68,24 +68,24 @@ def mass_curve(summary: Summary) -> Drawing:
     def y(share: float) -> float:
         return top + height * (1 - share)
 
-    text, middle = drawing.text, {"text-anchor": "middle"}
+    text, middle = svg.text, {"text-anchor": "middle"}
     body = text(left, 12, "share of the total held by the largest weights", css="dim")
     for share in (0, 0.25, 0.5, 0.75, 1):
-        body += drawing.line(left, y(share), left + width, y(share))
+        body += svg.line(left, y(share), left + width, y(share))
         body += text(left - 8, y(share) + 4, f"{100 * share:.0f} %", **{"text-anchor": "end"})
     for power in range(round(decades) + 1):
         share = _CURVE_FROM * 10**power
-        body += drawing.line(x(share), top, x(share), top + height)
+        body += svg.line(x(share), top, x(share), top + height)
         body += text(x(share), top + height + 16, f"{100 * share:g} %", **middle)
     body += text(left + width / 2, top + height + 34, "of all weights, largest first", **middle)
     tops = [_CURVE_FROM ** (1 - step / 120) for step in range(121)]
     points = " ".join(f"{x(share):.1f},{y(summary.histogram.mass(share)):.1f}" for share in tops)
-    body += drawing.tag("polyline", css="curve", points=points)
+    body += svg.tag("polyline", css="curve", points=points)
     for share in MASS_POINTS:
         held = summary.histogram.mass(share)
-        told = f"top {100 * share:g} %: {look.percent(held)}"
+        told = f"top {100 * share:g} %: {formatting.percent(held)}"
         point = {"cx": f"{x(share):.1f}", "cy": f"{y(held):.1f}", "r": 4}
-        body += drawing.tag("circle", drawing.tooltip(told), css="bar", **point)
+        body += svg.tag("circle", svg.tooltip(told), css="bar", **point)
         below = y(held) + 18 if held > 0.15 else y(held) - 10
-        body += text(x(share) + 6, below, look.percent(held), title=told)
+        body += text(x(share) + 6, below, formatting.percent(held), title=told)
     return Drawing(body, left + width + 70, top + height + 42)

@@ -1,7 +1,7 @@
 """The terminal: what goes to which stream, progress, and errors in one line.
 
 Data goes to stdout, words for people to stderr. Tables are for eyes alone: what is not a terminal gets rows of full
-names and exact numbers. How a table looks is the business of ``fisherkit.tables``.
+names and exact numbers. How a table looks is the business of ``fisherkit.render.terminal``.
 """
 
 import json
@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from fisherkit import look, tables
 from fisherkit.artefacts.statistics import Track
 from fisherkit.errors import FisherkitError, OptionError
 from fisherkit.methods.inspect.records import FORMATS, Record, render
 from fisherkit.methods.inspect.summary import Summary
+from fisherkit.render import formatting, terminal
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
 _PAUSE = 2.0  # seconds between two lines of progress
@@ -40,12 +40,12 @@ def show(summary: Summary, form: str = "auto") -> None:
     if form == "auto":
         form = "table" if sys.stdout.isatty() else "tsv"
     for note in summary.notes:
-        say(f"note: {look.printable(note)}")
+        say(f"note: {formatting.printable(note)}")
     if form == "table":
         _never_fail(sys.stdout)
-        tables.draw(summary, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+        terminal.draw(summary, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
         return
-    for warning in look.warnings(summary):
+    for warning in formatting.warnings(summary):
         say(f"warning: {warning}")
     _write(sys.stdout, render(summary.records(), summary.columns, form))
 
@@ -68,7 +68,7 @@ def show_rows(rows: Sequence[Record], columns: Sequence[str]) -> None:
     """Print rows on stdout: a table on a terminal, TSV with exact numbers anywhere else."""
     if sys.stdout.isatty():
         _never_fail(sys.stdout)
-        tables.draw_rows(rows, columns, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+        terminal.draw_rows(rows, columns, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
     else:
         _write(sys.stdout, render(rows, columns, "tsv"))
 
@@ -186,13 +186,13 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
 
 def explain(error: Exception) -> str:
     """What went wrong, in one line."""
-    text = look.printable(" ".join(str(error).split()))
+    text = formatting.printable(" ".join(str(error).split()))
     if isinstance(error, FisherkitError):
         return text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"out of memory; a smaller --group-size or --batch-tokens needs less ({text[:120] or 'no details'})"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{look.printable(str(error.filename))}: " if error.filename is not None else ""
+        where = f"{formatting.printable(str(error.filename))}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
     return f"unexpected {type(error).__name__}: {text[:200]}; run again with --debug for the whole story"
 

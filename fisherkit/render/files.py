@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisherkit import drawing, look, svg
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.methods.inspect.records import Record, Value, render
 from fisherkit.methods.inspect.summary import Summary
+from fisherkit.render import formatting, svg, svg_summary
 
 if TYPE_CHECKING:
     from fisherkit.methods.merge.fapm_report import FapmReport
@@ -62,13 +62,13 @@ def write_pruning(report: "FapmReport", target: Path) -> None:
         MissingLibraryError: ``.png`` without matplotlib.
     """
     check_figure(target, force=True)
-    from fisherkit import bitmaps, svg_pruning
+    from fisherkit.render import png, svg_fapm
 
     kind = target.suffix.lower()
     if kind == ".png":
-        _replace(target, bitmaps.pruning_png(report))
+        _replace(target, png.pruning_png(report))
     else:
-        _replace(target, _encode(svg_pruning.picture(report) if kind == ".svg" else pruning_page(report)))
+        _replace(target, _encode(svg_fapm.picture(report) if kind == ".svg" else pruning_page(report)))
 
 
 def check_report(target: Path, *, force: bool) -> None:
@@ -124,46 +124,46 @@ def page(summary: Summary) -> str:
     """One self-contained HTML page."""
     sections = [
         f'<p class="dim">{_safe(summary.path)}</p>',
-        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in look.warnings(summary)),
+        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in formatting.warnings(summary)),
         *(f'<p class="dim">{_safe(note)}</p>' for note in summary.notes),
-        *(f"<p>{_safe(sentence)}</p>" for sentence in look.sentences(summary)),
-        f"<h2>Where it lies</h2><figure>{svg.layers(summary).standalone()}</figure>",
-        f"<h2>How concentrated it is</h2><figure>{svg.mass_curve(summary).standalone()}</figure>"
+        *(f"<p>{_safe(sentence)}</p>" for sentence in formatting.sentences(summary)),
+        f"<h2>Where it lies</h2><figure>{svg_summary.layers(summary).standalone()}</figure>",
+        f"<h2>How concentrated it is</h2><figure>{svg_summary.mass_curve(summary).standalone()}</figure>"
         if summary.mass()
         else "",
         f"<h2>By {summary.by}</h2>{_rows_table(summary.columns, summary.records())}",
         f"<h2>How it was made</h2>{_made_table(summary.provenance)}" if summary.provenance else "",
     ]
-    return _page(look.headline(summary), sections)
+    return _page(formatting.headline(summary), sections)
 
 
 def pruning_page(report: "FapmReport") -> str:
     """The page of what fapm kept."""
-    from fisherkit import kept, svg_pruning
+    from fisherkit.render import fapm_view, svg_fapm
 
-    rows = [group.record() for group in kept.energy_of(report).layers]
+    rows = [group.record() for group in fapm_view.energy_of(report).layers]
     sections = [
         *(f'<p class="alarm">{_safe(warning)}</p>' for warning in report.warnings),
-        *(f"<p>{_safe(sentence)}</p>" for sentence in kept.sentences(report)),
-        f"<h2>Changes against weights</h2><figure>{svg_pruning.density(report.map).standalone()}</figure>"
+        *(f"<p>{_safe(sentence)}</p>" for sentence in fapm_view.sentences(report)),
+        f"<h2>Changes against weights</h2><figure>{svg_fapm.density(report.map).standalone()}</figure>"
         if report.map is not None
         else "",
-        f"<h2>Where the kept part lies</h2><figure>{svg_pruning.layers(report).standalone()}</figure>",
+        f"<h2>Where the kept part lies</h2><figure>{svg_fapm.layers(report).standalone()}</figure>",
         f"<h2>By layer</h2>{_rows_table(tuple(rows[0]), rows)}" if rows else "",
         f"<h2>How it was made</h2>{_made_table(report.provenance)}",
     ]
-    return _page(kept.headline(report), sections)
+    return _page(fapm_view.headline(report), sections)
 
 
 def _page(headline: str, sections: Sequence[str]) -> str:
-    head = f'<meta charset="utf-8"><title>{_safe(headline)}</title><style>{_PAGE_STYLE}{drawing.STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_safe(headline)}</title><style>{_PAGE_STYLE}{svg.STYLE}</style>'
     size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join([f"<h1>{_safe(headline)}</h1>", *sections])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{size}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def _safe(text: object) -> str:
-    return html.escape(look.printable(str(text)))
+    return html.escape(formatting.printable(str(text)))
 
 
 def _rows_table(columns: Sequence[str], records: Sequence[Record]) -> str:
@@ -177,12 +177,12 @@ def _rows_table(columns: Sequence[str], records: Sequence[Record]) -> str:
 
 def _figure(column: str, value: Value) -> str:
     if column in _SHARES and isinstance(value, float):
-        return look.percent(value)
-    return f"{value:,}" if isinstance(value, int) else _safe(look.number(value))
+        return formatting.percent(value)
+    return f"{value:,}" if isinstance(value, int) else _safe(formatting.number(value))
 
 
 def _made_table(provenance: Mapping[str, object]) -> str:
-    rows = look.provenance_rows(provenance)
+    rows = formatting.provenance_rows(provenance)
     lines = "".join(f"<tr><td>{_safe(field)}</td><td>{_safe(text)}</td></tr>" for field, text in rows)
     return f'<table class="made">{lines}</table>'
 
@@ -192,9 +192,9 @@ def _made_table(provenance: Mapping[str, object]) -> str:
 
 def _png(summary: Summary) -> bytes:
     _need_matplotlib()
-    from fisherkit import bitmaps
+    from fisherkit.render import png
 
-    return bitmaps.summary_png(summary)
+    return png.summary_png(summary)
 
 
 def _rows(form: str) -> Callable[[Summary], bytes]:
@@ -207,7 +207,7 @@ def _encode(text: str) -> bytes:
 
 _WRITERS: Mapping[str, Callable[[Summary], bytes]] = {
     ".html": lambda summary: _encode(page(summary)),
-    ".svg": lambda summary: _encode(svg.picture(summary)),
+    ".svg": lambda summary: _encode(svg_summary.picture(summary)),
     ".png": _png,
     **{f".{form}": _rows(form) for form in ("csv", "tsv", "json", "jsonl")},
 }

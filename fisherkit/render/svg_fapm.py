@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit import drawing, kept, look
-from fisherkit.drawing import Cell, Drawing, Legend, Line
-from fisherkit.kept import PER_OCTAVE, Curve, Energy, Group, Window
 from fisherkit.kernels.density import HIGH, LOW, DensityMap
 from fisherkit.methods.merge.fapm_report import FapmReport
+from fisherkit.render import fapm_view, formatting, svg
+from fisherkit.render.fapm_view import PER_OCTAVE, Curve, Energy, Group, Window
+from fisherkit.render.svg import Cell, Drawing, Legend, Line
 
 _OCTAVE = 48.0  # pixels, at most
 _WIDEST = 880  # pixels that both panels take up together, at most
@@ -21,15 +21,15 @@ _LEFT, _TOP, _GAP, _ROW = 56.0, 30.0, 56.0, 18
 def picture(report: FapmReport) -> str:
     """A whole ``.svg`` file: headline, density, kept energy."""
     parts = [] if report.map is None else [density(report.map)]
-    return drawing.picture(kept.headline(report), [*parts, layers(report)])
+    return svg.picture(fapm_view.headline(report), [*parts, layers(report)])
 
 
 def layers(report: FapmReport) -> Drawing:
     """A line per layer: its modules' kept energy as cells, then a bar as long as its own."""
-    energy = kept.energy_of(report)
+    energy = fapm_view.energy_of(report)
     shares = (group.share for group in energy.layers if math.isfinite(group.share))
-    low, high = ("none", "none") if energy.bounds is None else map(look.percent, energy.bounds)
-    return drawing.chart(
+    low, high = ("none", "none") if energy.bounds is None else map(formatting.percent, energy.bounds)
+    return svg.chart(
         [_line(group) for group in energy.layers],
         energy.modules,
         lambda layer, module: _cell(energy, layer, module),
@@ -83,14 +83,14 @@ class _Frame:
 
 def density(found: DensityMap) -> Drawing:
     """All entries, and beside them those that were kept, with the cut in both."""
-    window = kept.window_of(found)
+    window = fapm_view.window_of(found)
     frame = _Frame(window, min(_OCTAVE, _WIDEST / 2 / (window.right - window.left)))
-    curves = kept.curves_of(found, window)
+    curves = fapm_view.curves_of(found, window)
     body = _panel(found, found.entries, frame, curves)
     width = _LEFT + frame.width
     if found.kept.any():
         second = _panel(found, found.kept, frame, curves)
-        body += drawing.tag("g", second, transform=f"translate({frame.width + _GAP:g} 0)")
+        body += svg.tag("g", second, transform=f"translate({frame.width + _GAP:g} 0)")
         width += frame.width + _GAP
     return Drawing(body + _legend(found, frame, curves), max(width + 24, 660.0), frame.bottom + 74 + _ROW * len(curves))
 
@@ -100,27 +100,27 @@ def _panel(found: DensityMap, counts: NDArray[np.float64], frame: _Frame, curves
     shown = _shades(counts[frame.window.cells], *_bounds(found))
     if counts is found.entries:
         title, turned = "all entries that changed", f"translate(14 {(_TOP + frame.bottom) / 2:.1f}) rotate(-90)"
-        body = drawing.text(0, 0, kept.y_label(found.metric), transform=turned, **{"text-anchor": "middle"})
+        body = svg.text(0, 0, fapm_view.y_label(found.metric), transform=turned, **{"text-anchor": "middle"})
     else:
         title, body = "those that were kept", ""
         shown = _squares(found.entries[frame.window.cells] > 0, css="shade") + shown
-    body += drawing.text(_LEFT, _TOP - 10, f"{title}: about {look.count(round(counts.sum()))}", css="head")
-    body += drawing.text(_LEFT + frame.width / 2, frame.bottom + 36, kept.X_LABEL, **{"text-anchor": "middle"})
+    body += svg.text(_LEFT, _TOP - 10, f"{title}: about {formatting.count(round(counts.sum()))}", css="head")
+    body += svg.text(_LEFT + frame.width / 2, frame.bottom + 36, fapm_view.X_LABEL, **{"text-anchor": "middle"})
     cell = frame.octave / PER_OCTAVE
     placed = f"translate({_LEFT:g} {frame.bottom:g}) scale({cell:g} {-cell:g})"
-    body += _grid(frame) + drawing.tag("g", shown, css="cells", transform=placed)
+    body += _grid(frame) + svg.tag("g", shown, css="cells", transform=placed)
     return body + "".join(_curve(curve, frame) for curve in curves) + _tooltips(found, frame)
 
 
 def _grid(frame: _Frame) -> str:
     """A line and its power of two at every second octave."""
     window, body = frame.window, ""
-    for power in kept.ticks(window.left, window.right):
-        body += drawing.line(frame.x(power), _TOP, frame.x(power), frame.bottom)
-        body += drawing.text(frame.x(power), frame.bottom + 16, kept.power(power), **{"text-anchor": "middle"})
-    for power in kept.ticks(window.bottom, window.top):
-        body += drawing.line(_LEFT, frame.y(power), _LEFT + frame.width, frame.y(power))
-        body += drawing.text(_LEFT - 8, frame.y(power) + 4, kept.power(power), **{"text-anchor": "end"})
+    for power in fapm_view.ticks(window.left, window.right):
+        body += svg.line(frame.x(power), _TOP, frame.x(power), frame.bottom)
+        body += svg.text(frame.x(power), frame.bottom + 16, fapm_view.power(power), **{"text-anchor": "middle"})
+    for power in fapm_view.ticks(window.bottom, window.top):
+        body += svg.line(_LEFT, frame.y(power), _LEFT + frame.width, frame.y(power))
+        body += svg.text(_LEFT - 8, frame.y(power) + 4, fapm_view.power(power), **{"text-anchor": "end"})
     return body
 
 
@@ -135,7 +135,7 @@ def _shades(counts: NDArray[np.float64], low: float, high: float) -> str:
     levels = np.full(counts.shape, -1)
     filled = counts > 0
     levels[filled] = np.rint(np.clip(np.log(counts[filled] / low) / span, 0, 1) * (_SHADES - 1))
-    return "".join(_squares(levels == shade, fill=drawing.colour(shade / (_SHADES - 1))) for shade in range(_SHADES))
+    return "".join(_squares(levels == shade, fill=svg.colour(shade / (_SHADES - 1))) for shade in range(_SHADES))
 
 
 def _squares(flags: NDArray[np.bool_], *, css: str = "", fill: str = "") -> str:
@@ -143,13 +143,13 @@ def _squares(flags: NDArray[np.bool_], *, css: str = "", fill: str = "") -> str:
     edges = np.diff(np.pad(flags, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     starts, ends = np.argwhere(edges > 0), np.argwhere(edges < 0)
     path = "".join(f"M{x} {y}h{end - x}v1H{x}z" for (y, x), (_, end) in zip(starts, ends, strict=True))
-    return drawing.tag("path", css=css, d=path, **({"fill": fill} if fill else {})) if path else ""
+    return svg.tag("path", css=css, d=path, **({"fill": fill} if fill else {})) if path else ""
 
 
 def _curve(curve: Curve, frame: _Frame) -> str:
     points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in curve.points)
-    drawn = drawing.tag("polyline", drawing.tooltip(curve.told), css=_css(curve), points=points)
-    return drawing.tag("polyline", css="halo", points=points) + drawn
+    drawn = svg.tag("polyline", svg.tooltip(curve.told), css=_css(curve), points=points)
+    return svg.tag("polyline", css="halo", points=points) + drawn
 
 
 def _css(curve: Curve) -> str:
@@ -164,27 +164,31 @@ def _tooltips(found: DensityMap, frame: _Frame) -> str:
             block = Window(x, x + 1, y, y + 1).cells
             entries = float(found.entries[block].sum())
             if entries:
-                told = f"|W| {_range(x)}, |delta| {_range(y)}: about {look.count(round(entries))} entries, "
-                told += f"{look.percent(float(found.kept[block].sum()) / entries)} kept"
+                told = f"|W| {_range(x)}, |delta| {_range(y)}: about {formatting.count(round(entries))} entries, "
+                told += f"{formatting.percent(float(found.kept[block].sum()) / entries)} kept"
                 square = f"M{frame.x(x):g} {frame.y(y + 1):g}h{frame.octave:g}v{frame.octave:g}h{-frame.octave:g}z"
-                body += drawing.tag("path", drawing.tooltip(told), d=square, fill="transparent")
+                body += svg.tag("path", svg.tooltip(told), d=square, fill="transparent")
     return body
 
 
 def _range(octave: int) -> str:
     """The outermost octaves hold what lies beyond them as well."""
     if octave == LOW:
-        return f"below {kept.power(octave + 1)}"
-    return f"above {kept.power(octave)}" if octave + 1 == HIGH else f"{kept.power(octave)} to {kept.power(octave + 1)}"
+        return f"below {fapm_view.power(octave + 1)}"
+    return (
+        f"above {fapm_view.power(octave)}"
+        if octave + 1 == HIGH
+        else f"{fapm_view.power(octave)} to {fapm_view.power(octave + 1)}"
+    )
 
 
 def _legend(found: DensityMap, frame: _Frame, curves: list[Curve]) -> str:
-    low, high = (look.count(max(1, round(bound))) for bound in _bounds(found))
+    low, high = (formatting.count(max(1, round(bound))) for bound in _bounds(found))
     y = frame.bottom + 52
-    outside = f"; {look.percent(kept.beyond(found, frame.window))} of the entries lie beyond these axes"
-    body = drawing.scale(_LEFT, y, low, high, f"entries per cell, log scale{outside}")
+    outside = f"; {formatting.percent(fapm_view.beyond(found, frame.window))} of the entries lie beyond these axes"
+    body = svg.scale(_LEFT, y, low, high, f"entries per cell, log scale{outside}")
     for at, curve in enumerate(curves, start=1):
         middle = y + _ROW * at + 8
-        body += drawing.tag("path", css=_css(curve), d=f"M{_LEFT:g} {middle:g}h26")
-        body += drawing.text(_LEFT + 34, middle + 4, curve.told)
+        body += svg.tag("path", css=_css(curve), d=f"M{_LEFT:g} {middle:g}h26")
+        body += svg.text(_LEFT + 34, middle + 4, curve.told)
     return body

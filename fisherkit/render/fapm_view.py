@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fisherkit import look
 from fisherkit.kernels.density import BINS, HIGH, LOW, DensityMap, cut_curve
 from fisherkit.methods.merge.fapm_report import FapmReport
+from fisherkit.render import formatting
 
 PER_OCTAVE = round(BINS / (HIGH - LOW))
 """Cells of the density per octave."""
@@ -62,7 +62,7 @@ class Group:
         if not self.energy:
             return f"{self.name}: fine-tuning changed nothing"
         entries = f"{self.kept:,} of {self.weights:,} entries"
-        return f"{self.name}: {look.percent(self.share)} of the squared delta kept, in {entries}"
+        return f"{self.name}: {formatting.percent(self.share)} of the squared delta kept, in {entries}"
 
     def record(self) -> dict[str, str | int | float | None]:
         """A row of a table."""
@@ -236,17 +236,17 @@ def power(exponent: int) -> str:
 
 def headline(report: FapmReport) -> str:
     """One line that says what was pruned."""
-    made, share = report.provenance, look.percent(report.totals["density"])
+    made, share = report.provenance, formatting.percent(report.totals["density"])
     done = "kept" if report.metric in _RULES else "changed"
-    return look.printable(f"{report.metric} of {made['tuned']['id']} on {made['base']['id']}: {share} {done}")
+    return formatting.printable(f"{report.metric} of {made['tuned']['id']} on {made['base']['id']}: {share} {done}")
 
 
 def sentences(report: FapmReport) -> list[str]:
     """What the figures come to, in words."""
     total, now = report.totals, "the tuned model's" if report.metric in _RULES else "not the base's"
     told = [
-        f"{total['kept']:,} of {total['weights']:,} entries ({look.percent(total['density'])}) are {now}, and "
-        f"{look.percent(total['energy_kept'])} of the squared delta is left. Fine-tuning itself had not changed "
+        f"{total['kept']:,} of {total['weights']:,} entries ({formatting.percent(total['density'])}) are {now}, and "
+        f"{formatting.percent(total['energy_kept'])} of the squared delta is left. Fine-tuning itself had not changed "
         f"{total['zero_deltas']:,}."
     ]
     rule, scope = _RULES.get(report.metric), _SCOPES.get(report.provenance["options"]["scope"])

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError, TrainingError
+from fisherkit.training.mask_input import Basis, Pull, Wanted
 from fisherkit.training.names import Adapter, Names, Target, find_all, read_names, spelled
 from fisherkit.training.rules import Rows, Rule, freeze, project, pull, scale, span
 from fisherkit.training.shards import is_sharded
-from fisherkit.training.sources import Basis, Pull, Wanted
 
 _FROM_WEIGHT = ("pissa", "olora", "corda", "loftq")
 """Ways of peft to begin LoRA with what it takes out of the weight, so that B A is not nothing."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fisherkit import look
+from fisherkit.render import formatting
 
 STYLE = """
 svg { font: 11px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; --ink: #1b1f24; --dim: #68707a; --line: #d5d9de;
@@ -128,7 +128,7 @@ def chart(
     margin = 14 + LETTER * max((len(_clipped(line.label)) for line in lines), default=0)
     width = max(14.0, min(46.0, 420 / max(len(modules), 1)))
     bars = margin + width * len(modules) + (_GAP if modules else 0)
-    names = look.short_names(modules)
+    names = formatting.short_names(modules)
     header = 16 + 0.75 * LETTER * max((len(name) for name in names.values()), default=0)
     body = "".join(_heading(margin + width * (at + 0.5), header, names[name], name) for at, name in enumerate(names))
     body += text(bars, header - 8, measure, css="dim")
@@ -198,7 +198,7 @@ def _bar(line: Line, longest: float, x: float, y: float) -> str:
     length = _BARS * line.value / longest
     size = {"width": f"{max(length, 0.5):.1f}", "height": _ROW - 4}
     bar = tag("rect", tooltip(line.told), css="bar", x=f"{x:.1f}", y=y + 2, **size)
-    return bar + text(x + length + 6, y + 11, look.percent(line.value), css="dim", title=line.told)
+    return bar + text(x + length + 6, y + 11, formatting.percent(line.value), css="dim", title=line.told)
 
 
 # Elements
@@ -213,12 +213,12 @@ def tag(name: str, inside: str = "", css: str = "", **attributes: object) -> str
 
 def tooltip(told: str) -> str:
     """What an element says when pointed at."""
-    return f"<title>{html.escape(look.printable(told))}</title>" if told else ""
+    return f"<title>{html.escape(formatting.printable(told))}</title>" if told else ""
 
 
 def text(x: float, y: float, words: str, *, css: str = "", title: str = "", **attributes: object) -> str:
     """Words, from their base line's left end; escaped."""
-    inside = tooltip(title) + html.escape(look.printable(words))
+    inside = tooltip(title) + html.escape(formatting.printable(words))
     return tag("text", inside, css, x=f"{x:.1f}", y=f"{y:.1f}", **attributes)
 
 
@@ -229,5 +229,5 @@ def line(x1: float, y1: float, x2: float, y2: float) -> str:
 
 def colour(level: float) -> str:
     """The colour of a level from 0 to 1."""
-    red, green, blue = look.colour(level)
+    red, green, blue = formatting.colour(level)
     return f"#{red:02x}{green:02x}{blue:02x}"

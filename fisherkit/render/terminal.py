@@ -17,9 +17,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from fisherkit import look
 from fisherkit.methods.inspect.records import Record
 from fisherkit.methods.inspect.summary import HeatMap, Row, Summary
+from fisherkit.render import formatting
 
 _MOST_CELL, _LEAST_CELL = 8, 2
 _BAR_LEAST = 6
@@ -52,18 +52,18 @@ _ASCII = _Marks("#", " .:*#", "-")
 def draw(summary: Summary, console: Console) -> None:
     """Print the whole view of a summary."""
     marks = _marks(console)
-    console.print(Text(look.headline(summary), style="bold"))
+    console.print(Text(formatting.headline(summary), style="bold"))
     if summary.provenance:
         console.print(Text(_made(summary), style="dim"))
     console.print()
     console.print(_table(summary, marks, console.width))
-    for sentence in look.sentences(summary):
+    for sentence in formatting.sentences(summary):
         console.print(Text(f"\n{sentence}"))
     if len(summary.heat.means) > 1:
         console.print()
         for line in _heat_map(summary.heat, marks, console.width, coloured=_has_colour(console)):
             console.print(line, soft_wrap=isinstance(line, Text))  # a map is for the terminal to wrap
-    for warning in look.warnings(summary):
+    for warning in formatting.warnings(summary):
         console.print(Text(f"\nwarning: {warning}", style="bold red"))
 
 
@@ -73,7 +73,7 @@ def draw_rows(rows: Sequence[Record], columns: Sequence[str], console: Console) 
     for at, column in enumerate(columns):
         table.add_column(column.replace("_", " "), justify="right" if at else "left", style="" if at else "cyan")
     for row in rows:
-        table.add_row(*(Text(look.printable(look.number(row[column]))) for column in columns))
+        table.add_row(*(Text(formatting.printable(formatting.number(row[column]))) for column in columns))
     console.print(table)
 
 
@@ -101,14 +101,14 @@ def _made(summary: Summary) -> str:
         ("engine", run.get("engine")),
         ("stored", run.get("store")),
     )
-    return look.printable(", ".join(f"{name} {value}" for name, value in known if value is not None))
+    return formatting.printable(", ".join(f"{name} {value}" for name, value in known if value is not None))
 
 
 # The table
 
 
 def _table(summary: Summary, marks: _Marks, width: int) -> Table:
-    labels = [Text(look.row_label(row, summary.by), style="red" if row.nonfinite else "") for row in summary.rows]
+    labels = [Text(formatting.row_label(row, summary.by), style="red" if row.nonfinite else "") for row in summary.rows]
     columns = _columns(summary)
     named = max([len(summary.by), *(label.cell_len for label in labels)]) + 2
     for heading in _DISPENSABLE:
@@ -137,17 +137,17 @@ def _columns(summary: Summary) -> dict[str, list[str]]:
     if "tensors" in there and summary.by != "tensor":
         columns["tensors"] = [str(row.tensors) for row in rows]
     if "weights" in there:
-        columns["weights"] = [look.count(row.weights) for row in rows]
+        columns["weights"] = [formatting.count(row.weights) for row in rows]
     for name in ("rank", "mean", "density", "energy", "effective_rank") if "weights" in there else ("sum",):
         if name in there:
-            columns[name.replace("_", " ")] = [look.number(summary.value(row, name)) for row in rows]
+            columns[name.replace("_", " ")] = [formatting.number(summary.value(row, name)) for row in rows]
     if "share" in there:
-        columns["share"] = [look.percent(_share(row)) for row in rows]
+        columns["share"] = [formatting.percent(_share(row)) for row in rows]
     if summary.comparison:
         for name in summary.comparison.columns:
             columns[_HEADINGS.get(name, name)] = [_agreement(summary, row, name) for row in rows]
     elif "share" in there:
-        columns["so far"] = [look.percent(share) for share in accumulate(_share(row) or 0.0 for row in rows)]
+        columns["so far"] = [formatting.percent(share) for share in accumulate(_share(row) or 0.0 for row in rows)]
     if summary.total.nonfinite:
         columns["not finite"] = [f"{row.nonfinite:,}" for row in rows]
     return columns
@@ -183,7 +183,7 @@ def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> It
     """A line per layer, modules side by side; in several panels where they do not fit, then the legend."""
     margin = max(len(str(layer)) for layer in heat.layers) + 1
     cell, per_panel = _cells(heat, width - margin)
-    short = look.short_names(heat.modules)
+    short = formatting.short_names(heat.modules)
     keyed = any(len(name) > cell - 1 for name in short.values())
     headings = [str(place + 1) if keyed else short[name] for place, name in enumerate(heat.modules)]
     for start in range(0, len(heat.modules), per_panel):
@@ -195,7 +195,7 @@ def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> It
                 line.append_text(_cell(heat, layer, module, cell, marks, coloured=coloured))
             yield line
     if keyed:
-        key = (f"{number} {look.printable(name)}" for number, name in zip(headings, heat.modules, strict=True))
+        key = (f"{number} {formatting.printable(name)}" for number, name in zip(headings, heat.modules, strict=True))
         yield Columns(map(Text, key), padding=(0, 2))
     yield _legend(heat, marks, coloured=coloured)
 
@@ -220,13 +220,13 @@ def _cell(heat: HeatMap, layer: int, module: str, width: int, marks: _Marks, *, 
 
 def _shade(level: float, width: int, marks: _Marks, *, coloured: bool) -> Text:
     if coloured:
-        return Text(" " * width, style=Style(bgcolor=Color.from_rgb(*look.colour(level))))
+        return Text(" " * width, style=Style(bgcolor=Color.from_rgb(*formatting.colour(level))))
     shade = marks.shades[min(int(level * len(marks.shades)), len(marks.shades) - 1)]
     return Text((shade * max(1, width - 1)).ljust(width))  # a gap shows where a cell ends
 
 
 def _legend(heat: HeatMap, marks: _Marks, *, coloured: bool) -> Text:
-    ends: Sequence[str] = ["none", "none"] if heat.bounds is None else [look.number(end) for end in heat.bounds]
+    ends: Sequence[str] = ["none", "none"] if heat.bounds is None else [formatting.number(end) for end in heat.bounds]
     what = heat.measure if heat.linear else "mean, log scale"
     line = Text(f"{what}: {ends[0]} ")
     steps = 12 if coloured else len(marks.shades)
