@@ -6,6 +6,8 @@ Everything here is imported on first use: ``import fisherkit`` brings in neither
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fisherkit._version import __version__
+
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
     from fisherkit.methods.extract.measure import ExtractReport, extract, plan_extract
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from fisherkit.methods.merge.merge import MergeReport, merge
     from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
     from fisherkit.training.mask_input import load_mask
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "ExtractOptions": "fisherkit.options",

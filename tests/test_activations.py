@@ -263,7 +263,7 @@ def test_resumed_run_gives_the_bits_of_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("target", ["fisher.pt", "folder"])
-@pytest.mark.parametrize("where", ["activations.put_in_place", "sidecar.write_json"])
+@pytest.mark.parametrize("where", ["covariance_file.put_in_place", "fisher_sidecar.write_json"])
 def test_a_kill_between_the_renames_can_be_resumed(
     where: str, target: str, checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +272,7 @@ def test_a_kill_between_the_renames_can_be_resumed(
 
     out = tmp_path / target
     with monkeypatch.context() as patch:
-        patch.setattr(f"fisherkit.methods.{where}", kill)
+        patch.setattr(f"fisherkit.artefacts.{where}", kill)
         with pytest.raises(Killed):
             fisherkit.extract(checkpoint("llama"), prompts, out, options())
     report = fisherkit.extract(checkpoint("llama"), prompts, out, options(resume=True))
@@ -318,19 +318,21 @@ def test_targets_without_linear_layers_are_refused(checkpoint: Checkpoint, promp
 def test_inputs_that_are_shared_only_sometimes_are_refused(
     checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = plan.Ear.__exit__
+    plain = plan.SharedInputProbe.__exit__
 
-    def lie(ear: plan.Ear, *error: Any) -> None:
-        plain(ear, *error)
-        ear.heard.update({name: name.replace("o_proj", "q_proj") for name in ear.heard if "o_proj" in name})
+    def lie(probe: plan.SharedInputProbe, *error: Any) -> None:
+        plain(probe, *error)
+        probe.shared_inputs.update(
+            {name: name.replace("o_proj", "q_proj") for name in probe.shared_inputs if "o_proj" in name}
+        )
 
-    monkeypatch.setattr(plan.Ear, "__exit__", lie)
+    monkeypatch.setattr(plan.SharedInputProbe, "__exit__", lie)
     with pytest.raises(UnsupportedModelError, match=r"o_proj.* read the same tensor in one batch and different ones"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
 
 
 def test_overflow_is_an_error_that_names_the_layer() -> None:
-    one = plan.Moment("x.input", "input", ("x",), ("x",), 0, 2, None)
+    one = plan.Covariance("x.input", "input", ("x",), ("x",), 0, 2, None)
     accumulator = hooks.Accumulator(one, torch.device("cpu"), None)
     accumulator.add(torch.tensor([[1e30, 1e30]]))
     with pytest.raises(fisherkit.FisherkitError, match=r"x\.input: the second moment is not finite in float32"):

@@ -26,10 +26,10 @@ WEIRD = "model.layers.0.[bold]\x1b[31mé\n.weight"
 def drawn(summary: Summary, *, encoding: str = "utf-8", colour: bool = False, width: int = 80) -> str:
     """What the terminal would show; raises UnicodeEncodeError where it could not."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    terminal = Console(
+    screen = Console(
         file=stream, width=width, force_terminal=colour, color_system="truecolor" if colour else None, highlight=False
     )
-    terminal.draw(summary, terminal)
+    terminal.draw(summary, screen)
     stream.seek(0)
     return stream.read()
 
@@ -144,7 +144,7 @@ def in_a_terminal(code: str, **environment: str) -> str:
     return output.decode()
 
 
-SHOW = "from fisherkit.cli import console; from fisherkit.methods.inspect.summary import inspect; console.show(inspect({!r}))"
+SHOW = "from fisherkit import inspect; from fisherkit.cli import console; console.show(inspect({!r}))"
 
 
 def test_a_terminal_gets_colours_unless_told_not_to(tmp_path: Path) -> None:
@@ -298,7 +298,10 @@ def test_a_closed_pipe_is_silent_and_141() -> None:
 
 
 def test_importing_the_terminal_imports_no_torch() -> None:
-    code = "import sys, fisherkit.cli.console, fisherkit.render.files; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, fisherkit.cli.console, fisherkit.render.files\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

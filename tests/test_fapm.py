@@ -115,12 +115,12 @@ def sides(
     return make(folder / "base", base), make(folder / "tuned", tuned), base, tuned
 
 
-Sides = tuple[Path, Path, Tensors, Tensors]
+TensorPair = tuple[Path, Path, Tensors, Tensors]
 
 
 @pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
-def test_the_output_is_that_of_one_stable_sort(sides: Sides, tmp_path: Path, scope: str, sparsity: float) -> None:
+def test_the_output_is_that_of_one_stable_sort(sides: TensorPair, tmp_path: Path, scope: str, sparsity: float) -> None:
     base, tuned, w, f = sides
     options = FapmOptions(sparsity=sparsity, scope=scope)  # type: ignore[arg-type]
     report = fisherkit.fapm(base, tuned, tmp_path / "out", options)
@@ -139,7 +139,7 @@ def test_the_output_is_that_of_one_stable_sort(sides: Sides, tmp_path: Path, sco
 
 @pytest.mark.parametrize("metric", ["relative", "magnitude"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_controls_select_by_their_own_scores(sides: Sides, tmp_path: Path, metric: str, scope: str) -> None:
+def test_controls_select_by_their_own_scores(sides: TensorPair, tmp_path: Path, metric: str, scope: str) -> None:
     base, tuned, w, f = sides
     fisherkit.fapm(base, tuned, tmp_path / "out", FapmOptions(metric=metric, density=0.2, scope=scope))  # type: ignore[arg-type]
     wanted = expected(w, f, list(open_index(base).tensors), Fraction("0.2"), scope, metric)
@@ -148,7 +148,7 @@ def test_controls_select_by_their_own_scores(sides: Sides, tmp_path: Path, metri
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_random_keeps_as_many_and_depends_on_the_seed_alone(sides: Sides, tmp_path: Path, scope: str) -> None:
+def test_random_keeps_as_many_and_depends_on_the_seed_alone(sides: TensorPair, tmp_path: Path, scope: str) -> None:
     base, tuned, w, f = sides
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         options = FapmOptions(metric="random", density=0.25, scope=scope, seed=seed)  # type: ignore[arg-type]
@@ -198,21 +198,23 @@ def test_changes_too_small_for_the_bases_type_are_counted_and_told(tmp_path: Pat
 
 
 def test_a_misleading_sample_costs_a_pass_and_nothing_else(
-    sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sides: TensorPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fisherkit.kernels.top_k import Bracket
+    from fisherkit.kernels.top_k import ThresholdRange
     from fisherkit.pairs import prune
 
     base, tuned, w, f = sides
     wanted = expected(w, f, list(open_index(base).tensors), Fraction("0.1"), "tensor", "fapm")
     for low, high in ((1.0, 2.0), (1e-9, 2e-9)):
-        monkeypatch.setattr(prune, "bracket", lambda *_, low=low, high=high: Bracket(np.float32(low), np.float32(high)))
+        monkeypatch.setattr(
+            prune, "threshold_range", lambda *_, low=low, high=high: ThresholdRange(np.float32(low), np.float32(high))
+        )
         out = tmp_path / str(low)
         fisherkit.fapm(base, tuned, out)
         assert all(same_bits(tensor, wanted[name]) for name, tensor in read(out).items())
 
 
-def test_energy_and_counts_are_those_of_float64(sides: Sides, tmp_path: Path) -> None:
+def test_energy_and_counts_are_those_of_float64(sides: TensorPair, tmp_path: Path) -> None:
     base, tuned, w, f = sides
     report = fisherkit.fapm(base, tuned, tmp_path / "out")
     out = read(tmp_path / "out")
@@ -228,7 +230,7 @@ def test_energy_and_counts_are_those_of_float64(sides: Sides, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
-def test_a_sweep_reports_what_single_runs_do(sides: Sides, tmp_path: Path, scope: str) -> None:
+def test_a_sweep_reports_what_single_runs_do(sides: TensorPair, tmp_path: Path, scope: str) -> None:
     base, tuned, *_ = sides
     options = FapmOptions(scope=scope)  # type: ignore[arg-type]
     swept = fisherkit.sweep_fapm(base, tuned, [0.5, 0.9, 0.99], options)
@@ -238,7 +240,7 @@ def test_a_sweep_reports_what_single_runs_do(sides: Sides, tmp_path: Path, scope
         assert one.totals == alone.totals
 
 
-def test_wise_ft_interpolates_and_rounds_once(sides: Sides, tmp_path: Path) -> None:
+def test_wise_ft_interpolates_and_rounds_once(sides: TensorPair, tmp_path: Path) -> None:
     base, tuned, w, f = sides
     fisherkit.fapm(base, tuned, tmp_path / "a", FapmOptions(metric="wise-ft", density=0.3))
     fisherkit.merge(base, tuned, tmp_path / "b", MergeOptions(alpha=0.3))
@@ -250,7 +252,7 @@ def test_wise_ft_interpolates_and_rounds_once(sides: Sides, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("metric", ["dare", "della"])
-def test_thinned_entries_are_rescaled_or_the_bases(sides: Sides, tmp_path: Path, metric: str) -> None:
+def test_thinned_entries_are_rescaled_or_the_bases(sides: TensorPair, tmp_path: Path, metric: str) -> None:
     base, tuned, w, f = sides
     report = fisherkit.fapm(base, tuned, tmp_path / "out", FapmOptions(metric=metric, density=0.5))  # type: ignore[arg-type]
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -263,7 +265,7 @@ def test_thinned_entries_are_rescaled_or_the_bases(sides: Sides, tmp_path: Path,
     assert float(mean) == pytest.approx(1, abs=0.6)
 
 
-def test_what_is_left_out_is_fts_or_bases(sides: Sides, tmp_path: Path) -> None:
+def test_what_is_left_out_is_fts_or_bases(sides: TensorPair, tmp_path: Path) -> None:
     base, tuned, w, f = sides
     for rest, side in (("tuned", f), ("base", w)):
         out = tmp_path / rest
@@ -316,7 +318,7 @@ def test_unrelated_models_are_warned_of(tmp_path: Path) -> None:
     assert any(report.warnings[0] in line for line in said)
 
 
-def test_a_sparse_delta_gives_the_same_model(sides: Sides, tmp_path: Path) -> None:
+def test_a_sparse_delta_gives_the_same_model(sides: TensorPair, tmp_path: Path) -> None:
     base, tuned, w, _ = sides
     delta = tmp_path / "delta.safetensors"
     fisherkit.fapm(base, tuned, tmp_path / "out", sparse=delta)
@@ -333,7 +335,7 @@ def test_a_sparse_delta_gives_the_same_model(sides: Sides, tmp_path: Path) -> No
     assert int(stored[f"{name}.count"].long().sum()) == stored[f"{name}.value"].numel() == 70_000
 
 
-def test_density_alone_says_nothing_new(sides: Sides, tmp_path: Path) -> None:
+def test_density_alone_says_nothing_new(sides: TensorPair, tmp_path: Path) -> None:
     base, tuned, *_ = sides
     a = fisherkit.fapm(base, tuned, tmp_path / "a", FapmOptions(sparsity=0.7))
     b = fisherkit.fapm(base, tuned, tmp_path / "b", FapmOptions(density=0.3))

@@ -66,7 +66,9 @@ def test_the_page_is_self_contained(summary: Summary, tmp_path: Path) -> None:
     assert "200 prompts (builtin)" in text
     assert "estimator.name" in text
     assert text.count("<svg ") == 2
-    assert text.count("<tr>") == 1 + len(summary.rows) + len(list(files.look.provenance_rows(summary.provenance or {})))
+    assert text.count("<tr>") == 1 + len(summary.rows) + len(
+        list(files.formatting.provenance_rows(summary.provenance or {}))
+    )
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:

@@ -271,4 +271,4 @@ def test_reading_masks_imports_no_torch() -> None:
 
 
 def test_the_public_names_are_there() -> None:
-    assert all(hasattr(maskfile, name) for name in mask_file.__all__)
+    assert all(hasattr(mask_file, name) for name in mask_file.__all__)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fisherkit import MaskOptions, extract, inspect, load_mask, mask
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.errors import CheckpointError, OptionError, OutputError
-from fisherkit.kernels.mask_scores import coarse_bracket, coarse_counts
+from fisherkit.kernels.mask_scores import coarse_counts, coarse_range
 from fisherkit.options import ExtractOptions
 from fisherkit.pairs import ranking
 
@@ -366,7 +366,7 @@ def test_a_coarse_bracket_holds_the_threshold(values: str) -> None:
         "huge": np.where(scores > 2, np.float32(3.4028235e38), scores),
     }[values]
     for wanted in (1, 2, 100, 2500, 4999, 5000):
-        found, threshold = coarse_bracket(coarse_counts(scores), wanted), np.sort(scores)[::-1][wanted - 1]
+        found, threshold = coarse_range(coarse_counts(scores), wanted), np.sort(scores)[::-1][wanted - 1]
         assert found.low <= threshold <= found.high
 
 

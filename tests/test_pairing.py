@@ -339,7 +339,7 @@ class TestTiedEmbeddings:
         read = through(found)
         assert np.array_equal(read["lm_head.weight"], read["model.embed_tokens.weight"])
         assert found.untied
-        assert found.twins == {}
+        assert found.tied_pairs == {}
         assert "FT ties its head to its embedding" in found.notes[0]
 
     def test_a_model_saved_without_its_head_is_refused(self, tmp_path: Path) -> None:
@@ -350,15 +350,15 @@ class TestTiedEmbeddings:
 
     def test_a_silent_config_is_taken_for_tied_where_base_is_in_effect(self, tmp_path: Path) -> None:
         found = matched(write(tmp_path / "base", self.head(toy())), write(tmp_path / "tuned", toy(1)))
-        assert found.twins == {"lm_head.weight": "model.embed_tokens.weight"}
+        assert found.tied_pairs == {"lm_head.weight": "model.embed_tokens.weight"}
         assert not found.untied
 
     def test_twins_are_equal_on_both_sides(self, tmp_path: Path) -> None:
         tied = write(tmp_path / "base", self.head(toy()), tie_word_embeddings=True)
         equal_ends = write(tmp_path / "equal", self.head(toy(1)), tie_word_embeddings=True)
         untied = write(tmp_path / "untied", self.head(toy(1), 1), tie_word_embeddings=False)
-        assert matched(tied, equal_ends).twins == {"lm_head.weight": "model.embed_tokens.weight"}
-        assert matched(tied, untied).twins == {}
+        assert matched(tied, equal_ends).tied_pairs == {"lm_head.weight": "model.embed_tokens.weight"}
+        assert matched(tied, untied).tied_pairs == {}
         assert matched(tied, untied).untied
         assert matched(untied, equal_ends).untied
 

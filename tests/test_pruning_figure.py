@@ -33,10 +33,10 @@ SHAPES = {
     "model.layers.2.mlp.up_proj.weight": (32, 48),
     "model.norm.weight": (16,),
 }
-Sides = dict[str, np.ndarray]
+TensorPair = dict[str, np.ndarray]
 
 
-def sides(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> tuple[Sides, Sides]:
+def sides(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> tuple[TensorPair, TensorPair]:
     """Both sides: some entries unchanged, some zero, and ``model.layers.2.mlp.up_proj`` without any change."""
     rng = np.random.default_rng(0)
     base = {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
@@ -80,7 +80,7 @@ def cell(value: float) -> int:
 
 
 def cuts(report: FapmReport) -> list[str]:
-    return [curve.told for curve in fapm_view.curves_of(the_map(report), fapm_view.window_of(the_map(report)))]
+    return [curve.tooltip_text for curve in fapm_view.curves_of(the_map(report), fapm_view.window_of(the_map(report)))]
 
 
 # The density

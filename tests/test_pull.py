@@ -27,7 +27,7 @@ from fisherkit.errors import CheckpointError, OptionError, TrainingError
 from fisherkit.kernels.pull import pull_strengths, pulled_share
 from fisherkit.options import MaskOptions, MergeOptions
 from fisherkit.render.formatting import headline
-from fisherkit.training import MaskedUpdate, constrain, rules
+from fisherkit.training import MaskedUpdate, constrain, optimizer_hooks, rules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -45,9 +45,9 @@ CONV = "transformer.h.1.mlp.c_fc.weight"
 @pytest.fixture(params=["at once", "in turns"])
 def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "in turns":
-        monkeypatch.setattr(constrain, "_TURN_BYTES", 256)
+        monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", 256)
     else:
-        monkeypatch.setattr(constrain, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
+        monkeypatch.setattr(optimizer_hooks, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
 
 
 # The slow way

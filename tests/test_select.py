@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 
 from fisherkit.floats import narrow, widen
-from fisherkit.kernels.prune import Sides, copy_flagged, keep_block, magnitude_sum, settle_block
+from fisherkit.kernels.prune import TensorPair, copy_flagged, keep_block, magnitude_sum, settle_block
 from fisherkit.kernels.prune_scores import BLOCK, LOWEST, Scratch, drawing, score, settle_ends
 from fisherkit.kernels.rescale import FACTORS
-from fisherkit.kernels.top_k import EVERYTHING, Bracket, Tally, bracket, from_key, keys, quota, settle
+from fisherkit.kernels.top_k import (
+    EVERYTHING,
+    HistogramSelect,
+    ThresholdRange,
+    from_key,
+    keys,
+    quota,
+    threshold_range,
+    top_k_mask,
+)
 
 
 def best(scores: np.ndarray, wanted: int) -> np.ndarray:
@@ -31,11 +40,11 @@ def fapm_scores(w: np.ndarray, f: np.ndarray) -> np.ndarray:
     return scores
 
 
-def run_fapm(w: np.ndarray, f: np.ndarray, code: str, kept: int, guess: Bracket) -> tuple[np.ndarray, int]:
+def run_fapm(w: np.ndarray, f: np.ndarray, code: str, kept: int, guess: ThresholdRange) -> tuple[np.ndarray, int]:
     """One tensor through the kernels; the base's side afterwards, and how many were kept."""
     out = w.copy()
     mean = magnitude_sum(out, code, Scratch(max(out.size, 1)))[0] / out.size
-    sides = Sides(out, code, f, code, "fapm", mean)
+    sides = TensorPair(out, code, f, code, "fapm", mean)
     part = keep_block(sides, guess, Scratch(out.size))
     settled = settle_block(sides, [part], [0], kept - part.kept)
     return out, part.kept + settled.kept
@@ -72,7 +81,7 @@ def test_settle_is_a_stable_sort(count: int, kind: str) -> None:
     if kind == "all equal":
         scores[:] = 0.5
     for wanted in {0, 1, count // 3, count - 1, count}:
-        assert (settle(scores, wanted) == best(scores, wanted)).all()
+        assert (top_k_mask(scores, wanted) == best(scores, wanted)).all()
 
 
 def test_keys_are_in_the_order_of_the_scores_and_come_back() -> None:
@@ -100,11 +109,11 @@ def test_tally_finds_the_exact_threshold_whatever_it_starts_from(start: str, kin
     at = ordered[min(wanted, ordered.size) - 1]
     guess = {
         "everything": EVERYTHING,
-        "good": Bracket(np.float32(at - 0.01), np.float32(at + 0.01)),
-        "too high": Bracket(np.float32(at + 0.5), np.float32(at + 1)),
-        "too low": Bracket(np.float32(at - 1), np.float32(at - 0.5)),
+        "good": ThresholdRange(np.float32(at - 0.01), np.float32(at + 0.01)),
+        "too high": ThresholdRange(np.float32(at + 0.5), np.float32(at + 1)),
+        "too low": ThresholdRange(np.float32(at - 1), np.float32(at - 0.5)),
     }[start]
-    tally, passes = Tally(guess, wanted), 0
+    tally, passes = HistogramSelect(guess, wanted), 0
     while True:
         for block in np.array_split(scores, 7):
             tally.add(tally.count(block))
@@ -122,14 +131,14 @@ def test_bracket_holds_the_threshold_and_little_else() -> None:
     random = np.random.default_rng(0)
     scores = random.standard_normal(1_000_000).astype(np.float32)
     for kept in (100, 100_000, 500_000, 999_900):
-        found = bracket(scores[::16], kept, scores.size)
+        found = threshold_range(scores[::16], kept, scores.size)
         at = np.sort(scores)[::-1][kept - 1]
         assert found.low <= at <= found.high
         assert np.count_nonzero((scores >= found.low) & (scores <= found.high)) < 40_000
 
 
 def test_bracket_of_a_small_tensor_is_everything() -> None:
-    assert bracket(np.zeros(1000, np.float32), 10, 2000) == EVERYTHING
+    assert threshold_range(np.zeros(1000, np.float32), 10, 2000) == EVERYTHING
 
 
 @pytest.mark.parametrize("code", ["BF16", "F16", "F32", "F64"])
@@ -170,7 +179,7 @@ def test_a_bracket_gives_what_a_full_sort_gives() -> None:
     expected = np.where(best(scores, 10_000), f, w)
     assert count == 10_000
     assert (whole == expected).all()
-    guess = bracket(scores[::16], 10_000, scores.size)
+    guess = threshold_range(scores[::16], 10_000, scores.size)
     assert guess != EVERYTHING
     assert (run_fapm(w, f, "BF16", 10_000, guess)[0] == expected).all()
 
@@ -188,7 +197,7 @@ def test_not_finite_entries_stay_the_bases_and_are_counted() -> None:
     f = np.array([1.5, np.nan, 3, np.inf, np.inf, 6.5], np.float32)
     out = w.copy()
     part = keep_block(
-        Sides(out, "F32", f, "F32", "magnitude", 1.0), Bracket(np.float32(0.1), np.float32(0.2)), Scratch(6)
+        TensorPair(out, "F32", f, "F32", "magnitude", 1.0), ThresholdRange(np.float32(0.1), np.float32(0.2)), Scratch(6)
     )
     assert (part.kept, part.nonfinite, part.zero_deltas) == (2, 4, 0)
     assert np.array_equal(out, np.array([1.5, 2, np.nan, 4, np.inf, 6.5], np.float32), equal_nan=True)
@@ -265,7 +274,7 @@ def test_a_copy_has_the_bits_of_one_side(ours: str, theirs: str) -> None:
     w = narrow(random.standard_normal(1000).astype(np.float32), ours)
     values = random.standard_normal(1000).astype(np.float32)
     f, flags, out = narrow(values, theirs), random.random(1000) < 0.3, w.copy()
-    copy_flagged(Sides(out, ours, f, theirs), flags, Scratch(1000))
+    copy_flagged(TensorPair(out, ours, f, theirs), flags, Scratch(1000))
     assert (out == np.where(flags, narrow(widen(f, theirs), ours), w)).all()
 
 

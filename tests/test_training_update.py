@@ -30,7 +30,8 @@ from training_runs import (
 import fisherkit
 from fisherkit.artefacts.mask_file import entry, header, open_mask, pack
 from fisherkit.errors import CheckpointError, OptionError, TrainingError
-from fisherkit.training import constrain
+from fisherkit.training import optimizer_hooks
+from fisherkit.training.optimizer_hooks import constrain
 
 SMALL = 1 << 12  # bytes a turn, so that the tiny model takes many
 
@@ -38,9 +39,9 @@ SMALL = 1 << 12  # bytes a turn, so that the tiny model takes many
 @pytest.fixture(params=["at once", "in turns"])
 def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "in turns":
-        monkeypatch.setattr(constrain, "_TURN_BYTES", SMALL)
+        monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", SMALL)
     else:
-        monkeypatch.setattr(constrain, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
+        monkeypatch.setattr(optimizer_hooks, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "elements"])
@@ -80,9 +81,9 @@ def test_entries_that_may_change_change_as_without_a_mask(name: str) -> None:
 def test_a_step_in_turns_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for by_parameter in (True, False):
-        monkeypatch.setattr(constrain, "_TURN_BYTES", SMALL)
+        monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", SMALL)
         if not by_parameter:
-            monkeypatch.setattr(constrain, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
+            monkeypatch.setattr(optimizer_hooks, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
         model = llama()
         optimizer = torch.optim.AdamW(
             [{"params": list(model.model.parameters())}, {"params": list(model.lm_head.parameters()), "lr": 1e-4}],
@@ -101,14 +102,14 @@ def test_a_step_in_turns_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_in_turns_no_more_is_remembered_than_a_turn_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constrain, "_TURN_BYTES", SMALL)
+    monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", SMALL)
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     handle = constrain(optimizer, model, masks(matrices(model), "elements"))
     held: list[int] = []
-    enforce = constrain._enforce
+    enforce = optimizer_hooks._enforce
     monkeypatch.setattr(
-        constrain, "_enforce", lambda pairs: (held.append(sum(t.nbytes for _, t in pairs)), enforce(pairs))[1]
+        optimizer_hooks, "_enforce", lambda pairs: (held.append(sum(t.nbytes for _, t in pairs)), enforce(pairs))[1]
     )
     learn(model, optimizer, 1)
     largest = max(weight.nbytes for weight in matrices(model).values())
@@ -134,7 +135,7 @@ def test_a_failing_step_leaves_the_optimizer_whole(monkeypatch: pytest.MonkeyPat
     constrain(optimizer, model, flags)
     learn(model, optimizer, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(constrain, "_enforce", lambda pairs: 1 / 0)
+        patch.setattr(optimizer_hooks, "_enforce", lambda pairs: 1 / 0)
         model(**batch()).loss.backward()
         with pytest.raises(ZeroDivisionError):
             optimizer.step()

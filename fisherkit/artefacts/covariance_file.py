@@ -2,7 +2,7 @@
 
 ``<stem>.activations.safetensors`` holds in float32, for every distinct input of a linear layer, ``<tensor>.input``:
 E[x x^T] [in, in]; and for every layer ``<tensor>.output``: E[g g^T] [out, out] of the gradients at its output. A large
-one is [size, rank]: B with orthogonal columns and E ~ B B^T, see kernels.moments. The JSON beside it says which
+one is [size, rank]: B with orthogonal columns and E ~ B B^T, see kernels.covariance. The JSON beside it says which
 weights share a moment (they read the very same tensor), and where all of it comes from. Knows no torch.
 """
 

@@ -50,7 +50,7 @@ def importance_path(target: Path) -> Path:
 
 
 def importance(model: str, target: Path, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum, mean and share of the Fisher of every layer, in model order (DESIGN section 9).
+    """Sum, mean and share of the Fisher of every layer, in model order.
 
     Args:
         model: id of the model.

@@ -7,7 +7,7 @@ Otherwise every tensor is read once, a few megabytes at a time.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,13 +17,13 @@ from fisherkit.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels.histogram import Histogram
+from fisherkit.progress import Track
 
 if TYPE_CHECKING:
     from fisherkit.checkpoint.torch_reader import Reader
     from fisherkit.kernels.stats import TensorStats
 
 Kind = Literal["fisher", "mask", "subspace", "checkpoint", "importance"]
-Track = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
 
 _ROWS_BYTES = 32 << 20

@@ -1,1 +1,1 @@
-"""Tensor files: lazy reads, streamed writes, and no trust in what an index says."""
+"""Other people's files: lazy reads, streamed writes, and no trust in what a header or an index says."""

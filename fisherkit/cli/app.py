@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fisherkit import __version__
+from fisherkit._version import __version__
 from fisherkit.cli import console
 
 app = typer.Typer(

@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from fisherkit.artefacts.statistics import Track
 from fisherkit.errors import FisherkitError, OptionError
 from fisherkit.methods.inspect.records import FORMATS, Record, render
 from fisherkit.methods.inspect.summary import Summary
+from fisherkit.progress import Track
 from fisherkit.render import formatting, terminal
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141

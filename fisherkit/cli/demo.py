@@ -1,7 +1,6 @@
 """``fisherkit demo``."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,7 @@ from fisherkit.cli import console
 from fisherkit.cli.app import Debug, Quiet, app, run, sayer
 from fisherkit.methods.inspect.records import Record
 from fisherkit.options import ExtractOptions, FapmOptions
-
-Say = Callable[[str], None]
+from fisherkit.progress import Say
 
 METRICS = ("fapm", "magnitude", "random")
 

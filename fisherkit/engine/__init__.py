@@ -1,1 +1,1 @@
-"""A model larger than memory, run block by block."""
+"""A model larger than memory, run block by block (torch)."""

@@ -1,1 +1,1 @@
-"""Pure tensor functions: tensors in, tensors out, no files and no state."""
+"""Pure functions on arrays: arrays in, arrays out, no files and no state."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.prune import Sides
+from fisherkit.kernels.prune import TensorPair
 from fisherkit.kernels.prune_scores import Scratch, deltas
 
 BINS = 96
@@ -62,11 +62,11 @@ class DensityMap:
     negative: int = 0
     names: set[str] = field(default_factory=set)
 
-    def add(self, name: str, sample: Sides, count: int, threshold: float | None, scores: Floats | None) -> None:
+    def add(self, name: str, sample: TensorPair, count: int, threshold: float | None, scores: Floats | None) -> None:
         """Add a tensor of ``count`` entries by a sample of it and the sample's scores, where the metric has any."""
         self.names.add(name)
-        size = sample.w.size
-        w, d = deltas(sample.w, sample.w_code, sample.f, sample.f_code, Scratch(size))
+        size = sample.base.size
+        w, d = deltas(sample.base, sample.base_code, sample.tuned, sample.tuned_code, Scratch(size))
         x, y = np.abs(w).astype(np.float64), np.abs(d).astype(np.float64)
         placed = (x > 0) & (y > 0) & np.isfinite(x) & np.isfinite(y)
         if not placed.any():

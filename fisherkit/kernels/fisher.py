@@ -23,7 +23,7 @@ BLOCK_ENTRIES = 1 << 20
 
 
 def add_squared_linear_grads_(fisher: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """fisher[O,I] += sum_n (dl_n/dW)^2 with dl_n/dW = sum_t g_n[t] x_n[t]^T (arXiv 1612.00796; DESIGN section 4).
+    """fisher[O,I] += sum_n (dl_n/dW)^2 with dl_n/dW = sum_t g_n[t] x_n[t]^T (arXiv 1612.00796).
 
     Args:
         fisher: float32 accumulator [O, I], changed in place.

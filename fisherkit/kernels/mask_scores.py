@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.top_k import EVERYTHING, Bracket, settle
+from fisherkit.kernels.top_k import EVERYTHING, ThresholdRange, top_k_mask
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -119,7 +119,7 @@ def contrasted(contrast: str, f: Doubles, g: Doubles) -> Doubles:
 
 def top(scores: Doubles, wanted: int) -> Flags:
     """Flags of the ``wanted`` highest scores, ties going to the lower index."""
-    return settle(scores, wanted)  # type: ignore[arg-type]  # any floating type will do
+    return top_k_mask(scores, wanted)  # type: ignore[arg-type]  # any floating type will do
 
 
 def coarse_counts(scores: Floats) -> NDArray[np.int64]:
@@ -129,11 +129,11 @@ def coarse_counts(scores: Floats) -> NDArray[np.int64]:
     return np.concatenate([counts[:0x7FFF:-1], counts[:0x8000]])  # of negative numbers, higher bits are lower
 
 
-def coarse_bracket(counts: NDArray[np.int64], wanted: int) -> Bracket:
+def coarse_range(counts: NDArray[np.int64], wanted: int) -> ThresholdRange:
     """The scores among which the ``wanted``-th highest is, from the sum of their coarse counts."""
     place = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), wanted))
     if place < 0:
         return EVERYTHING
     upper = place - 0x8000 if place >= 0x8000 else 0xFFFF - place
     ends = np.array([upper << 16, upper << 16 | 0xFFFF], np.uint32).view(np.float32)
-    return Bracket(ends.min(), ends.max()) if np.isfinite(ends).all() else EVERYTHING
+    return ThresholdRange(ends.min(), ends.max()) if np.isfinite(ends).all() else EVERYTHING

@@ -13,29 +13,35 @@ from numpy.typing import NDArray
 
 from fisherkit.floats import FLOATING, Floats, Stored, narrow, widen
 from fisherkit.kernels.prune_scores import BLOCK, Draw, Flags, Scratch, deltas, drawing, score, settle_ends
-from fisherkit.kernels.top_k import Bracket, settle
+from fisherkit.kernels.top_k import ThresholdRange, top_k_mask
 
+SAMPLE_STREAM = -BLOCK
+"""Where a sample's random numbers begin: one block before the tensor's own, so that the two streams never meet."""
 _TYPICAL = (1e-30, 1e30)  # sums of squares in float32 that lost nothing worth naming
 
 
 @dataclass(frozen=True)
-class Sides:
+class TensorPair:
     """The two sides of a tensor, flat, with their types, the metric and the base's mean magnitude."""
 
-    w: Stored
-    w_code: str
-    f: Stored
-    f_code: str
+    base: Stored
+    base_code: str
+    tuned: Stored
+    tuned_code: str
     metric: str = "fapm"
     mean: float = 0.0
 
-    def part(self, start: int, stop: int) -> "Sides":
+    def part(self, start: int, stop: int) -> "TensorPair":
         """Entries ``start`` to ``stop`` as views."""
-        return Sides(self.w[start:stop], self.w_code, self.f[start:stop], self.f_code, self.metric, self.mean)
+        return TensorPair(
+            self.base[start:stop], self.base_code, self.tuned[start:stop], self.tuned_code, self.metric, self.mean
+        )
 
-    def take(self, indices: NDArray[np.int64]) -> "Sides":
+    def take(self, indices: NDArray[np.int64]) -> "TensorPair":
         """Copies of some entries."""
-        return Sides(self.w[indices], self.w_code, self.f[indices], self.f_code, self.metric, self.mean)
+        return TensorPair(
+            self.base[indices], self.base_code, self.tuned[indices], self.tuned_code, self.metric, self.mean
+        )
 
 
 @dataclass(frozen=True)
@@ -66,26 +72,26 @@ class Part:
 
 
 def keep_block(
-    sides: Sides,
-    bracket: Bracket,
+    sides: TensorPair,
+    threshold_range: ThresholdRange,
     scratch: Scratch,
     draw: Draw | None = None,
     *,
     write: bool = True,
     list_kept: bool = False,
 ) -> Part:
-    """Keep what scores above the bracket, list what lies inside of it.
+    """Keep what scores above the threshold_range, list what lies inside of it.
 
     Args:
         sides: one block.
-        bracket: see select.
+        threshold_range: see select.
         scratch: the thread's memory.
         draw: where random scores come from.
         write: False only counts.
         list_kept: give the places of what was kept at sight.
     """
-    size = sides.w.size
-    w, d = deltas(sides.w, sides.w_code, sides.f, sides.f_code, scratch)
+    size = sides.base.size
+    w, d = deltas(sides.base, sides.base_code, sides.tuned, sides.tuned_code, scratch)
     s, (above, inside) = scratch.floats[2][:size], (flags[:size] for flags in scratch.flags)
     energy, bad = _energy(d), 0
     if not np.isfinite(energy):
@@ -98,10 +104,10 @@ def keep_block(
     zero_deltas = int(np.count_nonzero(np.equal(d, 0, out=above))) - bad
     zero_weights = int(np.count_nonzero(np.equal(w, 0, out=above)))
     score(sides.metric, w, d, sides.mean, s, draw)
-    if bracket.low <= 0 or sides.metric == "random":
+    if threshold_range.low <= 0 or sides.metric == "random":
         settle_ends(sides.metric, w, d, s)
-    np.greater(s, bracket.high, out=above)
-    np.greater_equal(s, bracket.low, out=inside)
+    np.greater(s, threshold_range.high, out=above)
+    np.greater_equal(s, threshold_range.low, out=inside)
     np.bitwise_xor(above, inside, out=inside)
     kept_part = scratch.floats[3][:size]
     np.multiply(d, above, out=kept_part)
@@ -122,7 +128,7 @@ def keep_block(
 
 
 def settle_block(
-    sides: Sides, parts: Sequence[Part], starts: Sequence[int], wanted: int, *, write: bool = True
+    sides: TensorPair, parts: Sequence[Part], starts: Sequence[int], wanted: int, *, write: bool = True
 ) -> "Settled":
     """Choose among the candidates of all parts of a tensor, and keep those.
 
@@ -135,13 +141,13 @@ def settle_block(
     """
     indices = np.concatenate([part.indices + start for part, start in zip(parts, starts, strict=True)])
     scores = np.concatenate([part.scores for part in parts])
-    flags = settle(scores, wanted)
+    flags = top_k_mask(scores, wanted)
     chosen = sides.take(indices[flags])
-    difference = widen(chosen.f, chosen.f_code) - widen(chosen.w, chosen.w_code)
+    difference = widen(chosen.tuned, chosen.tuned_code) - widen(chosen.base, chosen.base_code)
     if write:
-        sides.w[indices[flags]] = converted(chosen.f, chosen.f_code, chosen.w_code)
-    lowest = float(scores[flags].min()) if chosen.w.size else None
-    return Settled(chosen.w.size, _energy(difference), lowest, indices[flags])
+        sides.base[indices[flags]] = converted(chosen.tuned, chosen.tuned_code, chosen.base_code)
+    lowest = float(scores[flags].min()) if chosen.base.size else None
+    return Settled(chosen.base.size, _energy(difference), lowest, indices[flags])
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,9 @@ class Settled:
     indices: NDArray[np.int64]
 
 
-def block_scores(sides: Sides, scratch: Scratch, seed: int, stream: int, start: int) -> Floats:
+def block_scores(sides: TensorPair, scratch: Scratch, seed: int, stream: int, start: int) -> Floats:
     """All scores of the block that begins at ``start``, in the third buffer of ``scratch``."""
-    w, d = deltas(sides.w, sides.w_code, sides.f, sides.f_code, scratch)
+    w, d = deltas(sides.base, sides.base_code, sides.tuned, sides.tuned_code, scratch)
     s = scratch.floats[2][: w.size]
     np.abs(w, out=w)
     np.abs(d, out=d)
@@ -165,13 +171,13 @@ def block_scores(sides: Sides, scratch: Scratch, seed: int, stream: int, start: 
     return s
 
 
-def sample_scores(sides: Sides, wanted: int, seed: int, stream: int) -> Floats:
+def sample_scores(sides: TensorPair, wanted: int, seed: int, stream: int) -> Floats:
     """Scores of about ``wanted`` entries spread evenly over a tensor: all of them where it has no more.
 
     Random scores are drawn afresh: any draw has the same distribution.
     """
-    indices = sample_indices(sides.w.size, wanted, seed, stream)
-    return block_scores(sides.take(indices), Scratch(indices.size), seed, stream, -BLOCK).copy()
+    indices = sample_indices(sides.base.size, wanted, seed, stream)
+    return block_scores(sides.take(indices), Scratch(indices.size), seed, stream, SAMPLE_STREAM).copy()
 
 
 def sample_indices(count: int, wanted: int, seed: int, stream: int) -> NDArray[np.int64]:
@@ -184,15 +190,15 @@ def sample_indices(count: int, wanted: int, seed: int, stream: int) -> NDArray[n
     return np.minimum(edges + jitter * (count / wanted), count - 1).astype(np.int64)
 
 
-def copy_flagged(sides: Sides, flags: Flags, scratch: Scratch) -> None:
+def copy_flagged(sides: TensorPair, flags: Flags, scratch: Scratch) -> None:
     """``w[flags] = f[flags]``, in the type of ``w``."""
-    f = converted(sides.f, sides.f_code, sides.w_code)
+    f = converted(sides.tuned, sides.tuned_code, sides.base_code)
     if f.itemsize > 4:
-        np.copyto(sides.w, f, where=flags)
+        np.copyto(sides.base, f, where=flags)
         return
     # Blending bits is five times as fast as a masked copy.
     kind = np.dtype(f"u{f.itemsize}")
-    w, f = sides.w.view(kind), f.view(kind)
+    w, f = sides.base.view(kind), f.view(kind)
     blend = scratch.floats[2].view(kind)[: w.size]
     np.bitwise_xor(w, f, out=blend)
     np.multiply(blend, flags, out=blend)
@@ -207,15 +213,15 @@ def converted(stored: Stored, code: str, wanted: str) -> Stored:
     return narrow(widen(stored, code), wanted)
 
 
-def round_to_base(part: Sides, out: Stored) -> tuple[int, int]:
+def round_to_base(part: TensorPair, out: Stored) -> tuple[int, int]:
     """Put FT's entries into ``out`` in the base's type; how many differed, and how many of those no longer do.
 
     A delta finer than the base's type is a delta in name only: the output could not hold it.
     """
-    w, f = widen(part.w, part.w_code), widen(part.f, part.f_code)
-    out[:] = narrow(f, part.w_code)
+    w, f = widen(part.base, part.base_code), widen(part.tuned, part.tuned_code)
+    out[:] = narrow(f, part.base_code)
     differed = f != w
-    return int(np.count_nonzero(differed)), int(np.count_nonzero(differed & (widen(out, part.w_code) == w)))
+    return int(np.count_nonzero(differed)), int(np.count_nonzero(differed & (widen(out, part.base_code) == w)))
 
 
 def magnitude_sum(w: Stored, code: str, scratch: Scratch) -> tuple[float, int]:

@@ -31,17 +31,17 @@ def quota(density: Fraction, count: int) -> int:
 
 
 @dataclass(frozen=True)
-class Bracket:
+class ThresholdRange:
     """Scores above ``high`` are kept, those from ``low`` to ``high`` are candidates."""
 
     low: np.float32
     high: np.float32
 
 
-EVERYTHING = Bracket(*_EVERYTHING)
+EVERYTHING = ThresholdRange(*_EVERYTHING)
 
 
-def bracket(sample: Floats, kept: int, count: int) -> Bracket:
+def threshold_range(sample: Floats, kept: int, count: int) -> ThresholdRange:
     """Where the ``kept``-th highest of ``count`` scores lies, judging by a sample of them.
 
     Args:
@@ -57,7 +57,7 @@ def bracket(sample: Floats, kept: int, count: int) -> Bracket:
     high, low = math.floor((share - margin) * size), math.ceil((share + margin) * size)
     falling = -np.where(np.isnan(sample), -np.inf, sample)
     falling.partition([rank for rank in (high, low) if 0 <= rank < size] or 0)  # a third of what sorting takes
-    return Bracket(
+    return ThresholdRange(
         max(-falling[low], LOWEST) if low < size else LOWEST,
         -falling[high] if high >= 0 else np.float32(np.inf),
     )
@@ -68,7 +68,7 @@ def sample_size(count: int) -> int:
     return min(SAMPLE, int(1.7 * count ** (2 / 3)), max(1, count // 16))
 
 
-def settle(candidates: Floats, wanted: int) -> Flags:
+def top_k_mask(candidates: Floats, wanted: int) -> Flags:
     """Flags of the ``wanted`` highest candidates, which are given in the order of their indices."""
     if wanted >= candidates.size:
         return np.ones(candidates.size, np.bool_)
@@ -94,30 +94,30 @@ def from_key(key: int) -> np.float32:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """An exact threshold over several tensors: scores above ``at`` are kept, and the first ``ties`` of those equal."""
 
     at: np.float32
     ties: int
 
     @property
-    def bracket(self) -> Bracket:
+    def threshold_range(self) -> ThresholdRange:
         """For the pass that keeps: the ties are its candidates."""
-        return Bracket(self.at, self.at)
+        return ThresholdRange(self.at, self.at)
 
 
 Counted = tuple[int, NDArray[np.int64]]
 """Scores above a bracket, and a histogram of those inside."""
 
 
-class Tally:
+class HistogramSelect:
     """Finds the exact ``kept``-th highest of all scores that are shown to it, pass by pass.
 
     ``count`` every block, then ``narrow``; again, as long as that returns None. Memory does not depend on how many
     scores there are.
     """
 
-    def __init__(self, start: Bracket, kept: int) -> None:
+    def __init__(self, start: ThresholdRange, kept: int) -> None:
         self._kept = kept
         self._set(*(int(key) for key in keys(np.array([start.low, start.high], np.float32))))
 
@@ -140,7 +140,7 @@ class Tally:
         self._above += counted[0]
         self._bins += counted[1]
 
-    def narrow(self) -> "Cut | None":
+    def narrow(self) -> "Threshold | None":
         """The cut, once every block was added; None if another pass is needed."""
         wanted = self._kept - self._above
         if wanted < 1 and self._kept > 0:  # the bracket lies too low
@@ -150,13 +150,13 @@ class Tally:
         if not reached.size or reached[-1] < wanted:  # too high, or not that many scores
             lowest = int(keys(np.array([LOWEST], np.float32))[0])
             if self._low <= lowest:
-                return Cut(from_key(lowest), int(self._bins.sum()))
+                return Threshold(from_key(lowest), int(self._bins.sum()))
             self._set(lowest, self._low - 1)
             return None
         place = int(np.searchsorted(reached, max(wanted, 1)))
         number = self._bins.size - 1 - place
         low = self._low + number * self._step
         if self._step == 1:
-            return Cut(from_key(low), wanted - (int(reached[place - 1]) if place else 0))
+            return Threshold(from_key(low), wanted - (int(reached[place - 1]) if place else 0))
         self._set(low, min(low + self._step - 1, self._high))
         return None

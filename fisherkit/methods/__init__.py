@@ -1,1 +1,1 @@
-"""What a user asks for, one file each; every function returns a report dataclass."""
+"""What a user asks for, one folder for each command; every function returns a report dataclass."""

@@ -45,9 +45,9 @@ PRESETS: dict[str, tuple[Direction, float, Aggregate, Scope]] = {
     "fish": ("train", 0.005, "none", "global"),
     "ssu": ("protect", 0.5, "output", "tensor"),
 }
-"""Direction, keep, aggregate and scope of what was published; see methods.masks."""
+"""Direction, keep, aggregate and scope of what was published; see methods.mask.build."""
 SHIELD: tuple[Basis, float, float] = ("activation", 0.99, 0.2)
-"""Basis, energy and pull of the preset ``shield``; see methods.masks."""
+"""Basis, energy and pull of the preset ``shield``; see methods.mask.build."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class MaskOptions:
         aggregate: see Selection; None for the preset's, or ``input``.
         combine: see Selection; None for ``sum``.
         scope: see Selection; None for the preset's, or ``tensor``.
-        score: what is ranked; see methods.masks.
+        score: what is ranked; see methods.mask.build.
         weights: the model's checkpoint, for scores and bases that look at the weights.
         against: a second Fisher; units are ranked by how far the first exceeds it.
         contrast: how the two are compared; None for ``ratio``.

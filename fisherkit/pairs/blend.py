@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherkit.floats import Floats, narrow, widen
-from fisherkit.kernels.prune import Sides, copy_flagged
+from fisherkit.kernels.prune import TensorPair, copy_flagged
 from fisherkit.kernels.prune_scores import BLOCK, Flags, Scratch
-from fisherkit.pairs.parallel import Team
+from fisherkit.pairs.parallel import BlockPool
 
 _PRODUCT_ROWS = 1024  # rows of a matrix that are multiplied at a time
 
@@ -55,7 +55,7 @@ class Blended:
     energy_kept: float
 
 
-def blend(sides: Sides, shape: tuple[int, ...], treatment: Treatment, team: Team) -> Blended:
+def blend(sides: TensorPair, shape: tuple[int, ...], treatment: Treatment, team: BlockPool) -> Blended:
     """Overwrite the base's side with the result.
 
     Args:
@@ -73,10 +73,10 @@ def blend(sides: Sides, shape: tuple[int, ...], treatment: Treatment, team: Team
         flags = None if mask is None else np.ascontiguousarray(mask[start:stop]).reshape(-1)
         return _elementwise(sides.part(start * width, stop * width), flags, treatment.scale)
 
-    return _sum(team.map(one, sides.w.size // width, max(1, BLOCK // width)))
+    return _sum(team.map(one, sides.base.size // width, max(1, BLOCK // width)))
 
 
-def _elementwise(part: Sides, flags: Flags | None, scale: float) -> Blended:
+def _elementwise(part: TensorPair, flags: Flags | None, scale: float) -> Blended:
     w, d, bad = _delta(part)
     zeros = int(np.count_nonzero(d == 0)) - bad
     energy = _squares(d)
@@ -87,23 +87,25 @@ def _elementwise(part: Sides, flags: Flags | None, scale: float) -> Blended:
         kept, lost = _put(part, w, d)
     else:
         changed = d != 0
-        copy_flagged(part, changed, Scratch(part.w.size))
+        copy_flagged(part, changed, Scratch(part.base.size))
         kept, lost = int(np.count_nonzero(changed)), 0
     return Blended(kept, zeros, bad, lost, energy, _squares(d))
 
 
-def _project(sides: Sides, shape: tuple[int, ...], mask: Flags | None, treatment: Treatment) -> Blended:
+def _project(sides: TensorPair, shape: tuple[int, ...], mask: Flags | None, treatment: Treatment) -> Blended:
     """Matrix by matrix, of which the delta is held in float32; ``(I - U U^T) d (I - V V^T)``."""
     a, b = shape[-2:]
     found = []
-    for number in range(sides.w.size // max(a * b, 1)):
+    for number in range(sides.base.size // max(a * b, 1)):
         part = sides.part(number * a * b, (number + 1) * a * b)
         rows = None if mask is None else mask[number * a : (number + 1) * a]
         found.append(_project_one(part, (a, b), rows, number, treatment))
     return _sum(found)
 
 
-def _project_one(part: Sides, shape: tuple[int, int], mask: Flags | None, number: int, treatment: Treatment) -> Blended:
+def _project_one(
+    part: TensorPair, shape: tuple[int, int], mask: Flags | None, number: int, treatment: Treatment
+) -> Blended:
     a, b = shape
     delta, found = np.empty(shape, np.float32), []
     for start in range(0, a, _PRODUCT_ROWS):
@@ -116,7 +118,7 @@ def _project_one(part: Sides, shape: tuple[int, int], mask: Flags | None, number
         stop = min(start + _PRODUCT_ROWS, a)
         rows, d = part.part(start * b, stop * b), delta[start:stop].reshape(-1)
         np.multiply(d, np.float32(treatment.scale), out=d)
-        kept, lost = _put(rows, widen(rows.w, rows.w_code), d)
+        kept, lost = _put(rows, widen(rows.base, rows.base_code), d)
         found.append(Blended(kept, 0, 0, lost, 0.0, _squares(d)))
     return _sum(found)
 
@@ -139,11 +141,11 @@ def _of(directions: Floats | None, number: int) -> Floats | None:
     return directions.reshape(-1, *directions.shape[-2:])[number]  # type: ignore[no-any-return]
 
 
-def _delta(part: Sides) -> tuple[Floats, Floats, int]:
+def _delta(part: TensorPair) -> tuple[Floats, Floats, int]:
     """w, f - w, and how many entries of that were not finite and are now zero."""
-    w = widen(part.w, part.w_code)
+    w = widen(part.base, part.base_code)
     with np.errstate(invalid="ignore", over="ignore"):
-        d = widen(part.f, part.f_code) - w
+        d = widen(part.tuned, part.tuned_code) - w
     broken = ~np.isfinite(d)
     bad = int(np.count_nonzero(broken))
     if bad:
@@ -151,11 +153,11 @@ def _delta(part: Sides) -> tuple[Floats, Floats, int]:
     return w, d, bad
 
 
-def _put(part: Sides, w: Floats, d: Floats) -> tuple[int, int]:
+def _put(part: TensorPair, w: Floats, d: Floats) -> tuple[int, int]:
     """Put w + d in the place of w, rounded once; how many entries that changes, and for how many d was too small."""
-    rounded = narrow(w + d, part.w_code)
-    changed = widen(rounded, part.w_code) != w
-    np.copyto(part.w, rounded, where=changed)
+    rounded = narrow(w + d, part.base_code)
+    changed = widen(rounded, part.base_code) != w
+    np.copyto(part.base, rounded, where=changed)
     kept = int(np.count_nonzero(changed))
     return kept, int(np.count_nonzero(d)) - kept
 

@@ -18,7 +18,7 @@ from fisherkit.checkpoint.lora.adapter import Adapter, is_adapter
 from fisherkit.checkpoint.matching.pairing import pair
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import STORED, Stored, widen
-from fisherkit.pairs.parallel import Memory, Team
+from fisherkit.pairs.parallel import BlockPool, BufferPool
 
 
 class Tuned(Protocol):
@@ -29,7 +29,7 @@ class Tuned(Protocol):
         names: BASE's tensors that it has values for, in BASE's order.
         dropped: its own tensors that have no place in BASE.
         notes: what a person should know about how the sides were matched.
-        twins: heads by name, with the embedding that both sides tie each to and store twice.
+        tied_pairs: heads by name, with the embedding that both sides tie each to and store twice.
         untied: the output stores a head and an embedding that may differ, so its config must not tie them.
     """
 
@@ -37,14 +37,14 @@ class Tuned(Protocol):
     names: tuple[str, ...]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
-    twins: Mapping[str, str]
+    tied_pairs: Mapping[str, str]
     untied: bool
 
     def code(self, name: str) -> str:
         """Safetensors code of the values of a tensor."""
         ...
 
-    def load(self, name: str, base: Stored, team: Team, memory: Memory) -> Stored:
+    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
         """Its values, flat; ``base`` holds those of BASE. Valid until the next call."""
         ...
 
@@ -115,13 +115,13 @@ class _CheckpointSide:
         self.names = self._pairing.matched
         self.dropped = self._pairing.tuned_only
         self.notes = self._pairing.notes
-        self.twins = self._pairing.twins
+        self.tied_pairs = self._pairing.tied_pairs
         self.untied = self._pairing.untied
 
     def code(self, name: str) -> str:
         return self._pairing.code(name)
 
-    def load(self, name: str, base: Stored, team: Team, memory: Memory) -> Stored:
+    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
         out = memory.take("tuned", base.size, STORED[self.code(name)])
         team.map(
             lambda start, stop: self._pairing.read_into(name, self._reader, out[start:stop], start), out.size, 1 << 22
@@ -144,13 +144,13 @@ class _AdapterSide:
         self.names = adapter.touched
         self.dropped: tuple[str, ...] = ()
         self.notes = adapter.notes
-        self.twins: Mapping[str, str] = {}
+        self.tied_pairs: Mapping[str, str] = {}
         self.untied = False
 
     def code(self, name: str) -> str:
         return "F32"
 
-    def load(self, name: str, base: Stored, team: Team, memory: Memory) -> Stored:
+    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
         info = self._base.info(name)
         return self._adapter.apply(name, widen(base, info.dtype).reshape(info.shape)).reshape(-1)
 
@@ -170,13 +170,13 @@ class _SparseSide:
         self.names = delta.names
         self.dropped: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
-        self.twins: Mapping[str, str] = {}
+        self.tied_pairs: Mapping[str, str] = {}
         self.untied = False
 
     def code(self, name: str) -> str:
         return self._base.info(name).dtype
 
-    def load(self, name: str, base: Stored, team: Team, memory: Memory) -> Stored:
+    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
         out = memory.take("tuned", base.size, base.dtype)
         out[:] = base
         self._delta.apply(name, out)

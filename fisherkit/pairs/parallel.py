@@ -18,7 +18,7 @@ _MOST = 8  # more cores than the memory can feed
 _TRANSFER = 8 << 20  # bytes read or written per call of a thread
 
 
-class Team:
+class BlockPool:
     """Threads with memory of their own for one block each. Close it, or use it as a context."""
 
     def __init__(self, threads: int | None = None) -> None:
@@ -57,7 +57,7 @@ class Team:
         self.map(lambda start, stop: put(data[start:stop], start), data.size, step)
 
 
-class Memory:
+class BufferPool:
     """Two flat buffers that tensor after tensor is read into: one allocation for a whole run."""
 
     def __init__(self) -> None:
@@ -77,5 +77,5 @@ class Memory:
 
 
 def starts(count: int, step: int = BLOCK) -> Iterator[int]:
-    """Where the stretches of ``Team.map`` begin."""
+    """Where the stretches of ``BlockPool.map`` begin."""
     return iter(range(0, max(count, 1), step))

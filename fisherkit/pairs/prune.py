@@ -12,7 +12,7 @@ from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.prune import (
     Part,
     Settled,
-    Sides,
+    TensorPair,
     block_scores,
     keep_block,
     sample_indices,
@@ -21,8 +21,8 @@ from fisherkit.kernels.prune import (
 )
 from fisherkit.kernels.prune_scores import BLOCK, drawing
 from fisherkit.kernels.rescale import FACTORS
-from fisherkit.kernels.top_k import EVERYTHING, Bracket, Cut, Tally, bracket, sample_size
-from fisherkit.pairs.parallel import Team, starts
+from fisherkit.kernels.top_k import EVERYTHING, HistogramSelect, Threshold, ThresholdRange, sample_size, threshold_range
+from fisherkit.pairs.parallel import BlockPool, starts
 
 SIGN_SAMPLE = 1 << 12
 
@@ -85,55 +85,57 @@ class Pruning:
         list_kept: give the places of kept entries.
     """
 
-    team: Team
+    team: BlockPool
     seed: int = 0
     write: bool = True
     list_kept: bool = False
 
-    def by_quota(self, load: Callable[[], Sides], kept: int, stream: int) -> tuple[Sides, Outcome]:
+    def by_quota(self, load: Callable[[], TensorPair], kept: int, stream: int) -> tuple[TensorPair, Outcome]:
         """Keep the ``kept`` best entries of a tensor.
 
-        A bracket from a sample makes one pass do; should the sample have misled, both sides are loaded again and the
+        A range from a sample makes one pass do; should the sample have misled, both sides are loaded again and the
         exact threshold is counted out.
         """
         sides = load()
-        wanted = sample_size(sides.w.size)
-        guess = bracket(sample_scores(sides, wanted, self.seed, stream), kept, sides.w.size) if kept else NOTHING
+        wanted = sample_size(sides.base.size)
+        guess = (
+            threshold_range(sample_scores(sides, wanted, self.seed, stream), kept, sides.base.size) if kept else NOTHING
+        )
         parts = self._pass(sides, guess, stream)
         above, inside = sum(part.kept for part in parts), sum(part.scores.size for part in parts)
         if above > kept or (above + inside < kept and guess.low > EVERYTHING.low):
             sides = load() if self.write else sides
-            return self.by_cut(sides, self._exact_cut(sides, kept, stream), stream)
-        settled = settle_block(sides, parts, list(starts(sides.w.size)), kept - above, write=self.write)
+            return self.by_threshold(sides, self._exact_threshold(sides, kept, stream), stream)
+        settled = settle_block(sides, parts, list(starts(sides.base.size)), kept - above, write=self.write)
         return sides, _outcome(parts, settled, guess, list_kept=self.list_kept)
 
-    def by_cut(self, sides: Sides, cut: Cut, stream: int) -> tuple[Sides, Outcome]:
+    def by_threshold(self, sides: TensorPair, cut: Threshold, stream: int) -> tuple[TensorPair, Outcome]:
         """Keep what scores above a cut, and the first ``cut.ties`` of the entries that score just that."""
-        parts = self._pass(sides, cut.bracket, stream)
-        settled = settle_block(sides, parts, list(starts(sides.w.size)), cut.ties, write=self.write)
-        return sides, _outcome(parts, settled, cut.bracket, list_kept=self.list_kept)
+        parts = self._pass(sides, cut.threshold_range, stream)
+        settled = settle_block(sides, parts, list(starts(sides.base.size)), cut.ties, write=self.write)
+        return sides, _outcome(parts, settled, cut.threshold_range, list_kept=self.list_kept)
 
-    def rescaled(self, sides: Sides, density: float, columns: int, stream: int) -> tuple[Sides, Outcome]:
+    def rescaled(self, sides: TensorPair, density: float, columns: int, stream: int) -> tuple[TensorPair, Outcome]:
         """Thin or shrink a delta by one of the metrics that are no selections; ``columns`` is the length of a row."""
         step = max(1, BLOCK // columns) * columns
 
         def one(start: int, stop: int) -> tuple[int, int, int, int, int, float, float]:
             part = sides.part(start, stop)
-            w, f = widen(part.w, part.w_code), widen(part.f, part.f_code)
+            w, f = widen(part.base, part.base_code), widen(part.tuned, part.tuned_code)
             with np.errstate(invalid="ignore", over="ignore"):
                 d = f - w
             broken = ~np.isfinite(d)
             d[broken] = 0
             left = FACTORS[sides.metric](d, density, columns, drawing(self.seed, stream, start // step)) * d
-            rounded = narrow(w + left, part.w_code)
-            changed = widen(rounded, part.w_code) != w
+            rounded = narrow(w + left, part.base_code)
+            changed = widen(rounded, part.base_code) != w
             if self.write:
-                np.copyto(part.w, rounded, where=changed)
+                np.copyto(part.base, rounded, where=changed)
             bad, kept = int(np.count_nonzero(broken)), int(np.count_nonzero(changed))
             zeros, lost = int(np.count_nonzero(d == 0)) - bad, int(np.count_nonzero(left)) - kept
             return kept, zeros, int(np.count_nonzero(w == 0)), bad, lost, _squares(d), _squares(left)
 
-        parts = self.team.map(one, sides.w.size, step)
+        parts = self.team.map(one, sides.base.size, step)
         kept, zeros, zero_weights, bad, lost, energy, left = (sum(column) for column in zip(*parts, strict=True))
         return sides, Outcome(
             kept=int(kept),
@@ -146,7 +148,7 @@ class Pruning:
             rounded_away=int(lost),
         )
 
-    def _pass(self, sides: Sides, guess: Bracket, stream: int) -> list[Part]:
+    def _pass(self, sides: TensorPair, guess: ThresholdRange, stream: int) -> list[Part]:
         def one(start: int, stop: int) -> Part:
             return keep_block(
                 sides.part(start, stop),
@@ -157,27 +159,27 @@ class Pruning:
                 list_kept=self.list_kept,
             )
 
-        return self.team.map(one, sides.w.size)
+        return self.team.map(one, sides.base.size)
 
-    def _exact_cut(self, sides: Sides, kept: int, stream: int) -> Cut:
-        tally = Tally(EVERYTHING, kept)
+    def _exact_threshold(self, sides: TensorPair, kept: int, stream: int) -> Threshold:
+        tally = HistogramSelect(EVERYTHING, kept)
 
         def one(start: int, stop: int) -> Any:
             return tally.count(block_scores(sides.part(start, stop), self.team.scratch, self.seed, stream, start))
 
         while True:
-            for counted in self.team.map(one, sides.w.size):
+            for counted in self.team.map(one, sides.base.size):
                 tally.add(counted)
             cut = tally.narrow()
             if cut is not None:
                 return cut
 
 
-NOTHING = Bracket(np.float32(np.inf), np.float32(np.inf))
+NOTHING = ThresholdRange(np.float32(np.inf), np.float32(np.inf))
 """Above this there is nothing."""
 
 
-def _outcome(parts: Sequence[Part], settled: Settled, guess: Bracket, *, list_kept: bool) -> Outcome:
+def _outcome(parts: Sequence[Part], settled: Settled, guess: ThresholdRange, *, list_kept: bool) -> Outcome:
     above = sum(part.kept for part in parts)
     indices = None
     if list_kept:
@@ -201,7 +203,9 @@ def _squares(values: Floats) -> float:
     return float(np.dot(wide, wide))
 
 
-def flipped_signs(sides: Sides) -> float:
+def flipped_signs(sides: TensorPair) -> float:
     """Share of the entries whose sign changed, from a sample. Unrelated models have half, fine-tunes next to none."""
-    some = sides.take(sample_indices(sides.w.size, SIGN_SAMPLE, 0, 0))
-    return float(np.mean(np.signbit(widen(some.w, some.w_code)) != np.signbit(widen(some.f, some.f_code))))
+    some = sides.take(sample_indices(sides.base.size, SIGN_SAMPLE, 0, 0))
+    return float(
+        np.mean(np.signbit(widen(some.base, some.base_code)) != np.signbit(widen(some.tuned, some.tuned_code)))
+    )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.mask_scores import Doubles, Flags, Units, coarse_bracket, coarse_counts, combined, joined, top
+from fisherkit.kernels.mask_scores import Doubles, Flags, Units, coarse_counts, coarse_range, combined, joined, top
 from fisherkit.kernels.prune_scores import BLOCK
-from fisherkit.kernels.top_k import Cut, Tally
-from fisherkit.pairs.parallel import Team
+from fisherkit.kernels.top_k import HistogramSelect, Threshold
+from fisherkit.pairs.parallel import BlockPool
 
 Block = Callable[[int, int], Floats]
 """Scores of the entries from one flat index to another; never more than BLOCK, and starting at a multiple of it,
@@ -38,7 +38,7 @@ class Ranked:
     tied: int
 
 
-def unit_scores(units: Units, combine: str, block: Block, team: Team) -> Doubles:
+def unit_scores(units: Units, combine: str, block: Block, team: BlockPool) -> Doubles:
     """The combined scores of the units of one weight, flat.
 
     Args:
@@ -66,7 +66,7 @@ def unit_scores(units: Units, combine: str, block: Block, team: Team) -> Doubles
     return found / units.size if combine == "mean" else found
 
 
-def entry_vector(units: Units, block: Block, team: Team) -> Doubles:
+def entry_vector(units: Units, block: Block, team: BlockPool) -> Doubles:
     """The scores of the entries of one small weight, flat."""
     return np.concatenate(team.map(block, units.numel, BLOCK)).astype(np.float64)
 
@@ -77,7 +77,7 @@ def top_of_group(scores: Sequence[Doubles], wanted: int) -> list[Flags]:
     return np.split(flags, np.cumsum([part.size for part in scores])[:-1])
 
 
-def find_cut(weights: Mapping[str, tuple[int, Block]], wanted: int, team: Team) -> Cut:
+def find_threshold(weights: Mapping[str, tuple[int, Block]], wanted: int, team: BlockPool) -> Threshold:
     """The exact threshold over the entries of several weights.
 
     Args:
@@ -98,26 +98,26 @@ def find_cut(weights: Mapping[str, tuple[int, Block]], wanted: int, team: Team) 
             tally.add(counted)
 
     _visit(weights, coarsely, team)
-    tally, cut = Tally(coarse_bracket(counts, wanted), wanted), None
+    tally, cut = HistogramSelect(coarse_range(counts, wanted), wanted), None
     while cut is None:
         _visit(weights, exactly, team)
         cut = tally.narrow()
     return cut
 
 
-def _visit(weights: Mapping[str, tuple[int, Block]], count: Callable[[Block, int, int], None], team: Team) -> None:
+def _visit(weights: Mapping[str, tuple[int, Block]], count: Callable[[Block, int, int], None], team: BlockPool) -> None:
     for size, block in weights.values():
         team.map(functools.partial(count, block), size, BLOCK)
 
 
-class Divider:
+class ThresholdMask:
     """Applies a cut to weight after weight, in the order in which they were tallied; ties go to the first it meets."""
 
-    def __init__(self, cut: Cut | None) -> None:
+    def __init__(self, cut: Threshold | None) -> None:
         self._cut = cut
         self._ties = cut.ties if cut else 0
 
-    def ranked(self, count: int, block: Block, team: Team) -> Iterator[Ranked]:
+    def ranked(self, count: int, block: Block, team: BlockPool) -> Iterator[Ranked]:
         """The flags of one weight, stretch by stretch."""
         for first in range(0, count, BLOCK * _AT_ONCE):
             stop = min(first + BLOCK * _AT_ONCE, count)

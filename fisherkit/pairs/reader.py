@@ -9,9 +9,9 @@ from typing import Self
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Stored
-from fisherkit.kernels.prune import Sides, magnitude_sum, nonfinite, round_to_base
+from fisherkit.kernels.prune import TensorPair, magnitude_sum, nonfinite, round_to_base
 from fisherkit.pairs.pair import Pair
-from fisherkit.pairs.parallel import Memory, Team
+from fisherkit.pairs.parallel import BlockPool, BufferPool
 
 AHEAD_BYTES = 256 << 20
 """How much of the files to come the system is asked for."""
@@ -22,10 +22,10 @@ _LENT_BYTES = 64 << 20
 class Tensors:
     """Reads what a pair holds; one tensor is valid at a time."""
 
-    def __init__(self, pair: Pair, team: Team) -> None:
+    def __init__(self, pair: Pair, team: BlockPool) -> None:
         self.pair = pair
         self.team = team
-        self._memory = Memory()
+        self._memory = BufferPool()
         self._turn = 0
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fisherkit-ahead")
         self._tuned = frozenset(pair.tuned.names)
@@ -68,7 +68,7 @@ class Tensors:
         self.team.read(self.pair.base, name, out)
         return out
 
-    def lend(self, data: Stored) -> bool:
+    def double_buffer(self, data: Stored) -> bool:
         """Leave ``data`` as it is until the next call: the tensors up to then are read elsewhere.
 
         False if that is not possible: ``data`` is not a tensor of the base's side, or a large one.
@@ -80,7 +80,7 @@ class Tensors:
 
     def sides(
         self, name: str, metric: str = "fapm", *, keep_nonfinite: bool = False, mean: float | None = None
-    ) -> Sides:
+    ) -> TensorPair:
         """Both sides of a floating tensor, and the mean of the base's finite magnitudes.
 
         Args:
@@ -99,14 +99,16 @@ class Tensors:
             mean, bad = self._mean(w, code)
             if bad and not keep_nonfinite:
                 self.refuse_nonfinite(name, "BASE", w, code)
-        return Sides(w, code, f, self.pair.tuned.code(name), metric, mean)
+        return TensorPair(w, code, f, self.pair.tuned.code(name), metric, mean)
 
-    def in_bases_type(self, sides: Sides) -> tuple[Sides, int, int]:
+    def in_bases_type(self, sides: TensorPair) -> tuple[TensorPair, int, int]:
         """Both sides in the base's type, how many of FT's entries differed before, and how many no longer do."""
-        f = self._memory.take("rounded", sides.w.size, sides.w.dtype)
-        parts = self.team.map(lambda start, stop: round_to_base(sides.part(start, stop), f[start:stop]), sides.w.size)
+        f = self._memory.take("rounded", sides.base.size, sides.base.dtype)
+        parts = self.team.map(
+            lambda start, stop: round_to_base(sides.part(start, stop), f[start:stop]), sides.base.size
+        )
         changed, lost = (sum(column) for column in zip(*parts, strict=True))
-        return replace(sides, f=f, f_code=sides.w_code), changed, lost
+        return replace(sides, tuned=f, tuned_code=sides.base_code), changed, lost
 
     def _mean(self, w: Stored, code: str) -> tuple[float, int]:
         parts = self.team.map(lambda start, stop: magnitude_sum(w[start:stop], code, self.team.scratch), w.size)

@@ -15,10 +15,10 @@ from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.floats import Stored
 from fisherkit.pairs.pair import Pair
 from fisherkit.pairs.reader import Tensors
+from fisherkit.progress import Track
 
 Row = dict[str, Any]
 """What is reported of a tensor; plain values, since it goes to JSON."""
-Track = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
 
 _COMMIT_SECONDS = 5.0
@@ -156,7 +156,7 @@ def _write_all(
             if writing is not None:
                 writing.result()
             writing = behind.submit(write, name, data, row)
-            if not tensors.lend(data):
+            if not tensors.double_buffer(data):
                 writing.result()
             done += data.nbytes
         if writing is not None:

@@ -17,19 +17,10 @@ from typing import Any
 
 from fisherkit.errors import OptionError, PromptError
 from fisherkit.options import PromptOptions
+from fisherkit.prompts.fields import Conversation, PromptFields, Row, detect_fields
 from fisherkit.prompts.readers import counted, read_rows
-from fisherkit.prompts.templates import (
-    Layout,
-    Render,
-    Rendered,
-    Row,
-    Talk,
-    detect_layout,
-    render_chat,
-    render_plain,
-    template_of,
-    tokenise,
-)
+from fisherkit.prompts.templates import Render, Rendered, render_chat, render_plain, template_of
+from fisherkit.prompts.tokenise import tokenise
 
 _OWN_KWARGS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"}
 
@@ -144,14 +135,14 @@ def load_prompts(source: str | os.PathLike[str], tokenizer: Any, options: Prompt
     rows = list(islice(read_rows(source), options.limit))
     if not rows:
         raise PromptError(f"{name}: no prompts in it")
-    layout = detect_layout(rows[0], options.field, f"{name} row 1")
-    talks = [layout.read(row, f"{name} row {n}") for n, row in enumerate(rows, 1)]
-    loss, template = _pick_loss(name, layout, talks, options), _pick_template(talks, tokenizer, options)
+    fields = detect_fields(rows[0], options.field, f"{name} row 1")
+    conversations = [fields.read(row, f"{name} row {n}") for n, row in enumerate(rows, 1)]
+    loss, template = _pick_loss(name, fields, conversations, options), _pick_template(conversations, tokenizer, options)
     reader = _Reader(name, tokenizer, options, loss, template)
-    samples = tuple(filter(None, (reader.sample(n, talk) for n, talk in enumerate(talks))))
+    samples = tuple(filter(None, (reader.sample(n, conversation) for n, conversation in enumerate(conversations))))
     if not samples:
         raise PromptError(_nothing_left(name, reader))
-    return PromptSet(samples, _report(source, layout, rows, samples, reader))
+    return PromptSet(samples, _report(source, fields, rows, samples, reader))
 
 
 def batches(samples: Sequence[Sample], batch_tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -172,21 +163,21 @@ def batches(samples: Sequence[Sample], batch_tokens: int) -> tuple[tuple[int, ..
 # From rows to samples.
 
 
-def _pick_loss(name: str, layout: Layout, talks: Sequence[Talk], options: PromptOptions) -> str:
+def _pick_loss(name: str, fields: PromptFields, conversations: Sequence[Conversation], options: PromptOptions) -> str:
     """``auto`` resolved; a loss on answers needs a set that has some."""
     if options.loss == "auto":
-        first = next((talk for talk in talks if not talk.empty), talks[0])
+        first = next((conversation for conversation in conversations if not conversation.empty), conversations[0])
         return "completion" if first.answered else "all"
-    spoken = any(turn["role"] == "assistant" for talk in talks for turn in talk.turns)
+    spoken = any(turn["role"] == "assistant" for conversation in conversations for turn in conversation.turns)
     if options.loss != "all" and not spoken:
         raise PromptError(
             f"{name}: no loss token anywhere: --loss {options.loss} counts answers, and the set has prompts only "
-            f"(field {layout.field}); use --loss all"
+            f"(field {fields.field}); use --loss all"
         )
     return options.loss
 
 
-def _pick_template(talks: Sequence[Talk], tokenizer: Any, options: PromptOptions) -> Render | None:
+def _pick_template(conversations: Sequence[Conversation], tokenizer: Any, options: PromptOptions) -> Render | None:
     """The template to render with; ``auto`` leaves raw text alone."""
     own = sorted(_OWN_KWARGS & options.chat_template_kwargs.keys())
     if own:
@@ -194,7 +185,7 @@ def _pick_template(talks: Sequence[Talk], tokenizer: Any, options: PromptOptions
     exists = bool(getattr(tokenizer, "chat_template", None) or options.chat_template_kwargs.get("chat_template"))
     if options.chat_template == "on" and not exists:
         raise PromptError("--chat-template on, but the tokenizer has no chat template; use auto or off")
-    if not exists or options.chat_template == "off" or (options.chat_template == "auto" and talks[0].raw):
+    if not exists or options.chat_template == "off" or (options.chat_template == "auto" and conversations[0].raw):
         return None
     return template_of(tokenizer, options.chat_template_kwargs)
 
@@ -207,17 +198,17 @@ class _Reader:
         self.skipped: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
 
-    def sample(self, row: int, talk: Talk) -> Sample | None:
+    def sample(self, row: int, conversation: Conversation) -> Sample | None:
         """The row's sample, or None if it is skipped."""
-        made = "empty" if talk.empty else self._make(row, talk)
+        made = "empty" if conversation.empty else self._make(row, conversation)
         if isinstance(made, Sample):
             return made
         self.skipped[made] += 1
         return None
 
-    def _make(self, row: int, talk: Talk) -> Sample | str:
+    def _make(self, row: int, conversation: Conversation) -> Sample | str:
         """The sample, or the reason why there is none."""
-        rendered = self._render(talk, f"{self.name} row {row + 1}")
+        rendered = self._render(conversation, f"{self.name} row {row + 1}")
         if rendered.spans is None:
             return "answer not found in the rendered template"
         ids, counts = tokenise(self.tokenizer, rendered, everything=self.loss == "all")
@@ -227,11 +218,11 @@ class _Reader:
         self.seen.update(truncated=len(ids) > longest, folded=rendered.folded, realigned=rendered.realigned)
         return Sample(row, ids[:longest], counts[:longest])
 
-    def _render(self, talk: Talk, where: str) -> Rendered:
+    def _render(self, conversation: Conversation, where: str) -> Rendered:
         if self.template is None:
-            rendered = render_plain(talk, self.loss)
+            rendered = render_plain(conversation, self.loss)
         else:
-            rendered = render_chat(talk, self.loss, self.template, where)
+            rendered = render_chat(conversation, self.loss, self.template, where)
         try:
             rendered.text.encode()
         except UnicodeEncodeError as error:
@@ -249,12 +240,12 @@ def _nothing_left(name: str, reader: _Reader) -> str:
 
 
 def _report(
-    source: str, layout: Layout, rows: Sequence[Row], samples: Sequence[Sample], reader: _Reader
+    source: str, fields: PromptFields, rows: Sequence[Row], samples: Sequence[Sample], reader: _Reader
 ) -> PromptReport:
     return PromptReport(
         source=source,
-        kind=layout.kind,
-        field=layout.field,
+        kind=fields.kind,
+        field=fields.field,
         rows=len(rows),
         samples=len(samples),
         tokens=sum(len(sample.ids) for sample in samples),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fisherkit.errors import MissingLibraryError, PromptError, first_line
-from fisherkit.prompts.templates import Row
+from fisherkit.prompts.fields import Row
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[^@:]+))?(@(?P<revision>[^@:]+))?")
 

@@ -57,7 +57,7 @@ class Group:
         """The share of the energy that is left; NaN where fine-tuning changed nothing."""
         return self.left / self.energy if self.energy else math.nan
 
-    def told(self) -> str:
+    def tooltip_text(self) -> str:
         """The figures in words."""
         if not self.energy:
             return f"{self.name}: fine-tuning changed nothing"
@@ -200,7 +200,7 @@ class Curve:
     """The cut of some tensors: points as powers of two. ``second`` if others have another."""
 
     points: Sequence[tuple[float, float]]
-    told: str
+    tooltip_text: str
     second: bool = False
 
 
@@ -244,10 +244,10 @@ def headline(report: FapmReport) -> str:
 def sentences(report: FapmReport) -> list[str]:
     """What the figures come to, in words."""
     total, now = report.totals, "the tuned model's" if report.metric in _RULES else "not the base's"
-    told = [
+    tooltip_text = [
         f"{total['kept']:,} of {total['weights']:,} entries ({formatting.percent(total['density'])}) are {now}, and "
         f"{formatting.percent(total['energy_kept'])} of the squared delta is left. Fine-tuning itself had not changed "
         f"{total['zero_deltas']:,}."
     ]
     rule, scope = _RULES.get(report.metric), _SCOPES.get(report.provenance["options"]["scope"])
-    return [*told, f"{scope}, those entries were kept {rule}."] if rule else told
+    return [*tooltip_text, f"{scope}, those entries were kept {rule}."] if rule else tooltip_text

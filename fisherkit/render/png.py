@@ -101,7 +101,7 @@ def _draw_density(axes: "Axes", density: "DensityMap", title: str, *, only_kept:
     image = axes.imshow(shown, cmap="viridis", norm=LogNorm(*ends), interpolation="nearest", **place)
     for curve in fapm_view.curves_of(density, window):
         style = "--" if curve.second else "-"
-        axes.plot(*zip(*curve.points, strict=True), style, color=_CUT, linewidth=2, label=curve.told)
+        axes.plot(*zip(*curve.points, strict=True), style, color=_CUT, linewidth=2, label=curve.tooltip_text)
     if axes.lines:
         axes.legend(loc="lower left", fontsize=8)
     for axis, first, last in ((axes.xaxis, window.left, window.right), (axes.yaxis, window.bottom, window.top)):

@@ -74,7 +74,7 @@ class Cell:
     """A cell of the heat map: a level from 0 to 1 or a mark, and what its tooltip says."""
 
     shown: float | Mark
-    told: str
+    tooltip_text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +86,14 @@ class Line:
         name: in full.
         layer: number of its block, None for what lies outside the blocks and so has no cells.
         value: what its bar is long; NaN for none.
-        told: the bar's tooltip.
+        tooltip_text: the bar's tooltip.
     """
 
     label: str
     name: str
     layer: int | None
     value: float
-    told: str
+    tooltip_text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,8 @@ def _heading(x: float, y: float, short: str, name: str) -> str:
 
 def _drawn(cell: Cell, box: Box) -> str:
     if isinstance(cell.shown, str):
-        return _mark(cell.shown, box, cell.told)
-    return _box(box, colour(cell.shown), cell.told)
+        return _mark(cell.shown, box, cell.tooltip_text)
+    return _box(box, colour(cell.shown), cell.tooltip_text)
 
 
 def _box(box: Box, fill: str, title: str) -> str:
@@ -194,11 +194,11 @@ def _explained(marks: Sequence[tuple[Mark, str]], x: float, y: float) -> str:
 
 def _bar(line: Line, longest: float, x: float, y: float) -> str:
     if not math.isfinite(line.value) or not longest:
-        return text(x, y + 11, "-", css="dim", title=line.told)
+        return text(x, y + 11, "-", css="dim", title=line.tooltip_text)
     length = _BARS * line.value / longest
     size = {"width": f"{max(length, 0.5):.1f}", "height": _ROW - 4}
-    bar = tag("rect", tooltip(line.told), css="bar", x=f"{x:.1f}", y=y + 2, **size)
-    return bar + text(x + length + 6, y + 11, formatting.percent(line.value), css="dim", title=line.told)
+    bar = tag("rect", tooltip(line.tooltip_text), css="bar", x=f"{x:.1f}", y=y + 2, **size)
+    return bar + text(x + length + 6, y + 11, formatting.percent(line.value), css="dim", title=line.tooltip_text)
 
 
 # Elements
@@ -211,9 +211,9 @@ def tag(name: str, inside: str = "", css: str = "", **attributes: object) -> str
     return f"<{name}{listed}>{inside}</{name}>"
 
 
-def tooltip(told: str) -> str:
+def tooltip(tooltip_text: str) -> str:
     """What an element says when pointed at."""
-    return f"<title>{html.escape(formatting.printable(told))}</title>" if told else ""
+    return f"<title>{html.escape(formatting.printable(tooltip_text))}</title>" if tooltip_text else ""
 
 
 def text(x: float, y: float, words: str, *, css: str = "", title: str = "", **attributes: object) -> str:

@@ -46,14 +46,14 @@ def layers(report: FapmReport) -> Drawing:
 
 def _line(group: Group) -> Line:
     label = group.name if group.layer is None else str(group.layer)
-    return Line(label=label, name=group.name, layer=group.layer, value=group.share, told=group.told())
+    return Line(label=label, name=group.name, layer=group.layer, value=group.share, tooltip_text=group.tooltip_text())
 
 
 def _cell(energy: Energy, layer: int, module: str) -> Cell:
     group, level = energy.cells.get((layer, module)), energy.level(layer, module)
     if group is None:
         return Cell("missing", f"layer {layer}, {module}: no such tensor")
-    return Cell("dead" if level is None else level, group.told())
+    return Cell("dead" if level is None else level, group.tooltip_text())
 
 
 # The density
@@ -148,7 +148,7 @@ def _squares(flags: NDArray[np.bool_], *, css: str = "", fill: str = "") -> str:
 
 def _curve(curve: Curve, frame: _Frame) -> str:
     points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in curve.points)
-    drawn = svg.tag("polyline", svg.tooltip(curve.told), css=_css(curve), points=points)
+    drawn = svg.tag("polyline", svg.tooltip(curve.tooltip_text), css=_css(curve), points=points)
     return svg.tag("polyline", css="halo", points=points) + drawn
 
 
@@ -164,10 +164,12 @@ def _tooltips(found: DensityMap, frame: _Frame) -> str:
             block = Window(x, x + 1, y, y + 1).cells
             entries = float(found.entries[block].sum())
             if entries:
-                told = f"|W| {_range(x)}, |delta| {_range(y)}: about {formatting.count(round(entries))} entries, "
-                told += f"{formatting.percent(float(found.kept[block].sum()) / entries)} kept"
+                tooltip_text = (
+                    f"|W| {_range(x)}, |delta| {_range(y)}: about {formatting.count(round(entries))} entries, "
+                )
+                tooltip_text += f"{formatting.percent(float(found.kept[block].sum()) / entries)} kept"
                 square = f"M{frame.x(x):g} {frame.y(y + 1):g}h{frame.octave:g}v{frame.octave:g}h{-frame.octave:g}z"
-                body += svg.tag("path", svg.tooltip(told), d=square, fill="transparent")
+                body += svg.tag("path", svg.tooltip(tooltip_text), d=square, fill="transparent")
     return body
 
 
@@ -190,5 +192,5 @@ def _legend(found: DensityMap, frame: _Frame, curves: list[Curve]) -> str:
     for at, curve in enumerate(curves, start=1):
         middle = y + _ROW * at + 8
         body += svg.tag("path", css=_css(curve), d=f"M{_LEFT:g} {middle:g}h26")
-        body += svg.text(_LEFT + 34, middle + 4, curve.told)
+        body += svg.text(_LEFT + 34, middle + 4, curve.tooltip_text)
     return body

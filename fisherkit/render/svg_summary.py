@@ -43,7 +43,7 @@ def _line(row: Row, heat: HeatMap) -> Line:
         name=row.name,
         layer=row.layer,
         value=row.mean if heat.linear else row.share,
-        told=f"{row.name}: sum {formatting.number(row.sum)}, mean {formatting.number(row.mean)}",
+        tooltip_text=f"{row.name}: sum {formatting.number(row.sum)}, mean {formatting.number(row.mean)}",
     )
 
 
@@ -83,9 +83,9 @@ def mass_curve(summary: Summary) -> Drawing:
     body += svg.tag("polyline", css="curve", points=points)
     for share in MASS_POINTS:
         held = summary.histogram.mass(share)
-        told = f"top {100 * share:g} %: {formatting.percent(held)}"
+        tooltip_text = f"top {100 * share:g} %: {formatting.percent(held)}"
         point = {"cx": f"{x(share):.1f}", "cy": f"{y(held):.1f}", "r": 4}
-        body += svg.tag("circle", svg.tooltip(told), css="bar", **point)
+        body += svg.tag("circle", svg.tooltip(tooltip_text), css="bar", **point)
         below = y(held) + 18 if held > 0.15 else y(held) - 10
-        body += text(x(share) + 6, below, formatting.percent(held), title=told)
+        body += text(x(share) + 6, below, formatting.percent(held), title=tooltip_text)
     return Drawing(body, left + width + 70, top + height + 42)

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisherkit.training.callback import MaskedUpdate
-    from fisherkit.training.constrain import Handle, constrain
     from fisherkit.training.fggm import FGGM, Task
     from fisherkit.training.mask_input import load_mask
     from fisherkit.training.migu import MIGU
+    from fisherkit.training.optimizer_hooks import Handle, constrain
 
 _HOMES = {
     "FGGM": "fisherkit.training.fggm",
     "MIGU": "fisherkit.training.migu",
-    "Handle": "fisherkit.training.constrain",
+    "Handle": "fisherkit.training.optimizer_hooks",
     "MaskedUpdate": "fisherkit.training.callback",
     "Task": "fisherkit.training.fggm",
-    "constrain": "fisherkit.training.constrain",
+    "constrain": "fisherkit.training.optimizer_hooks",
     "load_mask": "fisherkit.training.mask_input",
 }
 

@@ -8,9 +8,9 @@ from transformers import TrainerCallback
 
 from fisherkit.artefacts.layer_importance import FLOOR, POWER
 from fisherkit.errors import TrainingError
-from fisherkit.training.constrain import Handle, Parity, constrain
 from fisherkit.training.mask_input import MaskLike
 from fisherkit.training.names import DEEPSPEED
+from fisherkit.training.optimizer_hooks import Handle, Parity, constrain
 
 
 class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes without types

@@ -32,7 +32,7 @@ from fisherkit.methods.extract.measure import extract
 from fisherkit.methods.mask.build import mask
 from fisherkit.options import ExtractOptions, MaskOptions
 from fisherkit.training.callback import MaskedUpdate
-from fisherkit.training.constrain import Parity
+from fisherkit.training.optimizer_hooks import Parity
 
 FORMAT = "fisherkit.fggm/1"
 PAPER = MaskOptions(preset="fggm")

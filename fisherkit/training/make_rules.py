@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError, TrainingError
-from fisherkit.training.mask_input import Basis, Pull, Wanted
+from fisherkit.training.mask_input import Basis, Constraint, Pull
 from fisherkit.training.names import Adapter, Names, Target, find_all, read_names, spelled
 from fisherkit.training.rules import Rows, Rule, freeze, project, pull, scale, span
 from fisherkit.training.shards import is_sharded
@@ -27,7 +27,7 @@ LORA = (
 )
 
 
-def make_rules(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:
+def make_rules(model: nn.Module, wanted: Constraint, trains: Trains) -> list[Rule]:
     """The rules that ``wanted`` makes for the parameters of ``model`` that are trained.
 
     Raises:
@@ -51,7 +51,7 @@ def make_rules(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:
     return rules
 
 
-def _check_found(wanted: Wanted, targets: Mapping[str, Target]) -> None:
+def _check_found(wanted: Constraint, targets: Mapping[str, Target]) -> None:
     missing = [name for name in wanted.names if name not in targets]
     if missing or not wanted.names:
         raise CheckpointError(
@@ -65,7 +65,7 @@ def _is_trained(names: Names, target: Target, trains: Trains) -> bool:
     return any(parameter is not None and trains(parameter) for parameter in (target.parameter, *factors))
 
 
-def _freeze_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+def _freeze_all(names: Names, wanted: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
     """A parameter of which two names speak (tied weights) changes where both allow it."""
     assert wanted.flags is not None
     flags: dict[nn.Parameter, Tensor] = {}
@@ -98,7 +98,7 @@ def _with_expert(joined: Tensor | None, target: Target, own: Tensor) -> Tensor:
     return joined
 
 
-def _project_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+def _project_all(names: Names, wanted: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
     basis = wanted.basis
     assert basis is not None
 
@@ -108,7 +108,7 @@ def _project_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], tr
     return _hold_all(names, wanted, targets, trains, (_span_adapter, part, project))
 
 
-def _pull_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+def _pull_all(names: Names, wanted: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
     """Of LoRA, the factor that reads (or writes) the directions is drawn back to nothing: B A began as nothing."""
     directions_of, anchor = wanted.pull, wanted.anchor
     assert directions_of is not None
@@ -126,11 +126,11 @@ def _pull_all(names: Names, wanted: Wanted, targets: Mapping[str, Target], train
 
 def _hold_all(
     names: Names,
-    wanted: Wanted,
+    wanted: Constraint,
     targets: Mapping[str, Target],
     trains: Trains,
     how: tuple[
-        Callable[[Adapter, Wanted, str, Trains], list[Rule]],
+        Callable[[Adapter, Constraint, str, Trains], list[Rule]],
         Callable[[str, Target], _Part],
         Callable[[nn.Parameter, Sequence[_Part]], Rule],
     ],
@@ -158,12 +158,12 @@ def _hold_all(
         for adapter in names.adapters_of(target):
             rules += of_adapter(adapter, wanted, name, trains)
         if trains(target.parameter):
-            _refuse_cut(wanted, name, target)
+            _refuse_part(wanted, name, target)
             parts.setdefault(target.parameter, []).append(part(name, target))
     return rules + [make(parameter, own) for parameter, own in parts.items()]
 
 
-def _pull_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> list[Rule]:
+def _pull_adapter(adapter: Adapter, wanted: Constraint, name: str, trains: Trains) -> list[Rule]:
     factors = _factors(adapter, wanted, name, trains)
     if factors is None:
         return []
@@ -181,7 +181,7 @@ def _rows(target: Target) -> Rows:
     return None if piece.expert is None else (piece.expert, piece.start, piece.stop)
 
 
-def _refuse_cut(wanted: Wanted, name: str, target: Target) -> None:
+def _refuse_part(wanted: Constraint, name: str, target: Target) -> None:
     if target.piece.expert is not None and is_sharded(target.parameter):
         raise TrainingError(
             f"{wanted.label}: {name} is an expert of {target.name}, which FSDP2 spreads over processes, so it cannot "
@@ -193,7 +193,7 @@ def _has_expert_adapter(names: Names, target: Target) -> bool:
     return any(spelled(target.name).startswith(f"{module}.") for module in names.experts)
 
 
-def _span_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> list[Rule]:
+def _span_adapter(adapter: Adapter, wanted: Constraint, name: str, trains: Trains) -> list[Rule]:
     """B loses what lies in U, A what lies in V; where the weight is stored as [in, out], the other way round."""
     factors = _factors(adapter, wanted, name, trains)
     if factors is None:
@@ -210,7 +210,7 @@ def _span_adapter(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -
     return rules
 
 
-def _factors(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> _Factors | None:
+def _factors(adapter: Adapter, wanted: Constraint, name: str, trains: Trains) -> _Factors | None:
     """A, B and the weight's shape, fit to be held to directions; None where neither is trained."""
     if not any(factor is not None and trains(factor) for factor in (adapter.a, adapter.b)):
         return None
@@ -229,7 +229,7 @@ def _factors(adapter: Adapter, wanted: Wanted, name: str, trains: Trains) -> _Fa
     return adapter.a, adapter.b, adapter.shape
 
 
-def _scale_layers(model: nn.Module, wanted: Wanted, trains: Trains) -> list[Rule]:
+def _scale_layers(model: nn.Module, wanted: Constraint, trains: Trains) -> list[Rule]:
     """A rule for every trained parameter of a scaled layer, adapters and biases included."""
     layers: dict[nn.Parameter, int] = {}
     named = {spelled(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -49,7 +49,7 @@ class Pull(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Constraint:
     """What a run is asked to obey.
 
     Attributes:
@@ -77,7 +77,7 @@ class Wanted:
 class LazyMasks(Mapping[str, Tensor]):
     """The masks of a file by checkpoint name, read when asked for; bool, broadcastable to the weight.
 
-    Flags of a file without a description (see ``checkpoint.maskfile``) come in the shape they have there.
+    Flags of a file without a description (see ``artefacts.mask_file``) come in the shape they have there.
     """
 
     def __init__(self, file: MaskFile) -> None:
@@ -116,12 +116,12 @@ def read_wanted(
     floor: float = FLOOR,
     pull: float | None = None,
     anchor: str | Path | None = None,
-) -> Wanted:
+) -> Constraint:
     """Bring what a caller gave to one form; files are opened, their tensors not read.
 
     Args:
         mask: see the module.
-        power: of layer scales, see ``checkpoint.importance``.
+        power: of layer scales, see ``artefacts.layer_importance``.
         floor: of layer scales.
         pull: of a subspace with a spectrum, in place of what its file says.
         anchor: the checkpoint that a soft subspace draws back to.
@@ -144,7 +144,7 @@ def read_wanted(
         return _from_tensors(mask)
     label = str(mask) if isinstance(mask, str | Path) else "the layer importance"
     scales = layer_scales(read_importance(mask), power=power, floor=floor)
-    return Wanted(kind="scale", label=label, scales=scales)
+    return Constraint(kind="scale", label=label, scales=scales)
 
 
 def _opened(mask: MaskLike) -> MaskFile | None:
@@ -156,20 +156,20 @@ def _opened(mask: MaskLike) -> MaskFile | None:
     return mask if isinstance(mask, MaskFile) else None
 
 
-def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) -> Wanted:
+def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) -> Constraint:
     label, names = str(file.path), file.names
     if file.kind == "mask":
-        return Wanted(kind="mask", label=label, names=names, flags=lambda n, s: _flags(file, n, s))
+        return Constraint(kind="mask", label=label, names=names, flags=lambda n, s: _flags(file, n, s))
     basis: Callable[[str, Shape], Basis] = lambda n, s: _basis(*file.modes(n, s))  # noqa: E731
     if pull is None:
-        return Wanted(kind="subspace", label=label, names=names, basis=basis)
+        return Constraint(kind="subspace", label=label, names=names, basis=basis)
     basis_of = file.options.get("basis")
     if basis_of not in (None, "activation"):
         raise OptionError(f"{label}: a pull is for --basis activation, and this is --basis {basis_of}")
     shared: dict[bytes, Tensor] = {}
     soft: Callable[[str, Shape], Pull] = lambda n, s: _pull(file, n, s, pull, shared)  # noqa: E731
     start = None if anchor is None else _Anchor(anchor)
-    return Wanted(kind="subspace", label=label, names=names, basis=basis, pull=soft, anchor=start)
+    return Constraint(kind="subspace", label=label, names=names, basis=basis, pull=soft, anchor=start)
 
 
 def _refuse_our_own(path: Path) -> None:
@@ -222,12 +222,14 @@ def _basis(u: Any, s: Any, v: Any) -> Basis:
     return Basis(*(None if part is None else torch.from_numpy(part) for part in (u, v)))
 
 
-def _from_tensors(tensors: Mapping[str, Any]) -> Wanted:
+def _from_tensors(tensors: Mapping[str, Any]) -> Constraint:
     if all(isinstance(value, Tensor) and value.dtype == torch.bool for value in tensors.values()):
-        return Wanted(kind="mask", label="the mask", names=tuple(tensors), flags=lambda n, s: _fitted(tensors, n, s))
+        return Constraint(
+            kind="mask", label="the mask", names=tuple(tensors), flags=lambda n, s: _fitted(tensors, n, s)
+        )
     stems = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     if all(name.rpartition(".")[2] in SIDES and _is_floating(value) for name, value in tensors.items()):
-        return Wanted(
+        return Constraint(
             kind="subspace", label="the subspace", names=tuple(stems), basis=lambda n, s: _given(tensors, n, s)
         )
     odd = next(name for name, value in tensors.items() if not isinstance(value, Tensor) or value.dtype != torch.bool)

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from fisherkit.errors import OptionError, TrainingError
 from fisherkit.training.callback import refuse_deepspeed
-from fisherkit.training.constrain import Handle, Parity, unwrap
 from fisherkit.training.names import read_names
+from fisherkit.training.optimizer_hooks import Handle, Parity, unwrap
 from fisherkit.training.rules import Rule, freeze
 
 

@@ -2,7 +2,7 @@
 
 A mask is keyed by checkpoint names; a model that trains may be wrapped (``module.``, ``_orig_mod.``, ...), carry
 adapters (``base_model.model.``, ``.base_layer.``), lie under another class's prefix, and hold experts in one tensor
-that the checkpoint holds apart. Names are compared in the spelling of ``checkpoint.aliases``; renames that it does not
+that the checkpoint holds apart. Names are compared in the spelling of ``names.spelling``; renames that it does not
 know are asked of transformers' own conversion.
 """
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The files beside the tensors of a model: config, tokenizer, model card; and quantisation, which is refused."""

@@ -1,4 +1,4 @@
-"""The rules by which two checkpoints are paired, step by step; fisherkit.checkpoint.matching.pairing states them. No torch."""
+"""The rules by which two checkpoints are paired, step by step, as ``pairing`` states them. No torch."""
 
 import math
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ class Matching:
         segments: what each matched tensor of BASE is made of.
         missing: weights of BASE that are not matched.
         extra: weights of FT of which nothing, or not all, is used.
-        notes, twins, untied: as in Pairing.
+        notes, tied_pairs, untied: as in Pairing.
     """
 
     base: Side
@@ -30,7 +30,7 @@ class Matching:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    twins: dict[str, str] = field(default_factory=dict)
+    tied_pairs: dict[str, str] = field(default_factory=dict)
     untied: bool = False
 
     def match(self) -> None:
@@ -156,7 +156,7 @@ class Matching:
             tied = tied and same
         self.untied = not tied
         if tied:
-            self.twins[head] = embedding
+            self.tied_pairs[head] = embedding
 
     def _take_out(self, names: Sequence[str], side: Side, other: Side, note: str) -> list[str]:
         """What remains of the names without the parts that the other side may lack."""

@@ -39,9 +39,9 @@ class Pairing:
         base_only: tensors of BASE without one, to be copied as they are, in BASE's order.
         tuned_only: tensors of FT that nothing is made of.
         notes: which rules were applied, one sentence each.
-        twins: of two matched tensors that BASE and FT both tie, the head by the embedding: both are stored in BASE, and
-            equal on either side. Whoever treats them differently must untie them in the config.
-        untied: BASE stores a head and an embedding that are not twins, so the output's config must not tie them.
+        tied_pairs: of two matched tensors that BASE and FT both tie, the head by the embedding: both are stored in
+            BASE, and equal on either side. Whoever treats them differently must untie them in the config.
+        untied: BASE stores a head and an embedding that are no such pair, so the output's config must not tie them.
         segments: what each matched tensor is made of, in BASE's memory order.
     """
 
@@ -51,7 +51,7 @@ class Pairing:
     base_only: tuple[str, ...]
     tuned_only: tuple[str, ...]
     notes: tuple[str, ...]
-    twins: Mapping[str, str]
+    tied_pairs: Mapping[str, str]
     untied: bool
     segments: Mapping[str, tuple[Segment, ...]]
 
@@ -119,7 +119,7 @@ def pair(base: CheckpointIndex, tuned: CheckpointIndex, *, base_folder: Path, tu
         base_only=tuple(name for name in base.tensors if name not in found.segments),
         tuned_only=tuple(name for name in tuned.tensors if name not in sources),
         notes=tuple(found.notes),
-        twins=found.twins,
+        tied_pairs=found.tied_pairs,
         untied=found.untied,
         segments=found.segments,
     )

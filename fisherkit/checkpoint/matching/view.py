@@ -1,6 +1,6 @@
 """One side of a pair of checkpoints: which of its tensors are weights, and which of those its model can do without.
 
-No torch. Knows one checkpoint and its config at a time; what to make of two is for fisherkit.checkpoint.matching.pairing.
+No torch. Knows one checkpoint and its config at a time; what to make of two is for ``pairing``.
 """
 
 import re

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Covariances of what linear layers read, and of the gradients at what they put out."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fisherkit.engine.covariance.plan import Layer, Moment, identity
+from fisherkit.engine.covariance.plan import Covariance, Layer, identity
 from fisherkit.errors import FisherkitError, UnsupportedModelError
 from fisherkit.kernels.covariance import add_second_moment_, add_sketch_, complete_, factor_of, random_signs
 
@@ -21,7 +21,7 @@ from fisherkit.kernels.covariance import add_second_moment_, add_sketch_, comple
 class Accumulator:
     """Adds rows up to one moment."""
 
-    def __init__(self, moment: Moment, device: torch.device, signs: Tensor | None) -> None:
+    def __init__(self, moment: Covariance, device: torch.device, signs: Tensor | None) -> None:
         self.moment = moment
         self.rows = 0
         self._signs = signs
@@ -57,7 +57,7 @@ class Accumulator:
         return factor, {"tokens": self.rows, "trace": trace, "energy": min(1.0, held / trace) if trace else 1.0}
 
 
-class Gather:
+class CovarianceHooks:
     """A context that listens to the layers of a group; ``begin`` and ``finish`` enclose every batch.
 
     Args:
@@ -66,7 +66,7 @@ class Gather:
         device: where sums are kept.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], moments: Sequence[Moment], device: torch.device) -> None:
+    def __init__(self, layers: Mapping[str, Layer], moments: Sequence[Covariance], device: torch.device) -> None:
         self._layers = layers
         signs: dict[int, Tensor] = {}
         for moment in moments:
@@ -98,7 +98,7 @@ class Gather:
         """The batch was differentiated."""
         self._heard.clear()
 
-    def results(self) -> Iterator[tuple[Moment, Tensor, dict[str, Any]]]:
+    def results(self) -> Iterator[tuple[Covariance, Tensor, dict[str, Any]]]:
         """The finished moments and what is told of each, one after the other; their memory goes with them."""
         self._inputs.clear()
         self._outputs.clear()

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fisherkit.checkpoint.layout import TensorSpec
-from fisherkit.engine.fisher.squared_gradients import split_targets
+from fisherkit.engine.model.linear_layers import find_linear_layers
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import OptionError
 from fisherkit.kernels.covariance import sketch_rank
 
 MomentSide = Literal["input", "output"]
-Heard = dict[str, str]
+SharedInputs = dict[str, str]
 """Parameter -> the first parameter of its block whose layer was called with the same tensor."""
 
 
 @dataclass(frozen=True)
-class Moment:
+class Covariance:
     """A second moment, E[x x^T] of inputs or E[g g^T] of output gradients.
 
     Attributes:
@@ -69,18 +69,20 @@ def layers_of(skeleton: Skeleton, plan: Plan, general: frozenset[str], blocks: S
     """The layers of some blocks that have moments, by the parameter that is their weight."""
     found = {}
     for block in blocks:
-        taps, _ = split_targets(skeleton.model, plan.names([block]), general)
-        for tap in taps:
-            if tap.weight is None:
+        linear, _ = find_linear_layers(skeleton.model, plan.names([block]), general)
+        for layer in linear:
+            if layer.weight is None:
                 continue
-            tensors, shape = plan.targets[block][tap.weight], tuple(skeleton.model.get_parameter(tap.weight).shape)
+            tensors, shape = plan.targets[block][layer.weight], tuple(skeleton.model.get_parameter(layer.weight).shape)
             if len(tensors) == 1 and tensors[0].shape == shape:
-                inputs, outputs = shape if isinstance(tap.module, Conv1D) else (shape[1], shape[0])
-                found[tap.weight] = Layer(tap.module, tensors[0].name, block, inputs, outputs)
+                inputs, outputs = shape if isinstance(layer.module, Conv1D) else (shape[1], shape[0])
+                found[layer.weight] = Layer(layer.module, tensors[0].name, block, inputs, outputs)
     return found
 
 
-def plan_moments(skeleton: Skeleton, plan: Plan, general: frozenset[str], heard: Mapping[str, str]) -> list[Moment]:
+def plan_covariances(
+    skeleton: Skeleton, plan: Plan, general: frozenset[str], shared_inputs: Mapping[str, str]
+) -> list[Covariance]:
     """All moments of a run, in model order; layers that nothing was heard of share with none.
 
     Raises:
@@ -89,7 +91,7 @@ def plan_moments(skeleton: Skeleton, plan: Plan, general: frozenset[str], heard:
     layers = layers_of(skeleton, plan, general, [block for block in plan.targets if block is not None])
     sharing: dict[str, list[str]] = {}
     for name in layers:
-        sharing.setdefault(heard.get(name, name), []).append(name)
+        sharing.setdefault(shared_inputs.get(name, name), []).append(name)
     moments = []
     for name, layer in layers.items():
         if name in sharing:
@@ -100,35 +102,35 @@ def plan_moments(skeleton: Skeleton, plan: Plan, general: frozenset[str], heard:
     return moments
 
 
-def moment_bytes(skeleton: Skeleton, plan: Plan, heard: Mapping[str, str]) -> dict[int, int]:
+def covariance_bytes(skeleton: Skeleton, plan: Plan, shared_inputs: Mapping[str, str]) -> dict[int, int]:
     """Bytes of the moments of each block; with nothing heard an upper bound, as if no input were shared."""
     found: dict[int, int] = {}
-    for moment in plan_moments(skeleton, plan, frozenset(), heard):
+    for moment in plan_covariances(skeleton, plan, frozenset(), shared_inputs):
         found[moment.block] = found.get(moment.block, 0) + moment.spec.nbytes
     return found
 
 
 def memory_of_moments(skeleton: Skeleton, plan: Plan) -> dict[int | None, int]:
     """Bytes in memory of the moments of each block, at most; under None what one takes while it is finished."""
-    memory: dict[int | None, int] = dict(moment_bytes(skeleton, plan, {}).items())
-    largest = max((m.spec.nbytes for m in plan_moments(skeleton, plan, frozenset(), {}) if m.rank), default=0)
+    memory: dict[int | None, int] = dict(covariance_bytes(skeleton, plan, {}).items())
+    largest = max((m.spec.nbytes for m in plan_covariances(skeleton, plan, frozenset(), {}) if m.rank), default=0)
     memory[None] = 10 * largest  # float64 copies of a sketch, and its signs
     return memory
 
 
-def left_out(plan: Plan, moments: Sequence[Moment]) -> tuple[str, ...]:
+def left_out(plan: Plan, moments: Sequence[Covariance]) -> tuple[str, ...]:
     """Checkpoint names of the matrices among the targets that have no moments."""
     covered = {name for moment in moments for name in moment.tensors}
     return tuple(t.name for t in plan.tensors if len(t.shape) > 1 and t.name not in covered)
 
 
-def _moment(side: MomentSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int) -> Moment:
+def _moment(side: MomentSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int) -> Covariance:
     tensors = tuple(layers[name].tensor for name in parameters)
     first = layers[parameters[0]]
-    return Moment(f"{first.tensor}.{side}", side, tuple(parameters), tensors, first.block, size, sketch_rank(size))
+    return Covariance(f"{first.tensor}.{side}", side, tuple(parameters), tensors, first.block, size, sketch_rank(size))
 
 
-class Ear:
+class SharedInputProbe:
     """A context in which one batch runs through some blocks; ``heard`` tells afterwards which layers share inputs."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
@@ -136,7 +138,7 @@ class Ear:
         self._first: dict[tuple[Any, ...], str] = {}
         self._alive: list[Tensor] = []  # so that no other tensor gets the same memory
         self._hooks = ExitStack()
-        self.heard: Heard = {}
+        self.shared_inputs: SharedInputs = {}
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
@@ -153,7 +155,7 @@ class Ear:
             tensor = args[0] if args else kwargs["input"]
             self._alive.append(tensor)
             key = (self._layers[name].block, *identity(tensor))
-            self.heard.setdefault(name, self._first.setdefault(key, name))
+            self.shared_inputs.setdefault(name, self._first.setdefault(key, name))
 
         return hook
 
@@ -165,15 +167,15 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def hear_without_weights(skeleton: Skeleton, plan: Plan) -> Heard | None:
+def probe_on_meta(skeleton: Skeleton, plan: Plan) -> SharedInputs | None:
     """Which layers share their input, from a forward on the meta device; None where the model does not run there."""
     blocks = [block for block in plan.targets if block is not None]
     meta = torch.device("meta")
     ids, mask = torch.zeros(1, 4, dtype=torch.long, device=meta), torch.zeros(1, 1, 4, 4, device=meta)
     try:
-        with Ear(layers_of(skeleton, plan, frozenset(), blocks)) as ear:
+        with SharedInputProbe(layers_of(skeleton, plan, frozenset(), blocks)) as probe:
             # With positions and a mask of its own no model looks at values, which there are none of.
             skeleton.model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, KeyError, IndexError):
         return None
-    return ear.heard
+    return probe.shared_inputs

@@ -9,13 +9,20 @@ from typing import Any, Self
 import torch
 
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.covariance.hooks import Gather
-from fisherkit.engine.covariance.plan import Ear, Heard, Layer, Moment, layers_of, plan_moments
+from fisherkit.engine.covariance.hooks import CovarianceHooks
+from fisherkit.engine.covariance.plan import (
+    Covariance,
+    Layer,
+    SharedInputProbe,
+    SharedInputs,
+    layers_of,
+    plan_covariances,
+)
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.skeleton import Skeleton
 
 
-class MomentFile:
+class CovarianceWriter:
     """Hears, gathers and writes the moments of one run; a context.
 
     Args:
@@ -31,8 +38,8 @@ class MomentFile:
         self._target, self._work = target, work
         self._writer: StreamedWriter | None = None
         self._general: frozenset[str] = frozenset()
-        self.heard: Heard = {}
-        self.moments: list[Moment] = []
+        self.shared_inputs: SharedInputs = {}
+        self.moments: list[Covariance] = []
         self.figures: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
@@ -52,9 +59,9 @@ class MomentFile:
         self.__exit__(None, None, None)
         self._writer, self._general = None, general
         state = progress.get("moments", {})
-        self.heard = dict(state.get("heard", progress.get("heard", {})))
+        self.shared_inputs = dict(state.get("heard", progress.get("heard", {})))
         self.figures = dict(state.get("figures", {}))
-        self.moments = plan_moments(self._skeleton, self._plan, general, self.heard)  # or complain now
+        self.moments = plan_covariances(self._skeleton, self._plan, general, self.shared_inputs)  # or complain now
         if state:
             self._writer = StreamedWriter.reopen(self._target, self._specs(), work=self._work)
             self._writer.mark_written(self.figures)
@@ -65,11 +72,11 @@ class MomentFile:
         return self._writer is not None
 
     @contextmanager
-    def hearing(self, blocks: Sequence[int]) -> Iterator[None]:
+    def probing(self, blocks: Sequence[int]) -> Iterator[None]:
         """One batch runs through these blocks inside of the ``with``."""
-        with Ear(self._layers(blocks)) as ear:
+        with SharedInputProbe(self._layers(blocks)) as probe:
             yield
-        self.heard |= ear.heard
+        self.shared_inputs |= probe.shared_inputs
 
     def lay_out(self) -> None:
         """All blocks were heard: make room for what they will give.
@@ -77,16 +84,16 @@ class MomentFile:
         Raises:
             OutputError: no room on the disk.
         """
-        self.moments = plan_moments(self._skeleton, self._plan, self._general, self.heard)
+        self.moments = plan_covariances(self._skeleton, self._plan, self._general, self.shared_inputs)
         self._writer = StreamedWriter.create(self._target, self._specs(), work=self._work)
 
-    def gather(self, blocks: Sequence[int | None]) -> Gather:
+    def gather(self, blocks: Sequence[int | None]) -> CovarianceHooks:
         """Accumulators for the moments of some blocks."""
         own = [block for block in blocks if block is not None]
         moments = [moment for moment in self.moments if moment.block in own]
-        return Gather(self._layers(own), moments, self._device)
+        return CovarianceHooks(self._layers(own), moments, self._device)
 
-    def keep(self, gathered: Gather) -> None:
+    def keep(self, gathered: CovarianceHooks) -> None:
         """Write what was gathered."""
         assert self._writer is not None
         for moment, values, figures in gathered.results():
@@ -95,7 +102,7 @@ class MomentFile:
 
     def state(self) -> dict[str, Any]:
         """JSON that ``begin`` takes under ``moments`` in another process, once what was kept is synced; a copy."""
-        return {"heard": dict(self.heard), "figures": dict(self.figures)}
+        return {"heard": dict(self.shared_inputs), "figures": dict(self.figures)}
 
     def sync(self) -> None:
         """Everything kept before the call is on the disk when this returns."""

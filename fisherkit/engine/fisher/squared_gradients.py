@@ -16,16 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fisherkit.engine.sweep.recorder import Unreplayable
+from fisherkit.engine.model.findings import Unreplayable
+from fisherkit.engine.model.linear_layers import LinearLayer, find_linear_layers
 from fisherkit.kernels.fisher import add_squared_bias_grads_, add_squared_linear_grads_, add_squares_
-
-
-class NeedsSingles(Exception):  # noqa: N818 - a finding that changes the batching, not an error
-    """A target cannot be squared per sample inside a batch; ``general`` names parameters to leave to autograd."""
-
-    def __init__(self, general: frozenset[str]) -> None:
-        super().__init__()
-        self.general = general
 
 
 @dataclass
@@ -36,28 +29,9 @@ class _Call:
 
 
 @dataclass
-class _Tap:
-    """A linear layer that is listened to."""
-
-    module: nn.Module
-    weight: str | None = None
-    bias: str | None = None
+class _HookedLayer:
+    layer: LinearLayer
     calls: list[_Call] = field(default_factory=list)
-
-
-def split_targets(model: nn.Module, names: Iterable[str], general: frozenset[str]) -> tuple[list[_Tap], list[str]]:
-    """Parameters that a linear layer's hooks can serve, and those left to autograd."""
-    taps: dict[int, _Tap] = {}
-    others = []
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        linear = type(module).forward is nn.Linear.forward or type(module) is Conv1D
-        if name in general or not linear or attribute not in ("weight", "bias"):
-            others.append(name)
-        else:
-            setattr(taps.setdefault(id(module), _Tap(module)), attribute, name)
-    return list(taps.values()), others
 
 
 @contextmanager
@@ -88,23 +62,24 @@ class Capture:
 
     def __init__(self, model: nn.Module, accumulators: Mapping[str, Tensor], general: frozenset[str]) -> None:
         self._accumulators = accumulators
-        self._taps, others = split_targets(model, accumulators, general)
+        layers, others = find_linear_layers(model, accumulators, general)
+        self._hooked = [_HookedLayer(layer) for layer in layers]
         self._others: dict[str, nn.Parameter] = {}
         self._enter_others = trainable(model, others)
         self._lengths: Sequence[int] = ()
         self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
-        for tap in self._taps:
-            handle = tap.module.register_forward_hook(self._listen(tap), with_kwargs=True)
+        for hooked in self._hooked:
+            handle = hooked.layer.module.register_forward_hook(self._listen(hooked), with_kwargs=True)
             self._hooks.callback(handle.remove)
         self._others = self._hooks.enter_context(self._enter_others)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._hooks.close()
-        for tap in self._taps:
-            tap.calls.clear()
+        for hooked in self._hooked:
+            hooked.calls.clear()
 
     def begin(self, lengths: Sequence[int]) -> None:
         """The batch that is replayed next holds samples of these many tokens, padded on the right."""
@@ -113,24 +88,24 @@ class Capture:
     @torch.no_grad()
     def finish(self) -> None:
         """The batch was replayed and differentiated; add what is left to add."""
-        for tap in self._taps:
-            self._add(tap, [call for call in tap.calls if call.grad is not None])
-            tap.calls.clear()
+        for hooked in self._hooked:
+            self._add(hooked, [call for call in hooked.calls if call.grad is not None])
+            hooked.calls.clear()
         add_squared_parameters_(self._accumulators, self._others)
 
-    def _listen(self, tap: _Tap) -> Any:
+    def _listen(self, hooked: _HookedLayer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             inputs = args[0] if args else kwargs["input"]
             call = _Call(inputs.detach(), inputs._version)
-            tap.calls.append(call)
+            hooked.calls.append(call)
             if not output.requires_grad:
                 output.requires_grad_()  # a layer fed by constants alone still has a gradient of its own
 
             def receive(grad: Tensor) -> None:
                 call.grad = grad
-                if len(tap.calls) == 1:  # the common case: add at once, and let go of input and gradient
+                if len(hooked.calls) == 1:  # the common case: add at once, and let go of input and gradient
                     with torch.no_grad():
-                        self._add(tap, [call])
+                        self._add(hooked, [call])
                     call.grad = None
                     call.inputs = call.inputs.new_empty(0)
 
@@ -138,7 +113,7 @@ class Capture:
 
         return hook
 
-    def _add(self, tap: _Tap, calls: list[_Call]) -> None:
+    def _add(self, hooked: _HookedLayer, calls: list[_Call]) -> None:
         """Squares of each sample's gradient, summed over all calls of the layer in this replay before the square."""
         if not calls:
             return
@@ -146,43 +121,11 @@ class Capture:
             raise Unreplayable("it changes the input of a linear layer in place")
         inputs = _per_sample([call.inputs for call in calls], self._lengths)
         grads = _per_sample([_given(call.grad).to(call.inputs.dtype) for call in calls], self._lengths)
-        if tap.weight is not None:
-            rows, columns = (inputs, grads) if isinstance(tap.module, Conv1D) else (grads, inputs)
-            add_squared_linear_grads_(self._accumulators[tap.weight], columns, rows)
-        if tap.bias is not None:
-            add_squared_bias_grads_(self._accumulators[tap.bias], grads)
-
-
-class Census:
-    """Listens to one forward of some blocks and tells whether batches may hold several samples."""
-
-    def __init__(self, model: nn.Module, names: Iterable[str], general: frozenset[str]) -> None:
-        self._taps, self._others = split_targets(model, names, general)
-        self._shapes: dict[int, list[torch.Size]] = {id(tap.module): [] for tap in self._taps}
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Self:
-        for tap in self._taps:
-            self._hooks.callback(tap.module.register_forward_pre_hook(self._note, with_kwargs=True).remove)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hooks.close()
-
-    def check(self, ids: Tensor) -> None:
-        """Raise NeedsSingles unless every linear target was called, on inputs whose first axes are those of ids [B, T].
-
-        A linear layer that is never called has its weight used in another way, which only autograd sees.
-        """
-        silent = [tap for tap in self._taps if not self._shapes[id(tap.module)]]
-        flat = any(shape[:2] != ids.shape for shapes in self._shapes.values() for shape in shapes)
-        if silent or (len(ids) > 1 and (flat or self._others)):
-            names = {name for tap in silent for name in (tap.weight, tap.bias) if name is not None}
-            raise NeedsSingles(frozenset(names))
-
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs["input"]
-        self._shapes[id(module)].append(inputs.shape)
+        if hooked.layer.weight is not None:
+            rows, columns = (inputs, grads) if isinstance(hooked.layer.module, Conv1D) else (grads, inputs)
+            add_squared_linear_grads_(self._accumulators[hooked.layer.weight], columns, rows)
+        if hooked.layer.bias is not None:
+            add_squared_bias_grads_(self._accumulators[hooked.layer.bias], grads)
 
 
 def _per_sample(calls: list[Tensor], lengths: Sequence[int]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fisherkit.engine.fisher.squared_gradients import split_targets
+from fisherkit.engine.model.linear_layers import find_linear_layers
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor, blocks_in_groups
 from fisherkit.errors import OptionError
 
@@ -79,7 +79,7 @@ def choose_targets(
 def only_batches_of_one(skeleton: Skeleton, plan: Plan) -> bool:
     """Whether a target is no linear layer inside a block: autograd sums over a batch, so it must be of one sample."""
     inside = [name for block in plan.targets if block is not None for name in plan.targets[block]]
-    return None in plan.targets or bool(split_targets(skeleton.model, inside, frozenset())[1])
+    return None in plan.targets or bool(find_linear_layers(skeleton.model, inside, frozenset())[1])
 
 
 @dataclass(frozen=True)

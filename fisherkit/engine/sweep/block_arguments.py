@@ -8,15 +8,15 @@ from torch import Tensor
 
 from fisherkit.engine.fisher.squared_gradients import trainable
 from fisherkit.engine.sweep.job import Job
-from fisherkit.engine.sweep.recorder import Record, Tape
+from fisherkit.engine.sweep.recorder import BlockCallRecorder, Record
 from fisherkit.engine.sweep.spool import Spool
 
 
 class Arguments:
     """Records of all batches; their tensors are spooled and come back only for the blocks that need them."""
 
-    def __init__(self, job: Job, tape: Tape) -> None:
-        self._job, self._tape = job, tape
+    def __init__(self, job: Job, recorder: BlockCallRecorder) -> None:
+        self._job, self._tape = job, recorder
         self._records: list[Record] = []
         self._spool = Spool(job.work.folder / "arguments.bin", job.budget)
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.engine.model.findings import Unreplayable
 from fisherkit.engine.model.skeleton import Skeleton
-from fisherkit.engine.sweep.recorder import HiddenPlace, MappingPlace, Record, TensorPlace, Unreplayable
+from fisherkit.engine.sweep.recorder import HiddenPlace, MappingPlace, Record, TensorPlace
 
 SideKey = tuple[int, str | int]
 

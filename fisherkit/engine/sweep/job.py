@@ -1,6 +1,6 @@
 """What an engine is asked to do: samples, targets, and where finished values go."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.work_folder import Work
-from fisherkit.engine.covariance.hooks import Gather
-from fisherkit.engine.covariance.writer import MomentFile
+from fisherkit.engine.covariance.hooks import CovarianceHooks
+from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
+from fisherkit.progress import Track
 from fisherkit.prompts.dataset import Sample
-
-Track = Callable[[str, int, int], None]
 
 
 class Sink(Protocol):
@@ -59,7 +58,7 @@ class Job:
     seed: int = 0
     keep_weights: bool = False
     general: frozenset[str] = field(default_factory=frozenset)
-    moments: MomentFile | None = None
+    moments: CovarianceWriter | None = None
 
     def ids(self, batch: Sequence[int]) -> Tensor:
         """Token ids [B, T] on the device, short samples filled up on the right with their own last token.
@@ -99,7 +98,9 @@ class Job:
         parts = torch.split(memory, [shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    def deliver(self, blocks: Sequence[int | None], sums: dict[str, Tensor], gathered: Gather | None = None) -> None:
+    def deliver(
+        self, blocks: Sequence[int | None], sums: dict[str, Tensor], gathered: CovarianceHooks | None = None
+    ) -> None:
         """Hand sums of squares to the sink as means over the samples, block by block, and moments to their file."""
         if gathered is not None and self.moments is not None:
             self.moments.keep(gathered)
@@ -108,7 +109,7 @@ class Job:
             if own:
                 self.sink.add(own)
 
-    def gathering(self, blocks: Sequence[int | None]) -> AbstractContextManager[Gather | None]:
+    def gathering(self, blocks: Sequence[int | None]) -> AbstractContextManager[CovarianceHooks | None]:
         """Gathers the moments of these blocks in its ``with``; does nothing where none are asked for."""
         return nullcontext() if self.moments is None else self.moments.gather(blocks)
 

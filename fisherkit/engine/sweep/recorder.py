@@ -11,11 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherkit.engine.model.findings import Unreplayable
 from fisherkit.engine.model.skeleton import Skeleton
-
-
-class Unreplayable(Exception):  # noqa: N818 - a finding that chooses another engine, not an error
-    """The blocks of this model cannot be run one by one; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,12 @@ class _Reached(Exception):  # noqa: N818 - leaves the model's forward at the las
     pass
 
 
-class Stub(nn.Module):
+class BlockStub(nn.Module):
     """Stands in for a block; reads of its attributes (``layer.attention_type``) reach the block itself."""
 
-    def __init__(self, block: nn.Module, number: int, tape: "Tape") -> None:
+    def __init__(self, block: nn.Module, number: int, recorder: "BlockCallRecorder") -> None:
         super().__init__()
-        self.__dict__.update(_block=block, _number=number, _tape=tape)
+        self.__dict__.update(_block=block, _number=number, _tape=recorder)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
@@ -75,7 +72,7 @@ class Stub(nn.Module):
         return self.__dict__["_tape"].take(self.__dict__["_number"], args, kwargs)
 
 
-class Tape:
+class BlockCallRecorder:
     """Runs the model's own forward with stubs for blocks: to record the blocks' arguments, or to run head and loss."""
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -84,7 +81,7 @@ class Tape:
         parent, _, self._attribute = skeleton.blocks_path.rpartition(".")
         self._parent = skeleton.model.get_submodule(parent)
         self._own = getattr(self._parent, self._attribute)
-        self._stubs = nn.ModuleList(Stub(block, number, self) for number, block in enumerate(skeleton.blocks))
+        self._stubs = nn.ModuleList(BlockStub(block, number, self) for number, block in enumerate(skeleton.blocks))
         self._handle: Callable[..., Tensor] = self._pass_on
         self._real: frozenset[int] = frozenset()
         self._final: Tensor | None = None

@@ -34,7 +34,7 @@ def resident(job: Job) -> None:
 def _hear(job: Job) -> None:
     """Which layers share their inputs; one sample tells."""
     assert job.moments is not None
-    with job.moments.hearing(range(len(job.skeleton.blocks))):
+    with job.moments.probing(range(len(job.skeleton.blocks))):
         job.skeleton.model(input_ids=job.ids([0]), use_cache=False)
     job.moments.lay_out()
     job.work.commit(moments=job.moments.state())

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fisherkit.engine.fisher.squared_gradients import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.fisher.squared_gradients import Capture, add_squared_parameters_, trainable
+from fisherkit.engine.model.findings import Unreplayable
+from fisherkit.engine.model.linear_layers import BatchingCheck
 from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.sweep.job import Job
-from fisherkit.engine.sweep.recorder import Tape, Unreplayable
+from fisherkit.engine.sweep.recorder import BlockCallRecorder
 from fisherkit.errors import first_line
 from fisherkit.kernels.loss import sample_loss
 
@@ -22,31 +24,31 @@ TOLERANCE = {torch.float32: 1e-3}  # rounding may differ between the two ways, t
 COARSE_TOLERANCE = 0.1
 
 
-def check_replay(job: Job, tape: Tape, blocks: Sequence[int]) -> None:
+def check_replay(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int]) -> None:
     """Compare the targets of the first and the last of ``blocks``, which hold their weights.
 
     Raises:
         Unreplayable: the two ways differ, or these blocks cannot be run alone.
-        NeedsSingles: a linear layer's weight is used in another way than by calling the layer.
+        NeedsBatchSizeOne: a linear layer's weight is used in another way than by calling the layer.
     """
     ends = sorted({blocks[0], blocks[-1]})
     names = job.plan.names(ends) or [
         name for block in ends for name, p in job.skeleton.parameters(block).items() if p.ndim >= 2
     ]
     try:
-        _compare(job, tape, blocks, names)
+        _compare(job, recorder, blocks, names)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
         raise Unreplayable(f"its blocks do not run alone ({type(error).__name__}: {first_line(error)})") from error
 
 
-def _compare(job: Job, tape: Tape, blocks: Sequence[int], names: Sequence[str]) -> None:
+def _compare(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], names: Sequence[str]) -> None:
     ids = _probe(job)
     replayed, plain = job.accumulators(names), job.accumulators(names)
-    _replay(job, tape, blocks, ids, replayed)
+    _replay(job, recorder, blocks, ids, replayed)
     with trainable(job.skeleton.model, names) as parameters, torch.enable_grad():
-        _loss(job, tape.logits(ids, real=blocks), ids).backward()  # type: ignore[no-untyped-call]
+        _loss(job, recorder.logits(ids, real=blocks), ids).backward()  # type: ignore[no-untyped-call]
         add_squared_parameters_(plain, parameters)
     tolerance = TOLERANCE.get(job.skeleton.dtype, COARSE_TOLERANCE)
     for name in names:
@@ -55,19 +57,19 @@ def _compare(job: Job, tape: Tape, blocks: Sequence[int], names: Sequence[str]) 
             raise Unreplayable(f"a replayed sample gives {name} another Fisher than plain autograd")
 
 
-def _replay(job: Job, tape: Tape, blocks: Sequence[int], ids: Tensor, sums: dict[str, Tensor]) -> None:
+def _replay(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], ids: Tensor, sums: dict[str, Tensor]) -> None:
     """The streamed way, a boundary around every block."""
     skeleton = job.skeleton
     with torch.no_grad():
-        record, first = tape.record(ids)
+        record, first = recorder.record(ids)
     boundaries = [Boundary(first)]
-    with torch.no_grad(), Census(skeleton.model, sums, job.general) as census:
+    with torch.no_grad(), BatchingCheck(skeleton.model, sums, job.general) as batching:
         for block in blocks:
             boundaries.append(run_blocks(skeleton, [block], record, _copy(boundaries[-1])))
-    census.check(ids)
+    batching.check(ids)
     final = boundaries.pop().hidden.requires_grad_()
     with torch.enable_grad():
-        (hidden,) = torch.autograd.grad(_loss(job, tape.logits(ids, final=final), ids), final)
+        (hidden,) = torch.autograd.grad(_loss(job, recorder.logits(ids, final=final), ids), final)
     gradient = Boundary(hidden)
     with Capture(skeleton.model, sums, job.general) as capture:
         for block, entering in zip(reversed(blocks), reversed(boundaries), strict=True):

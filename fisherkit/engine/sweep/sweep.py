@@ -3,7 +3,7 @@
 Let F be the cost of one forward of everything and G the number of groups. Forward sweep: F without the last group.
 Backward sweep: replay F, input gradients F, squared weight gradients F. Together (4 - 1/G) F and two reads of the
 weights, however many groups there are; resident are one group's weights (the next one's are read ahead), its float32
-accumulators and one batch (DESIGN section 3).
+accumulators and one batch.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +14,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fisherkit.engine.covariance.hooks import Gather
-from fisherkit.engine.fisher.squared_gradients import Capture, Census, add_squared_parameters_, trainable
+from fisherkit.engine.covariance.hooks import CovarianceHooks
+from fisherkit.engine.fisher.squared_gradients import Capture, add_squared_parameters_, trainable
+from fisherkit.engine.model.linear_layers import BatchingCheck
 from fisherkit.engine.model.weights import Weights
 from fisherkit.engine.sweep.block_arguments import Arguments
 from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.sweep.job import Job
-from fisherkit.engine.sweep.recorder import Tape
+from fisherkit.engine.sweep.recorder import BlockCallRecorder
 from fisherkit.engine.sweep.selfcheck import check_replay
 from fisherkit.engine.sweep.spool import Spool
 
@@ -30,7 +31,7 @@ def stream(job: Job) -> None:
 
     Raises:
         Unreplayable: the blocks of this model cannot be run one by one.
-        NeedsSingles: batches must hold one sample each.
+        NeedsBatchSizeOne: batches must hold one sample each.
         CheckpointError: damaged or missing weights.
         FisherkitError: a loss that is not finite.
     """
@@ -51,8 +52,8 @@ class _Sweep:
         self.job, self.weights = job, weights
         self.groups = job.plan.groups
         self.top = len(self.groups) - 1
-        self.tape = Tape(job.skeleton)
-        self.arguments = Arguments(job, self.tape)
+        self.recorder = BlockCallRecorder(job.skeleton)
+        self.arguments = Arguments(job, self.recorder)
         self.has_outer = bool(job.plan.names([None]))
         self.losses: list[float] = []
         self.spools: dict[str, Spool] = {}
@@ -74,11 +75,11 @@ class _Sweep:
         lowest = 0 if self.has_outer else measured[0]
         if "forward" not in progress:
             self.weights.enter(self.groups[0])
-            check_replay(self.job, self.tape, self.groups[0])
+            check_replay(self.job, self.recorder, self.groups[0])
         self._record()
         if "backward" not in progress:
             self._forward(progress["forward"])
-            self._hear_top()
+            self._probe_top()
         for number in range(progress.get("backward", self.top + 1) - 1, lowest - 1, -1):
             self._backward(number, lowest)
         if self.has_outer and "outer" not in progress:
@@ -107,8 +108,8 @@ class _Sweep:
                 leaving.put(str(batch), *self._push(number, batch).pack())
                 self.job.track("forward", number * len(self.job.batches) + batch + 1, self.top * len(self.job.batches))
             leaving.finish()
-            heard = {} if self.job.moments is None else {"heard": dict(self.job.moments.heard)}
-            self.job.work.commit(forward=number + 1, **heard)
+            shared_inputs = {} if self.job.moments is None else {"heard": dict(self.job.moments.shared_inputs)}
+            self.job.work.commit(forward=number + 1, **shared_inputs)
             self.weights.leave(self.groups[number])
 
     @torch.no_grad()
@@ -118,13 +119,13 @@ class _Sweep:
         record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
         if batch:
             return run_blocks(job.skeleton, group, record, entering)
-        hearing: AbstractContextManager[None] = nullcontext() if job.moments is None else job.moments.hearing(group)
-        with Census(job.skeleton.model, job.plan.names(group), job.general) as census, hearing:
+        probing: AbstractContextManager[None] = nullcontext() if job.moments is None else job.moments.probing(group)
+        with BatchingCheck(job.skeleton.model, job.plan.names(group), job.general) as batching, probing:
             leaving = run_blocks(job.skeleton, group, record, entering)
-        census.check(job.ids(job.batches[batch]))
+        batching.check(job.ids(job.batches[batch]))
         return leaving
 
-    def _hear_top(self) -> None:
+    def _probe_top(self) -> None:
         """The forward sweep leaves the last group out; moments need it heard, and then know what there is to store."""
         moments = self.job.moments
         if moments is None or moments.is_laid_out:
@@ -142,7 +143,7 @@ class _Sweep:
         sums = job.accumulators(job.plan.names(group))
         passed = self._spool(f"gradient-{number}", fresh=True)
         with Capture(job.skeleton.model, sums, job.general) as capture, job.gathering(group) as gather:
-            listeners: list[Capture | Gather] = [capture] if gather is None else [capture, gather]
+            listeners: list[Capture | CovarianceHooks] = [capture] if gather is None else [capture, gather]
             for batch, members in enumerate(job.batches):
                 for listener in listeners:
                     listener.begin(job.lengths(members))
@@ -164,11 +165,11 @@ class _Sweep:
         if number < self.top:
             gradient = self._load(f"gradient-{number + 1}", batch)
             return differentiate_blocks(job.skeleton, group, record, entering, lambda leaving: gradient)
-        with Census(job.skeleton.model, job.plan.names(group), job.general) as census:
+        with BatchingCheck(job.skeleton.model, job.plan.names(group), job.general) as batching:
 
             def gradient_at(leaving: Boundary) -> Boundary:
                 if batch == 0:  # the forward sweep left the last group out, so its census is taken here
-                    census.check(job.ids(job.batches[batch]))
+                    batching.check(job.ids(job.batches[batch]))
                 return self._head(batch, leaving)
 
             return differentiate_blocks(job.skeleton, group, record, entering, gradient_at)
@@ -189,7 +190,7 @@ class _Sweep:
     def _head_of(self, sample: int, hidden: Tensor) -> Tensor:
         final = hidden.clone().requires_grad_()
         with torch.enable_grad():
-            loss = self.job.loss(sample, self.tape.logits(self.job.ids([sample]), final=final)[0])
+            loss = self.job.loss(sample, self.recorder.logits(self.job.ids([sample]), final=final)[0])
             (gradient,) = torch.autograd.grad(loss, final)
         self.losses.append(loss.item())
         return gradient[0]
@@ -202,7 +203,7 @@ class _Sweep:
             for batch, (sample,) in enumerate(job.batches):
                 final, arrived = self._load(f"boundary-{self.top + 1}", batch).hidden, self._load("gradient-0", batch)
                 with torch.enable_grad():
-                    logits, first, tensors = self.tape.outer(job.ids([sample]), final)
+                    logits, first, tensors = self.recorder.outer(job.ids([sample]), final)
                     loss = job.loss(sample, logits[0])
                 roots = [(loss, torch.ones_like(loss)), (first, arrived.hidden)]
                 roots += [(tensors[place], gradient) for place, gradient in arrived.inputs.items()]

@@ -1,1 +1,1 @@
-"""TODO"""
+"""``demo``: a small model, trained here, on which the commands are shown."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 
-Talk = list[dict[str, str]]
+Conversation = list[dict[str, str]]
 
 _LONGEST = 900  # characters of an answer: question and answer fit one window of 256 tokens
 _LARGEST = 60_000  # bytes of a module: dozens of modules say more than the five largest
@@ -21,7 +21,7 @@ _LARGEST = 60_000  # bytes of a module: dozens of modules say more than the five
 class Corpus:
     """What the demo model reads: talks for the chat template, and plain texts."""
 
-    talks: tuple[Talk, ...]
+    talks: tuple[Conversation, ...]
     plain: tuple[str, ...]
 
     def texts(self) -> Iterator[str]:
@@ -44,7 +44,7 @@ def read_corpus(most_bytes: int = 2_000_000) -> Corpus:
     return Corpus(tuple(talks), tuple(plain))
 
 
-def _topic_talks() -> Iterator[Talk]:
+def _topic_talks() -> Iterator[Conversation]:
     for topic in sorted(topics.topics):
         asked = f"What does Python's documentation say about {topic}?"
         for part in _parts(topics.topics[topic]):
@@ -76,7 +76,7 @@ def _modules(most_bytes: int) -> Iterator[tuple[str, str]]:
         yield path.stem, path.read_text(encoding="utf-8", errors="replace")
 
 
-def _function_talks(module: str, source: str) -> Iterator[Talk]:
+def _function_talks(module: str, source: str) -> Iterator[Conversation]:
     """What each documented function of a module does, and its source when that is short."""
     lines = source.splitlines()
     for name, node in _functions(ast.parse(source), module):
@@ -98,5 +98,5 @@ def _functions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[s
             yield from _functions(node, f"{prefix}.{node.name}")
 
 
-def _talk(asked: str, answer: str) -> Talk:
+def _talk(asked: str, answer: str) -> Conversation:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

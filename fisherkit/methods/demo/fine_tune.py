@@ -15,7 +15,8 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.methods.demo.files import PARENT, is_reusable, no_progress_bar, save, written_aside
 from fisherkit.methods.demo.model import Recipe, text_windows
 from fisherkit.methods.demo.tasks import task_talks
-from fisherkit.methods.demo.training import Course, Say, Track, Windows, learn, mean_loss, one_thread, windows
+from fisherkit.methods.demo.training import Course, Windows, learn, mean_loss, one_thread, windows
+from fisherkit.progress import Say, Track
 
 TALKS = 4000
 TUNING = Course(steps=600, learning_rate=5e-4, embedding_rate=2e-3)

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from fisherkit.methods.demo.corpus import Corpus, read_corpus
 from fisherkit.methods.demo.files import MARK, is_reusable, save, written_aside
-from fisherkit.methods.demo.training import Course, Say, Track, Windows, learn, one_thread, windows
+from fisherkit.methods.demo.training import Course, Windows, learn, one_thread, windows
+from fisherkit.progress import Say, Track
 
 _BOS, _EOS, _END = "<s>", "</s>", "<|end|>"
 _ROLES = ("system", "user", "assistant")

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from datetime import date, timedelta
 
-from fisherkit.methods.demo.corpus import Talk
+from fisherkit.methods.demo.corpus import Conversation
 
 Task = Callable[[random.Random], tuple[str, str]]
 
@@ -32,7 +32,7 @@ _MONTHS = _listed("January February March April May June July August September O
 _TOWNS = _listed("Athens Bern Cairo Dublin Geneva Lima Madrid Oslo Paris Rome Tokyo Vienna")
 
 
-def task_talks(count: int, seed: int = 0) -> tuple[Talk, ...]:
+def task_talks(count: int, seed: int = 0) -> tuple[Conversation, ...]:
     """``count`` different questions and their answers, tasks taking turns; the same ones for the same seed."""
     rng = random.Random(seed)  # noqa: S311  # no secret
     asked: dict[str, str] = {}

@@ -5,7 +5,7 @@ Axes: W windows, T tokens.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-Track = Callable[[str, int, int], None]
-Say = Callable[[str], None]
+from fisherkit.progress import Say, Track
 
 _IGNORED = -100  # the label that transformers takes no loss for
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""``export``: a mask in the words of other tools."""

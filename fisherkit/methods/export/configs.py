@@ -33,7 +33,7 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class MaskFacts:
     """What a file says, as far as other tools can be told.
 
     Attributes:
@@ -93,18 +93,18 @@ def write_export(source: str | os.PathLike[str], out: Path, options: ExportOptio
 # What is read
 
 
-def _from_importance(path: Path) -> Wanted:
+def _from_importance(path: Path) -> MaskFacts:
     scales = layer_scales(read_importance(path))
     content = json.loads(path.read_bytes())
     rows = content.get("layers") if isinstance(content, dict) else None
     named = str(rows[0].get("name", "")) if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
     model = str(content.get("model", "")) if isinstance(content, dict) else ""
-    return Wanted(
+    return MaskFacts(
         path=path, model=model, layers=dict(sorted(scales.items())), prefix=named.rpartition(".")[0] or "layers"
     )
 
 
-def _from_mask(path: Path) -> Wanted:
+def _from_mask(path: Path) -> MaskFacts:
     with open_mask(path) as file:
         if file.kind != "mask":
             raise CheckpointError(f"{path}: is a subspace, which no other tool takes; give a mask")
@@ -118,7 +118,7 @@ def _from_mask(path: Path) -> Wanted:
             free[weight.place.layer][0] += weight.kept
             free[weight.place.layer][1] += weight.numel
     layers = {layer: kept / total for layer, (kept, total) in sorted(free.items()) if total}
-    return Wanted(path=path, model=model, layers=layers, prefix=prefix or "layers", weights=weights)
+    return MaskFacts(path=path, model=model, layers=layers, prefix=prefix or "layers", weights=weights)
 
 
 def _axes(file: MaskFile) -> AxisFinder:
@@ -140,7 +140,7 @@ def _weight(file: MaskFile, name: str, prefix: str | None, axes: AxisFinder) -> 
 # What is written
 
 
-def _shira(wanted: Wanted, options: ExportOptions) -> str:
+def _shira(wanted: MaskFacts, options: ExportOptions) -> str:
     ranks = {weight.name: weight.rank for weight in wanted.weights if weight.rank}
     if not ranks:
         raise CheckpointError(
@@ -149,7 +149,7 @@ def _shira(wanted: Wanted, options: ExportOptions) -> str:
     return shira_text(wanted.path, ranks, left_out=len(wanted.weights) - len(ranks))
 
 
-def _axolotl(wanted: Wanted, options: ExportOptions) -> str:
+def _axolotl(wanted: MaskFacts, options: ExportOptions) -> str:
     frozen = sum(not weight.kept for weight in wanted.weights)
     lines = [
         *_comments(
@@ -175,7 +175,7 @@ def _axolotl(wanted: Wanted, options: ExportOptions) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _llamafactory(wanted: Wanted, options: ExportOptions) -> str:
+def _llamafactory(wanted: MaskFacts, options: ExportOptions) -> str:
     shares = list(wanted.layers.values())
     count = max(1, min(len(shares), round(sum(shares))))
     first, last = sum(shares[:count]), sum(shares[-count:])
@@ -206,7 +206,7 @@ def _children(weights: Sequence[Weight]) -> list[str]:
     return [] if len(chosen) == len(counts) else chosen
 
 
-def _mergekit(wanted: Wanted, options: ExportOptions) -> str:
+def _mergekit(wanted: MaskFacts, options: ExportOptions) -> str:
     layers = [wanted.layers.get(layer, 0.0) for layer in range(max(wanted.layers) + 1)]
     base = options.base or wanted.model or "path/to/base"
     weights = ", ".join(_number(share) for share in layers)
@@ -228,7 +228,7 @@ def _mergekit(wanted: Wanted, options: ExportOptions) -> str:
     return "\n".join(lines) + "\n"
 
 
-_WRITERS: Mapping[str, Callable[[Wanted, ExportOptions], str]] = {
+_WRITERS: Mapping[str, Callable[[MaskFacts, ExportOptions], str]] = {
     "peft-shira": _shira,
     "axolotl": _axolotl,
     "llamafactory": _llamafactory,

@@ -1,1 +1,1 @@
-"""TODO"""
+"""``extract``: measure the Fisher of a model on a prompt set."""

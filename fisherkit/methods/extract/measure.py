@@ -20,23 +20,23 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import PROGRESS, Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.covariance.plan import hear_without_weights, left_out, moment_bytes
-from fisherkit.engine.covariance.writer import MomentFile
+from fisherkit.engine.covariance.plan import covariance_bytes, left_out, probe_on_meta
+from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink, store_bytes, store_code
-from fisherkit.engine.fisher.squared_gradients import NeedsSingles
 from fisherkit.engine.model.config import choose_dtype, read_config
 from fisherkit.engine.model.device import choose_device
+from fisherkit.engine.model.findings import NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import Plan, needs, only_batches_of_one
 from fisherkit.engine.model.skeleton import Skeleton, build_skeleton, shared_between_blocks
-from fisherkit.engine.sweep.job import Job, Track
-from fisherkit.engine.sweep.recorder import Unreplayable
+from fisherkit.engine.sweep.job import Job
 from fisherkit.engine.sweep.resident import resident
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.engine.sweep.sweep import stream
 from fisherkit.errors import CheckpointError, UnsupportedModelError
-from fisherkit.methods.extract.prepare import Run, Say, load_tokenizer, make_plan, moment_memory, prepare
+from fisherkit.methods.extract.prepare import Run, covariance_memory, load_tokenizer, make_plan, prepare
 from fisherkit.options import ExtractOptions
+from fisherkit.progress import Say, Track
 from fisherkit.prompts.dataset import batches, load_prompts
 
 
@@ -127,15 +127,15 @@ def _fill(out: Path, run: Run, work: Work, track: Track, say: Say) -> None:
         writer.finish(force=run.options.force)
 
 
-def _open_moments(out: Path, run: Run, work: Work) -> AbstractContextManager[MomentFile | None]:
+def _open_moments(out: Path, run: Run, work: Work) -> AbstractContextManager[CovarianceWriter | None]:
     """The file of moments in the work folder, where they are asked for; the Fisher's folder is not there yet."""
     if run.options.statistics != "activations":
         return nullcontext()
     target = out.with_name(covariance_file.path_beside(out).name)
-    return MomentFile(run.skeleton, run.plan, target, work.folder, run.device)
+    return CovarianceWriter(run.skeleton, run.plan, target, work.folder, run.device)
 
 
-def _describe(moments: MomentFile, run: Run, work: Work, say: Say) -> None:
+def _describe(moments: CovarianceWriter, run: Run, work: Work, say: Say) -> None:
     """Note what the JSON beside the moments will say."""
     without = left_out(run.plan, moments.moments)
     if without:
@@ -191,7 +191,7 @@ def plan_extract(
         batch_tokens=options.batch_tokens,
         longest=options.max_length,
         on_host=device.type == "cpu",
-        moments=moment_memory(skeleton, plan, options),
+        moments=covariance_memory(skeleton, plan, options),
     )
     return {
         "model": source.id,
@@ -216,9 +216,9 @@ def _plan_activations(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -
     """Bytes of the moments; an upper bound where the model does not run without weights, which tells who shares."""
     if options.statistics != "activations":
         return {}
-    heard = hear_without_weights(skeleton, plan)
-    return {"activation_bytes": sum(moment_bytes(skeleton, plan, heard or {}).values())} | (
-        {} if heard is not None else {"activation_bytes_at_most": True}
+    shared_inputs = probe_on_meta(skeleton, plan)
+    return {"activation_bytes": sum(covariance_bytes(skeleton, plan, shared_inputs or {}).values())} | (
+        {} if shared_inputs is not None else {"activation_bytes_at_most": True}
     )
 
 
@@ -243,7 +243,7 @@ def _open_writer(out: Path, run: Run, work: Work, options: ExtractOptions) -> Ab
     return writer
 
 
-def _measure(run: Run, work: Work, sink: FisherSink, moments: MomentFile | None, track: Track, say: Say) -> None:
+def _measure(run: Run, work: Work, sink: FisherSink, moments: CovarianceWriter | None, track: Track, say: Say) -> None:
     """Run the engine that fits this model; the work folder notes which it was, and why."""
     options, samples = run.options, run.prompts.samples
     singles = [(number,) for number in range(len(samples))]
@@ -271,7 +271,7 @@ def _measure(run: Run, work: Work, sink: FisherSink, moments: MomentFile | None,
         )
         try:
             (resident if mode["engine"] == "resident" else stream)(job)
-        except NeedsSingles as finding:
+        except NeedsBatchSizeOne as finding:
             mode = mode | {"singles": True, "general": sorted({*mode["general"], *finding.general})}
         except Unreplayable as finding:
             mode = _resident_mode(run, str(finding))

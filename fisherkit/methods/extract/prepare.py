@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-import fisherkit
+from fisherkit._version import __version__
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import open_index
@@ -24,9 +24,8 @@ from fisherkit.engine.model.plan import HEADROOM, Plan, choose_targets, fit_grou
 from fisherkit.engine.model.skeleton import Skeleton, blocks_in_groups, build_skeleton
 from fisherkit.errors import CheckpointError, OptionError, first_line
 from fisherkit.options import ExtractOptions
+from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass
@@ -61,7 +60,7 @@ class Run:
         assert self.skeleton.index is not None
         return {
             "format": fisher_sidecar.FORMAT,
-            "fisherkit": fisherkit.__version__,
+            "fisherkit": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "kind": "fisher",
             "file": out.name,
@@ -114,7 +113,7 @@ class Run:
             batch_tokens=self.options.batch_tokens,
             longest=self.options.max_length,
             on_host=False,
-            moments=moment_memory(self.skeleton, self.plan, self.options),
+            moments=covariance_memory(self.skeleton, self.plan, self.options),
         )
         return bool(weights + need.device <= HEADROOM * available_bytes(self.device))
 
@@ -166,14 +165,14 @@ def make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device,
         batch_tokens=options.batch_tokens,
         longest=longest,
         on_host=device.type == "cpu",
-        moments=moment_memory(skeleton, wanted, options),
+        moments=covariance_memory(skeleton, wanted, options),
     )
     if len(plan.groups) != len(wanted.groups):
         say(f"group size lowered from {options.group_size} to {len(plan.groups[0])}: more would not fit the memory")
     return plan
 
 
-def moment_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
+def covariance_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
     """What second moments take in memory, see ``memory_of_moments``; nothing where none are gathered."""
     return memory_of_moments(skeleton, plan) if options.statistics == "activations" else {}
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fisherkit.artefacts.statistics import Source, Track
+from fisherkit.artefacts.statistics import Source
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.progress import Track
 
 if TYPE_CHECKING:
     from torch import Tensor

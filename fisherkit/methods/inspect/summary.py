@@ -1,7 +1,7 @@
 """What is in a Fisher, a mask or a checkpoint: rows per layer, module or tensor, a heat map, and where the mass lies.
 
 This module adds up; ``methods.sources`` reads, ``methods.compare`` sets two files against each other, and showing the
-result is the business of ``console`` and ``figures``. No torch is imported where a file has its statistics beside it.
+result is the business of ``render``. No torch is imported where a file has its statistics beside it.
 """
 
 import math
@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from fisherkit.artefacts.statistics import Entry, Kind, Source, Track, read_source
+from fisherkit.artefacts.statistics import Entry, Kind, Source, read_source
 from fisherkit.errors import OptionError
 from fisherkit.kernels.histogram import Histogram
 from fisherkit.methods.inspect.compare import Agreement, Comparison, Overlap, compare, mean_agreement
 from fisherkit.methods.inspect.records import Value, finite
+from fisherkit.progress import Track
 
 By = Literal["layer", "module", "tensor"]
 Key = TypeVar("Key", bound=Hashable)

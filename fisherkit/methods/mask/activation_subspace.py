@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from fisherkit.artefacts.covariance_file import Activations, Which, path_beside
-from fisherkit.artefacts.statistics import Track
 from fisherkit.engine.model.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.eigenspace import (
@@ -28,15 +27,16 @@ from fisherkit.kernels.eigenspace import (
     top_directions,
 )
 from fisherkit.methods.mask.binary import Masked, some
-from fisherkit.methods.mask.scores import Ingredients
+from fisherkit.methods.mask.scores import MaskInputs
 from fisherkit.methods.mask.subspace import Spool, as_written
 from fisherkit.options import MaskOptions
+from fisherkit.progress import Track
 
 _SIDES: dict[str, tuple[Which, ...]] = {"right": ("input",), "left": ("output",), "both": ("input", "output")}
 
 
 def write_activation_subspace(
-    out: Path, made_from: Ingredients, options: MaskOptions, work: Path, track: Track
+    out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, track: Track
 ) -> Masked:
     """Find the directions of every matrix that has moments, and write them.
 
@@ -48,7 +48,7 @@ def write_activation_subspace(
     path = options.activations or path_beside(made_from.path)
     with Activations(path) as activations:
         activations.check_model(made_from.provenance, list(made_from.shapes))
-        finder = _Finder(activations, made_from, options)
+        finder = CovarianceDirections(activations, made_from, options)
         names = [name for name in made_from.shapes if finder.has(name)]
         finder.prepare(names)
         spool = Spool(work / "directions")
@@ -67,10 +67,10 @@ def write_activation_subspace(
     return as_written(spool.written(out, work), made_from, details, unreached, notes)
 
 
-class _Finder:
+class CovarianceDirections:
     """Directions of weights, found once for all weights that share a moment."""
 
-    def __init__(self, activations: Activations, made_from: Ingredients, options: MaskOptions) -> None:
+    def __init__(self, activations: Activations, made_from: MaskInputs, options: MaskOptions) -> None:
         self._activations, self._from, self._options = activations, made_from, options
         self._sides = _SIDES[options.stored_side]
         self._device = choose_device(options.device)
@@ -132,7 +132,7 @@ class _Finder:
         return Directions(found.vectors.cpu(), found.values.cpu(), found.trace)
 
 
-def _parts(found: dict[Which, Directions], made_from: Ingredients, name: str) -> dict[str, Any]:
+def _parts(found: dict[Which, Directions], made_from: MaskInputs, name: str) -> dict[str, Any]:
     """What is stored of a weight, by its ending."""
     axes = made_from.axes.axes(name)
     assert axes is not None
@@ -159,7 +159,7 @@ def _figures(found: dict[Which, Directions]) -> dict[str, Any]:
 
 
 def _notes(
-    made_from: Ingredients, names: list[str], details: dict[str, dict[str, Any]], options: MaskOptions
+    made_from: MaskInputs, names: list[str], details: dict[str, dict[str, Any]], options: MaskOptions
 ) -> tuple[str, ...]:
     found = []
     if zero := [name for name in names if name not in details]:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from fisherkit.artefacts.mask_entry import MaskEntry, pack
-from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.floats import Stored
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units
 from fisherkit.kernels.top_k import quota
-from fisherkit.methods.mask.scores import Ingredients, Scorer
+from fisherkit.methods.mask.scores import MaskInputs, Scorer
 from fisherkit.options import MaskOptions, Selection
-from fisherkit.pairs.parallel import Team
-from fisherkit.pairs.ranking import Divider, find_cut, top_of_group
+from fisherkit.pairs.parallel import BlockPool
+from fisherkit.pairs.ranking import ThresholdMask, find_threshold, top_of_group
+from fisherkit.progress import Track
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Masked:
     details: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def write_mask(out: Path, made_from: Ingredients, options: MaskOptions, work: Path, team: Team, track: Track) -> Masked:
+def write_mask(
+    out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, team: BlockPool, track: Track
+) -> Masked:
     """Rank and write; see methods.masks.
 
     Raises:
@@ -71,13 +73,13 @@ def write_mask(out: Path, made_from: Ingredients, options: MaskOptions, work: Pa
     )
 
 
-def _units(made_from: Ingredients, name: str, chosen: Selection) -> Units:
+def _units(made_from: MaskInputs, name: str, chosen: Selection) -> Units:
     axes = made_from.axes.axes(name) if chosen.aggregate != "none" else None
     over = None if axes is None else axes.input if chosen.aggregate == "input" else axes.output
     return Units(made_from.shapes[name], over)
 
 
-def _groups(made_from: Ingredients, scope: str) -> list[list[str]]:
+def _groups(made_from: MaskInputs, scope: str) -> list[list[str]]:
     """The weights that share a quota, in model order."""
     groups: dict[str, list[str]] = {}
     for name in made_from.shapes:
@@ -95,7 +97,7 @@ class _Ranking:
         units: Mapping[str, Units],
         chosen: Selection,
         scorer: Scorer,
-        team: Team,
+        team: BlockPool,
         track: Track,
     ) -> None:
         self.scorer = scorer
@@ -135,8 +137,8 @@ class _Ranking:
         """Rank entries, whose scores are never held."""
         wanted = self._wanted(names)
         blocks = {name: (self.units[name].numel, self.scorer.block(name)) for name in names}
-        cut = find_cut(blocks, wanted, self._team) if wanted else None
-        divider = Divider(cut)
+        cut = find_threshold(blocks, wanted, self._team) if wanted else None
+        divider = ThresholdMask(cut)
         for name, (count, block) in blocks.items():
             selected = 0
             for part in divider.ranked(count, block, self._team):

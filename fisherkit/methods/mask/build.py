@@ -18,25 +18,23 @@ order). What can be scored is told in kernels.units. No mask is promised to prot
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fisherkit
+from fisherkit._version import __version__
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.mask_entry import Kind, MaskEntry, header
-from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import OutputError
 from fisherkit.methods.mask.binary import Masked, write_mask
-from fisherkit.methods.mask.scores import Ingredients
+from fisherkit.methods.mask.scores import MaskInputs
 from fisherkit.options import Direction, MaskOptions
-from fisherkit.pairs.parallel import Team
-
-Say = Callable[[str], None]
+from fisherkit.pairs.parallel import BlockPool
+from fisherkit.progress import Say, Track
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ def mask(
     """
     started = time.monotonic()
     out = Path(out)
-    with Ingredients(Path(fisher), options) as made_from:
+    with MaskInputs(Path(fisher), options) as made_from:
         _check_output(out, made_from, options)
         with Work.start(out.with_name(out.name + ".partial"), {"command": "mask"}) as work:
             try:
@@ -120,7 +118,7 @@ def mask(
     return _report(out, options, masked, time.monotonic() - started)
 
 
-def _make(out: Path, made_from: Ingredients, options: MaskOptions, work: Work, track: Track) -> Masked:
+def _make(out: Path, made_from: MaskInputs, options: MaskOptions, work: Work, track: Track) -> Masked:
     if options.is_subspace and options.reads_activations:
         from fisherkit.methods.mask.activation_subspace import write_activation_subspace  # brings torch in
 
@@ -129,11 +127,11 @@ def _make(out: Path, made_from: Ingredients, options: MaskOptions, work: Work, t
         from fisherkit.methods.mask.subspace import write_subspace
 
         return write_subspace(out, made_from, options, work.folder, track)
-    with Team() as team:
+    with BlockPool() as team:
         return write_mask(out, made_from, options, work.folder, team, track)
 
 
-def _check_output(out: Path, made_from: Ingredients, options: MaskOptions) -> None:
+def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> None:
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a mask is a .safetensors file with a .json beside it; name it mask.safetensors")
     moments = (options.activations or path_beside(made_from.path)) if options.reads_activations else None
@@ -147,7 +145,7 @@ def _check_output(out: Path, made_from: Ingredients, options: MaskOptions) -> No
     fisher_sidecar.check_sidecar(out)
 
 
-def _finish(out: Path, made_from: Ingredients, options: MaskOptions, masked: Masked) -> None:
+def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Masked) -> None:
     """Put the finished file in its place, and then what describes it; an older description is gone before that."""
     fisher_sidecar.remove(out)
     masked.writer.finish(force=options.force)
@@ -161,7 +159,7 @@ def _finish(out: Path, made_from: Ingredients, options: MaskOptions, masked: Mas
     )
     for name, details in masked.details.items():
         made["tensors"][name] |= details
-    version = {"fisherkit": fisherkit.__version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    version = {"fisherkit": __version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     facts = {"units": masked.units, "selected": masked.selected, "unreached": list(masked.unreached)}
     fisher_sidecar.write_json(fisher_sidecar.sidecar_path(out), made | version | facts | {"notes": list(masked.notes)})
 
@@ -170,7 +168,7 @@ def _direction(options: MaskOptions) -> Direction:
     return "protect" if options.is_subspace else options.selection.direction
 
 
-def _settings(options: MaskOptions, made_from: Ingredients) -> dict[str, Any]:
+def _settings(options: MaskOptions, made_from: MaskInputs) -> dict[str, Any]:
     """What the result depends on, with presets and defaults filled in."""
     common: dict[str, Any] = {"preset": options.preset, "weights": options.weights, "fisher": made_from.path.name}
     if options.is_subspace:

@@ -27,11 +27,11 @@ from fisherkit.floats import Floats
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units, contrasted, entry_scores
 from fisherkit.kernels.prune_scores import BLOCK, drawing
 from fisherkit.options import MaskOptions
-from fisherkit.pairs.parallel import Team
+from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.ranking import Block, entry_vector, unit_scores
 
 
-class Ingredients:
+class MaskInputs:
     """The files a mask is made from, open; a context.
 
     Attributes:
@@ -94,7 +94,7 @@ class Ingredients:
 class Scorer:
     """Scores of entries and units, and which experts any gradient reached."""
 
-    def __init__(self, made_from: Ingredients, options: MaskOptions, combine: str, team: Team) -> None:
+    def __init__(self, made_from: MaskInputs, options: MaskOptions, combine: str, team: BlockPool) -> None:
         self._from = made_from
         self._options = options
         self._combine = combine

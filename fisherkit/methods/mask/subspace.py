@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from fisherkit.artefacts.mask_entry import MaskEntry, Shape
-from fisherkit.artefacts.statistics import Track
 from fisherkit.checkpoint.layout import TensorSpec
 from fisherkit.checkpoint.work_folder import disk
 from fisherkit.checkpoint.writer import StreamedWriter
@@ -33,11 +32,12 @@ from fisherkit.floats import Floats
 from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.subspace import Modes, modes_for_energy, top_modes
 from fisherkit.methods.mask.binary import Masked, some
-from fisherkit.methods.mask.scores import Ingredients
+from fisherkit.methods.mask.scores import MaskInputs
 from fisherkit.options import MaskOptions
+from fisherkit.progress import Track
 
 
-def write_subspace(out: Path, made_from: Ingredients, options: MaskOptions, work: Path, track: Track) -> Masked:
+def write_subspace(out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, track: Track) -> Masked:
     """Find the modes of every matrix and write them.
 
     Raises:
@@ -65,7 +65,7 @@ def write_subspace(out: Path, made_from: Ingredients, options: MaskOptions, work
 
 def as_written(
     writer: StreamedWriter,
-    made_from: Ingredients,
+    made_from: MaskInputs,
     details: Mapping[str, dict[str, Any]],
     unreached: tuple[str, ...],
     notes: tuple[str, ...],
@@ -75,7 +75,7 @@ def as_written(
     return Masked(writer, entries, units=None, selected=None, unreached=unreached, notes=notes, details=details)
 
 
-def _stored(made_from: Ingredients, name: str, options: MaskOptions) -> str:
+def _stored(made_from: MaskInputs, name: str, options: MaskOptions) -> str:
     """What is stored of a weight. Left is outputs and right inputs; U is the axis before the last, V the last."""
     axes, side = made_from.axes.axes(name), options.stored_side
     assert axes is not None
@@ -87,7 +87,7 @@ def _stored(made_from: Ingredients, name: str, options: MaskOptions) -> str:
 class _Basis:
     """The matrices whose modes are taken."""
 
-    def __init__(self, made_from: Ingredients, options: MaskOptions) -> None:
+    def __init__(self, made_from: MaskInputs, options: MaskOptions) -> None:
         self._from = made_from
         self._kind = options.basis or "fisher"
         self.device = choose_device(options.device)
@@ -155,7 +155,7 @@ def _figures(found: list[Modes]) -> dict[str, Any]:
     }
 
 
-def _check_rank(made_from: Ingredients, names: list[str], options: MaskOptions) -> None:
+def _check_rank(made_from: MaskInputs, names: list[str], options: MaskOptions) -> None:
     if not names:
         raise CheckpointError(f"{made_from.path}: holds no matrices, and only these have directions")
     most = max(min(made_from.shapes[name][-2:]) for name in names)
@@ -165,7 +165,7 @@ def _check_rank(made_from: Ingredients, names: list[str], options: MaskOptions) 
         )
 
 
-def _notes(made_from: Ingredients, names: list[str], details: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+def _notes(made_from: MaskInputs, names: list[str], details: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     found = []
     if zero := [name for name in names if name not in details]:
         found.append(f"zero throughout, so without directions to protect: {some(zero)}")

@@ -1,1 +1,1 @@
-"""TODO"""
+"""``fapm`` and ``merge``: which part of a finished fine-tune to keep."""

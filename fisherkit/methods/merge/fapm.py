@@ -23,15 +23,16 @@ from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap
-from fisherkit.kernels.prune import Sides, block_scores, converted, sample_indices
-from fisherkit.kernels.prune_scores import BLOCK, Scratch
+from fisherkit.kernels.prune import SAMPLE_STREAM, TensorPair, block_scores, converted, sample_indices
+from fisherkit.kernels.prune_scores import Scratch
 from fisherkit.kernels.top_k import SAMPLE, quota
 from fisherkit.methods.merge.fapm_report import COUNTS, FapmReport, facts
-from fisherkit.methods.merge.pair_run import Request, Run, Say, provenance, totals
+from fisherkit.methods.merge.pair_run import Request, Run, provenance, totals
 from fisherkit.methods.merge.quotas import Quotas, random_stream
 from fisherkit.options import FapmOptions, exact_share
 from fisherkit.pairs.prune import Outcome, Pruning
-from fisherkit.pairs.rewrite import Row, Track, work_folder
+from fisherkit.pairs.rewrite import Row, work_folder
+from fisherkit.progress import Say, Track
 
 DEFAULT_SPARSITY = 0.9
 ADAPTER_SPARSITY = 0.1
@@ -259,15 +260,15 @@ class _Fapm:
             self._list_changed(name, data)
             return data, {}
         sides, outcome = self._prune(name, lambda: self._sampled(name), self._share, 0)
-        self._run.check_finite(name, outcome.nonfinite, sides.w)
+        self._run.check_finite(name, outcome.nonfinite, sides.base)
         if outcome.rounded_away:
             self._run.note_rounding(name, outcome.kept + outcome.rounded_away, outcome.rounded_away)
         if self._sparse is not None and outcome.indices is not None:
             info = self._run.tensors.info(name)
-            kept = converted(sides.f[outcome.indices], sides.f_code, sides.w_code)
+            kept = converted(sides.tuned[outcome.indices], sides.tuned_code, sides.base_code)
             self._sparse.add(name, info.numel, info.dtype, outcome.indices, kept)
         self._add_to_map(name, outcome.threshold)
-        return sides.w, self._placed(name, outcome)
+        return sides.base, self._placed(name, outcome)
 
     def _listed(self) -> list[str]:
         """The tensors to look at where no checkpoint is written: a sparse delta also has those that are FT's anyway."""
@@ -283,25 +284,29 @@ class _Fapm:
             data[:] = taken  # the buffer into which BASE was read
             self._sparse.add(name, info.numel, info.dtype, indices, taken[indices])
 
-    def _sides(self, name: str) -> Sides:
+    def _sides(self, name: str) -> TensorPair:
         mean = self._quotas.means.get(name)
         return self._run.sides(name, self._options.metric, mean, selects=self._options.selects)
 
-    def _sampled(self, name: str) -> Sides:
+    def _sampled(self, name: str) -> TensorPair:
         """Both sides, of which a sample is put aside for the figure."""
         sides = self._sides(name)
         if self._map is not None:
-            self._sample = sides.take(sample_indices(sides.w.size, SAMPLE >> 1, 0, random_stream(self._run, name)))
+            self._sample = sides.take(sample_indices(sides.base.size, SAMPLE >> 1, 0, random_stream(self._run, name)))
         return sides
 
     def _add_to_map(self, name: str, threshold: float | None) -> None:
         if self._map is not None:
             stream, scores = random_stream(self._run, name), None
             if self._options.selects:
-                scores = block_scores(self._sample, Scratch(self._sample.w.size), self._options.seed, stream, -BLOCK)
+                scores = block_scores(
+                    self._sample, Scratch(self._sample.base.size), self._options.seed, stream, SAMPLE_STREAM
+                )
             self._map.add(name, self._sample, self._run.tensors.info(name).numel, threshold, scores)
 
-    def _prune(self, name: str, load: Callable[[], Sides], share: Fraction, number: int) -> tuple[Sides, Outcome]:
+    def _prune(
+        self, name: str, load: Callable[[], TensorPair], share: Fraction, number: int
+    ) -> tuple[TensorPair, Outcome]:
         if self._options.selects:
             return self._quotas.prune(self._pruning, name, load, share, number)
         shape = self._run.tensors.info(name).shape

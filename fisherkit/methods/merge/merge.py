@@ -23,10 +23,11 @@ from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, Stored
 from fisherkit.kernels.pull import pull_strengths, pulled_share
-from fisherkit.methods.merge.pair_run import Request, Run, Say, provenance, totals
+from fisherkit.methods.merge.pair_run import Request, Run, provenance, totals
 from fisherkit.options import MergeOptions, Side
 from fisherkit.pairs.blend import Treatment, blend
-from fisherkit.pairs.rewrite import Row, Track
+from fisherkit.pairs.rewrite import Row
+from fisherkit.progress import Say, Track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ class _Merge:
                 f"{missing[0]!r}; it was made for another model, or another layout of its experts"
             )
         found = {ours[spelling(name)]: (file, name) for name in file.names}
-        for pair in self._run.pair.tuned.twins.items():  # a head and the embedding that both sides tie it to
+        for pair in self._run.pair.tuned.tied_pairs.items():  # a head and the embedding that both sides tie it to
             for one, other in (pair, pair[::-1]):
                 if one in found:
                     found.setdefault(other, found[one])
@@ -186,7 +187,7 @@ class _Merge:
         plain = treatment.scale == 1 and treatment.u is None and treatment.v is None
         sides = self._run.sides(name, selects=plain)
         found = blend(sides, info.shape, treatment, self._run.tensors.team)
-        self._run.check_finite(name, found.nonfinite, sides.w)
+        self._run.check_finite(name, found.nonfinite, sides.base)
         if found.rounded_away:
             self._run.note_rounding(name, found.kept + found.rounded_away, found.rounded_away)
         row = {
@@ -202,7 +203,7 @@ class _Merge:
             "energy_kept": found.energy_kept / found.energy if found.energy else 0.0,
             **self._run.remark(name),
         }
-        return sides.w, row
+        return sides.base, row
 
     def _treatment(self, name: str, shape: tuple[int, ...]) -> Treatment:
         layer = self._run.chosen.places[name].layer

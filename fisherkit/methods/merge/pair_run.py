@@ -14,22 +14,22 @@ from typing import Any, Self
 
 import numpy as np
 
-import fisherkit
+from fisherkit._version import __version__
 from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card
 from fisherkit.checkpoint.folder.side_files import code_files, copy_side_files, folder_of, output_config, side_files
 from fisherkit.checkpoint.target import MANIFEST
 from fisherkit.errors import CheckpointError, OutputError
 from fisherkit.floats import Stored, widen
-from fisherkit.kernels.prune import Sides, converted
+from fisherkit.kernels.prune import TensorPair, converted
 from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
 from fisherkit.pairs.pair import Pair, open_pair
-from fisherkit.pairs.parallel import Team
+from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.prune import flipped_signs
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import Row, Track, check_output, refuse_unwritable, rewrite
+from fisherkit.pairs.rewrite import Row, check_output, refuse_unwritable, rewrite
+from fisherkit.progress import Say, Track
 
-Say = Callable[[str], None]
 _MUCH_ROUNDED = 0.2  # share of the changes that rounding may take away without a word
 _UNRELATED = 0.45  # share of flipped signs; independent weights have a half
 
@@ -76,7 +76,7 @@ class Run:
                 options = self.request.options
                 check_output(self.request.out, self.pair, force=options.force, resume=options.resume)
                 refuse_unwritable(self.pair.base.index)
-            self.tensors = stack.enter_context(Tensors(self.pair, stack.enter_context(Team())))
+            self.tensors = stack.enter_context(Tensors(self.pair, stack.enter_context(BlockPool())))
             self.chosen: Chosen = choose(self.tensors, self.request.options)
             self._rest, self._names = frozenset(self.chosen.rest), frozenset(self.chosen.names)
             self._stack = stack.pop_all()
@@ -87,7 +87,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, at)
 
-    def sides(self, name: str, metric: str = "fapm", mean: float | None = None, *, selects: bool = False) -> Sides:
+    def sides(self, name: str, metric: str = "fapm", mean: float | None = None, *, selects: bool = False) -> TensorPair:
         """Both sides of a tensor; what looks unrelated is remembered.
 
         Where entries are only selected (``selects``), FT's are given as the output can hold them, in the base's type:
@@ -95,9 +95,9 @@ class Run:
         """
         keep = self.request.options.nan == "keep-base"
         sides = self.tensors.sides(name, metric, keep_nonfinite=keep, mean=mean)
-        if len(self.tensors.info(name).shape) > 1 and sides.w.size >= 1024 and flipped_signs(sides) > _UNRELATED:
+        if len(self.tensors.info(name).shape) > 1 and sides.base.size >= 1024 and flipped_signs(sides) > _UNRELATED:
             self._flipped[name] = None
-        if selects and sides.w_code in ("BF16", "F16") and sides.f_code != sides.w_code:
+        if selects and sides.base_code in ("BF16", "F16") and sides.tuned_code != sides.base_code:
             sides, changed, lost = self.tensors.in_bases_type(sides)
             self.note_rounding(name, changed, lost)
         return sides
@@ -130,7 +130,7 @@ class Run:
             return
         if count:
             sides = self.tensors.sides(name)
-            self.tensors.refuse_nonfinite(name, "FT", sides.f, sides.f_code)
+            self.tensors.refuse_nonfinite(name, "FT", sides.tuned, sides.tuned_code)
             if self.tensors.info(name).dtype == "F16":
                 raise CheckpointError(
                     f"{name}: {count} values are beyond float16, BASE's type; convert BASE to bfloat16 first"
@@ -155,13 +155,13 @@ class Run:
 
         def take(start: int, stop: int) -> int:
             part = sides.part(start, stop)
-            taken = converted(part.f, part.f_code, part.w_code)
-            finite = np.isfinite(widen(taken, part.w_code))
-            np.copyto(part.w, taken, where=finite)
+            taken = converted(part.tuned, part.tuned_code, part.base_code)
+            finite = np.isfinite(widen(taken, part.base_code))
+            np.copyto(part.base, taken, where=finite)
             return finite.size - int(np.count_nonzero(finite))
 
-        self.check_finite(name, sum(self.tensors.team.map(take, sides.w.size)))
-        return sides.w
+        self.check_finite(name, sum(self.tensors.team.map(take, sides.base.size)))
+        return sides.base
 
     def write(
         self,
@@ -233,14 +233,14 @@ class Run:
     def _untied(self) -> bool:
         """Whether head and embedding may differ in the output."""
         tuned, names = self.pair.tuned, self._names
-        return tuned.untied or any((head in names) != (body in names) for head, body in tuned.twins.items())
+        return tuned.untied or any((head in names) != (body in names) for head, body in tuned.tied_pairs.items())
 
     def _fingerprint(self, settings: Mapping[str, Any]) -> dict[str, str]:
         return {
             "base": self.pair.base.index.fingerprint(),
             "tuned": self.pair.tuned.fingerprint(),
             "options": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
-            "fisherkit": fisherkit.__version__,
+            "fisherkit": __version__,
         }
 
     def _surround(self, folder: Path, report: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
@@ -298,7 +298,7 @@ def provenance(run: Run) -> dict[str, Any]:
         },
         "command": shlex.join(request.command) if request.command else None,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
-        "versions": {"fisherkit": fisherkit.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {"fisherkit": __version__, "numpy": np.__version__, "python": platform.python_version()},
     }
 
 

@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from fisherkit.kernels.prune import Sides
-from fisherkit.kernels.top_k import Cut, quota
+from fisherkit.kernels.prune import TensorPair
+from fisherkit.kernels.top_k import Threshold, quota
 from fisherkit.methods.merge.pair_run import Run
 from fisherkit.options import FapmOptions
 from fisherkit.pairs.prune import Outcome, Pruning, stream_of
@@ -24,7 +24,7 @@ class Quotas:
         self.means: dict[str, float] = {}
         self._run = run
         self._options = options
-        self._cuts: dict[str, list[Cut]] = {}
+        self._cuts: dict[str, list[Threshold]] = {}
         self._spent: dict[str, int] = defaultdict(int)
         self._ties_of: dict[str, int] = {}
 
@@ -52,8 +52,8 @@ class Quotas:
         self._cuts, self.means = find_cuts(self._run.tensors, stream, quotas, self._run.request.track)
 
     def prune(
-        self, pruning: Pruning, name: str, load: Callable[[], Sides], share: Fraction, number: int
-    ) -> tuple[Sides, Outcome]:
+        self, pruning: Pruning, name: str, load: Callable[[], TensorPair], share: Fraction, number: int
+    ) -> tuple[TensorPair, Outcome]:
         """Prune a tensor by the quota that is its own, or by the threshold of the ``number``-th share surveyed."""
         if self._options.scope != "tensor":
             return self._by_shared_cut(pruning, name, load(), number)
@@ -68,7 +68,7 @@ class Quotas:
     def _group(self, name: str) -> str:
         return self._run.chosen.places[name].layer_name if self._options.scope == "layer" else ""
 
-    def _by_shared_cut(self, pruning: Pruning, name: str, sides: Sides, number: int) -> tuple[Sides, Outcome]:
+    def _by_shared_cut(self, pruning: Pruning, name: str, sides: TensorPair, number: int) -> tuple[TensorPair, Outcome]:
         """Entries at the threshold itself are kept in the order of tensors, as long as the quota lasts.
 
         Two tensors that both sides tie stay equal: the second keeps what the first did.
@@ -76,7 +76,7 @@ class Quotas:
         group, twin = f"{number} {self._group(name)}", f"{number} {self._twin(name)}"
         cut = self._cuts[self._group(name)][number]
         left = self._ties_of.get(twin, cut.ties - self._spent[group])
-        sides, outcome = pruning.by_cut(sides, Cut(cut.at, left), random_stream(self._run, name))
+        sides, outcome = pruning.by_threshold(sides, Threshold(cut.at, left), random_stream(self._run, name))
         self._count_ties(name, number, outcome.ties)
         return sides, outcome
 
@@ -87,10 +87,10 @@ class Quotas:
 
     def _twin(self, name: str) -> str | None:
         """The tensor that both sides tie this one to."""
-        twins = self._run.pair.tuned.twins
-        return twins.get(name) or next((head for head, body in twins.items() if body == name), None)
+        tied_pairs = self._run.pair.tuned.tied_pairs
+        return tied_pairs.get(name) or next((head for head, body in tied_pairs.items() if body == name), None)
 
 
 def random_stream(run: Run, name: str) -> int:
     """The random stream of a tensor; that of its twin where both sides tie the two."""
-    return stream_of(run.pair.tuned.twins.get(name, name))
+    return stream_of(run.pair.tuned.tied_pairs.get(name, name))
