@@ -8,11 +8,13 @@ import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
+import pairs
 import tiny
 import transformers
 
 import fisherkit
 from fisherkit.options import ExtractOptions
+from fisherkit.training import optimizer_hooks
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -52,3 +54,34 @@ def measured(
         return made[architecture]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> pairs.Pair:
+    """A bf16 llama in three shards and its fine-tune; tests must not change them."""
+    return pairs.make(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def adapter(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A plain adapter of llama, to be changed."""
+    from peft_adapters import LINEAR, train
+
+    return train(checkpoint("llama"), tmp_path / "adapter", target_modules=LINEAR)
+
+
+@pytest.fixture
+def experts(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """An adapter of the experts of qwen3-moe, to be changed."""
+    from peft_adapters import EXPERTS, train
+
+    return train(checkpoint("qwen3-moe"), tmp_path / "adapter", target_modules=["q_proj"], target_parameters=EXPERTS)
+
+
+@pytest.fixture(params=["at once", "in turns"])
+def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers step all parameters at once, or a few at a time: TURN_BYTES of the test's module, which is small."""
+    if request.param == "in turns":
+        monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", request.module.TURN_BYTES)
+    else:
+        monkeypatch.setattr(optimizer_hooks, "_steps_by_parameter", lambda optimizer, args, kwargs: False)

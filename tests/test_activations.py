@@ -11,7 +11,7 @@ import safetensors.torch
 import tiny
 import torch
 import transformers
-from test_resume import Killed, killed_after
+from kills import Killed, killed_after
 from torch import Tensor
 
 import fisherkit

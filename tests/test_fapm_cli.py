@@ -23,12 +23,6 @@ MANIFEST = "fisherkit.json"
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A bf16 llama in three shards and its fine-tune; tests must not change them."""
-    return pairs.make(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
 def lora(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on six of the base's matrices."""
     held = {name: tensor for name, tensor in pairs.tensors(pair[0]).items() if "q_proj" in name or "down_proj" in name}

@@ -32,12 +32,6 @@ DOWN = "model.layers.{}.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A bf16 llama in three shards and its fine-tune; tests must not change them."""
-    return pairs.make(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The same in float32, where products can be compared closely."""
     return pairs.make(tmp_path_factory.mktemp("wide"), dtype=torch.float32)

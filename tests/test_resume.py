@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from kills import Killed, killed_after
 
 import fisherkit
 from fisherkit.errors import FisherkitError, OutputError, ResumeError
@@ -19,22 +20,6 @@ from fisherkit.options import ExtractOptions
 
 Checkpoint = Callable[[str], Path]
 OPTIONS: dict[str, Any] = {"group_size": 1, "batch_tokens": 20, "targets": "all"}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library catches it."""
-
-
-def killed_after(steps: int) -> Callable[[str, int, int], None]:
-    """A progress function that kills the run at its so-many-th step."""
-    left = [steps]
-
-    def track(stage: str, done: int, total: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-
-    return track
 
 
 def extract(model: Path, prompts: Path, out: Path, track: Any = lambda *_: None, **changes: Any) -> list[str]:

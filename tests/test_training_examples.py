@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pairs
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_names import on_disk
 
 import fisherkit
 
@@ -30,8 +30,8 @@ ROWS = {
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with old.jsonl and new.jsonl, in which the example runs."""
-    for name, pairs in ROWS.items():
-        text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
+    for name, questions in ROWS.items():
+        text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in questions)
         (tmp_path / f"{name}.jsonl").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -55,7 +55,7 @@ def test_mask_trainer(
     model = checkpoint("llama")
     options = ("--mask", kind, "--steps", 2, "--rate", 1e-2)
     run(monkeypatch, "mask_trainer.py", model, "new.jsonl", "out", *options)
-    before, after = on_disk(model), on_disk(rows / "out" / "model")
+    before, after = pairs.tensors(model), pairs.tensors(rows / "out" / "model")
     changed = {name: (before[name] != after[name]).any(-1) for name in before if before[name].ndim == 2}
     if kind in ("fggm", "random"):
         masks = fisherkit.load_mask(rows / "out" / "mask.safetensors")
@@ -80,7 +80,7 @@ def test_shield_trainer(checkpoint: Callable[[str], Path], rows: Path, monkeypat
     for pull in (20, 0):
         options = ("--steps", 3, "--rate", 1e-2, "--pull", pull)
         run(monkeypatch, "shield_trainer.py", model, "old.jsonl", "new.jsonl", f"out{pull}", *options)
-        before, after = on_disk(model), on_disk(rows / f"out{pull}" / "model")
+        before, after = pairs.tensors(model), pairs.tensors(rows / f"out{pull}" / "model")
         shield = load_file(rows / "out20" / "shield.safetensors")
         changes = {name: (after[name] - before[name]).float() @ shield[f"{name}.V"] for name in shielded(shield)}
         moved[pull] = sum(float(change.square().sum()) for change in changes.values())

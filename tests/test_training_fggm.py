@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pairs
 import pytest
 import torch
-from test_training_names import on_disk
 from torch import Tensor
 from training_runs import check_frozen
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -78,10 +78,10 @@ def test_every_task_changes_what_its_own_mask_allows(
     checkpoint: Callable[[str], Path], tasks: list[Task], tmp_path: Path
 ) -> None:
     done = FGGM(checkpoint("llama"), tasks, tmp_path / "run", make_trainer).run()
-    before = on_disk(checkpoint("llama"))
+    before = pairs.tensors(checkpoint("llama"))
     flags = []
     for files in done:
-        after = on_disk(files.model)
+        after = pairs.tensors(files.model)
         masks = fisherkit.load_mask(files.mask)
         flags.append(dict(masks))
         assert all(torch.equal(own, masks[name]) for name, own in flags[-1].items())
@@ -121,7 +121,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     done = FGGM(checkpoint("llama"), tasks, tmp_path / "killed", counting, say=said.append).run()
     assert trained == ["capitals"]
     assert said[0] == "rivers: trained by an earlier run"
-    wanted, found = on_disk(whole[-1].model), on_disk(done[-1].model)
+    wanted, found = pairs.tensors(whole[-1].model), pairs.tensors(done[-1].model)
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
 
 

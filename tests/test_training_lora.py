@@ -4,30 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_names import Wrapper, step_at_random
-from torch import Tensor, nn
-from training_runs import basis, copies, learn, llama, masks, matrices, subspaces
+from lora_runs import adapted, adapted_matrices
+from torch import Tensor
+from training_runs import Wrapper, basis, copies, learn, masks, step_at_random, subspaces
 
 from fisherkit.errors import CheckpointError, TrainingError
 from fisherkit.training import constrain
-
-peft = pytest.importorskip("peft")
-
-PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
-
-
-def adapted(architecture: str = "llama", **changes: Any) -> Any:
-    options = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS} | changes
-    return peft.get_peft_model(llama(architecture), peft.LoraConfig(task_type="CAUSAL_LM", **options))
-
-
-def adapted_matrices(model: Any) -> dict[str, nn.Parameter]:
-    weights = matrices(model.get_base_model())
-    return {
-        name.replace(".base_layer", ""): weight
-        for name, weight in weights.items()
-        if name.endswith("base_layer.weight")
-    }
 
 
 def deltas(model: Any) -> dict[str, Tensor]:

@@ -4,32 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pairs
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from training_runs import bits, check_frozen, copies, learn, llama, masks, matrices, subspaces
+from torch import nn
+from training_runs import Wrapper, bits, check_frozen, copies, learn, llama, masks, matrices, step_at_random, subspaces
 from transformers import AutoModelForCausalLM
 
 from fisherkit.training import constrain
 from fisherkit.training.names import read_names, spelled
-
-
-def on_disk(folder: Path) -> dict[str, Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    return found
-
-
-def step_at_random(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
-    for _ in range(steps):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +23,7 @@ def step_at_random(model: nn.Module, optimizer: torch.optim.Optimizer, steps: in
 def test_what_is_frozen_is_the_same_on_disk_after_training(
     architecture: str, kind: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    before = on_disk(checkpoint(architecture))
+    before = pairs.tensors(checkpoint(architecture))
     weights = {name: t for name, t in before.items() if "vision" not in name and "layer_scalar" not in name}
     flags = masks({name: t for name, t in weights.items() if t.ndim > 1}, kind)
     flags |= masks({name: t for name, t in weights.items() if t.ndim == 1}, "elements")
@@ -48,14 +32,14 @@ def test_what_is_frozen_is_the_same_on_disk_after_training(
     constrain(optimizer, model, flags)
     step_at_random(model, optimizer)
     model.save_pretrained(tmp_path)
-    check_frozen(before, on_disk(tmp_path), flags)
+    check_frozen(before, pairs.tensors(tmp_path), flags)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3-moe", "mixtral", "gemma4-moe"])
 def test_experts_that_are_fused_in_memory_are_projected_one_by_one(
     architecture: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    before = on_disk(checkpoint(architecture))
+    before = pairs.tensors(checkpoint(architecture))
     weights = {name: tensor for name, tensor in before.items() if ".experts." in name}
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint(architecture))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -68,7 +52,7 @@ def test_experts_that_are_fused_in_memory_are_projected_one_by_one(
     constrain(optimizer, model, parts)
     step_at_random(model, optimizer)
     model.save_pretrained(tmp_path)
-    after = on_disk(tmp_path)
+    after = pairs.tensors(tmp_path)
     for name, weight in weights.items():
         change = after[name].double() - weight.double()
         assert float((parts[f"{name}.U"].double().mT @ change).norm() / change.norm()) < 1e-6
@@ -114,17 +98,6 @@ def test_tied_weights_change_where_both_names_allow_it() -> None:
     step_at_random(model, optimizer)
     first, second = flags.values()
     check_frozen(before, {"w": weight}, {"w": first & second})
-
-
-class Wrapper(nn.Module):
-    """What DDP does to names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +166,7 @@ def test_every_tensor_of_a_checkpoint_has_a_place(checkpoint: Callable[[str], Pa
     for architecture in ("llama", "qwen3-moe", "gemma4-31b"):
         folder = checkpoint(architecture)
         names = read_names(AutoModelForCausalLM.from_pretrained(folder))
-        for name, tensor in on_disk(folder).items():
+        for name, tensor in pairs.tensors(folder).items():
             if "layer_scalar" not in name:
                 target = names.find(name)
                 assert target is not None, name

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_masks_hold_on_what_fsdp2_spreads_over_two_processes(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(SUPPORT)))}
     done = subprocess.run(
-        [sys.executable, str(HERE / "sharded_worker.py"), str(tmp_path / "store")],
+        [sys.executable, str(SUPPORT / "sharded_worker.py"), str(tmp_path / "store")],
         env=environment,
         capture_output=True,
         text=True,

@@ -114,3 +114,22 @@ def subspaces(weights: Mapping[str, Tensor], rank: int = 4, sides: str = "UV") -
         if "V" in sides:
             parts[f"{name}.V"] = basis(weight.shape[-1], rank, seed=1)
     return parts
+
+
+def step_at_random(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    for _ in range(steps):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+
+class Wrapper(nn.Module):
+    """What DDP does to names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)

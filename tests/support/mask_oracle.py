@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from fisherkit import MaskOptions, mask
 from fisherkit.artefacts.mask_file import open_mask
 
 Doubles = NDArray[np.float64]
@@ -76,3 +78,29 @@ def read_masks(path: Path) -> dict[str, NDArray[np.bool_]]:
             assert shape is not None
             found[name] = np.broadcast_to(file.read(name, shape), shape)
         return found
+
+
+def made(folder: Path, arrays: Arrays, **options: Any) -> dict[str, np.ndarray]:
+    """The mask of a Fisher, spread over the weights."""
+    fisher = write(folder / "fisher.safetensors", arrays)
+    return read_masks(mask(fisher, folder / "mask.safetensors", MaskOptions(**options)).path)
+
+
+def aggregated(arrays: Arrays, axis: int, combine: str = "sum") -> dict[str, np.ndarray]:
+    return {
+        n: getattr(a.astype(np.float64), combine)(axis=axis) if a.ndim > 1 else a.astype(np.float64)
+        for n, a in arrays.items()
+    }
+
+
+def spread(flags: dict[str, np.ndarray], arrays: Arrays, axis: int) -> dict[str, np.ndarray]:
+    return {
+        n: np.broadcast_to(np.expand_dims(f, axis), arrays[n].shape) if arrays[n].ndim > 1 else f
+        for n, f in flags.items()
+    }
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, flags in wanted.items():
+        assert (found[name] == flags).all(), name

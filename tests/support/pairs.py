@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import safetensors.torch
 import tiny
 import torch
@@ -22,7 +23,7 @@ from fisherkit.cli import app
 Edit = Callable[[Tensor], Tensor]
 Pair = tuple[Path, Path]
 Done = subprocess.CompletedProcess[str]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 
 # Runs the command line in a process of its own after a few lines of Python: a limit, a kill at some point.
@@ -155,6 +156,13 @@ def cli(*arguments: object) -> Done:
     with mock.patch.object(sys, "argv", ["fisherkit", *words]):
         done = CliRunner().invoke(app, words, prog_name="fisherkit")
     return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
+def cli_in(folder: Path, *words: object) -> Done:
+    """Run a command in this process with another working folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return cli(*words)
 
 
 def worked(done: Done) -> str:

@@ -1,0 +1,229 @@
+"""Adapters that cannot be read whole, or don't fit their base, are refused in one line that says why."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from peft_adapters import edit_config, edit_tensors, train, values
+
+from fisherkit.checkpoint.index import open_index
+from fisherkit.checkpoint.lora.adapter import Adapter
+from fisherkit.errors import CheckpointError
+
+Edit = Callable[[Path], None]
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def _put(key: str, value: Any) -> Edit:
+    """Change or (None) drop one tensor."""
+    return lambda folder: edit_tensors(
+        folder, lambda tensors: {k: v for k, v in (tensors | {key: value}).items() if v is not None}
+    )
+
+
+def _set(**changes: Any) -> Edit:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def _rename(old: str, new: str) -> Edit:
+    return lambda folder: edit_tensors(folder, lambda tensors: {k.replace(old, new): v for k, v in tensors.items()})
+
+
+def _write(name: str, text: str) -> Edit:
+    return lambda folder: bool((folder / name).write_text(text)) and None
+
+
+MERGE_FIRST = r"merge it first: from peft import .*merge_and_unload\(\); model.save_pretrained\('merged'\)$"
+REFUSED: dict[str, tuple[Edit, str]] = {
+    "another method": (_set(peft_type="IA3"), "an adapter with peft_type 'IA3' is not read here; " + MERGE_FIRST),
+    "biases": (_set(bias="lora_only"), "trained biases is not read here; " + MERGE_FIRST),
+    "biases of factors": (_set(lora_bias=True), MERGE_FIRST),
+    "replicated layers": (_set(layer_replication=[[0, 2], [1, 3]]), "replicated layers is not .*" + MERGE_FIRST),
+    "KaSA": (_set(kasa_config={"beta": 1}), MERGE_FIRST),
+    "block-diagonal": (_set(use_bdlora={"nblocks": 2}), MERGE_FIRST),
+    "a start out of the base": (
+        _set(init_lora_weights="pissa_niter_16"),
+        "'pissa_niter_16', which changes.*" + MERGE_FIRST,
+    ),
+    "activated": (_set(alora_invocation_tokens=[1]), "activated LoRA cannot be merged into weights, by peft neither"),
+    "QA-LoRA": (_set(use_qalora=True), "cannot be merged into weights"),
+    "unknown tensor": (
+        _put(f"{Q0}.lora_C.weight", torch.ones(2)),
+        r"'.*lora_C.weight' stands for is not.*" + MERGE_FIRST,
+    ),
+    "bias of a factor": (_put(f"{Q0}.lora_B.bias", torch.ones(2)), r"'.*lora_B.bias' stands for is not known"),
+    "several adapters": (
+        _put(f"{Q0}.lora_A.two.weight", torch.ones(4, 32)),
+        r"several adapters \(one without a name, two\); save the one",
+    ),
+    "no place": (
+        _rename("layers.0.self_attn", "layers.7.self_attn"),
+        "4 of 18 tensors match no weight of .*llama.*, the first '.*layers.7.*'",
+    ),
+    "no place for one": (
+        _put("base_model.model.score.weight", torch.ones(2, 32)),
+        "1 of 19 tensors match no weight .*score.weight'",
+    ),
+    "too wide": (
+        _put(f"{Q0}.lora_A.weight", torch.ones(4, 31)),
+        r"shape \[32, 31\], and 'model.layers.0.self_attn.q_proj.weight' in .* has \[32, 32\]",
+    ),
+    "vocabulary": (
+        _put("base_model.model.lm_head.weight", torch.ones(401, 32)),
+        r"\[401, 32\], and 'lm_head.weight' in .* has \[400, 32\]; is it",
+    ),
+    "other ranks": (
+        _put(f"{Q0}.lora_A.weight", torch.ones(5, 32)),
+        r"is \[5, 32\] and '.*lora_B.weight' \[32, 4\], which have no product",
+    ),
+    "one factor": (_put(f"{Q0}.lora_B.weight", None), "q_proj.*' has one of its two factors only"),
+    "a vector": (_put(f"{Q0}.lora_B.weight", torch.ones(32)), "is no matrix; " + MERGE_FIRST),
+    "magnitudes without DoRA": (
+        _put(f"{Q0}.lora_magnitude_vector", torch.ones(32)),
+        "use_dora is false, which the magnitudes of",
+    ),
+    "DoRA without magnitudes": (_set(use_dora=True), "use_dora is true, which the magnitudes of"),
+    "NaN": (_put(f"{Q0}.lora_A.weight", torch.full((4, 32), torch.nan)), "q_proj.lora_A.weight' holds NaN or infinity"),
+    "infinity": (
+        _put(f"{Q0}.lora_B.weight", torch.full((32, 4), torch.inf).bfloat16()),
+        "q_proj.lora_B.weight' holds NaN",
+    ),
+    "nothing gathered": (_put(f"{Q0}.lora_A.weight", torch.ones(0)), "is empty, as one of several processes saves it"),
+    "integers": (
+        _put(f"{Q0}.lora_A.weight", torch.ones(4, 32, dtype=torch.uint8)),
+        "is stored as U8, which is no type",
+    ),
+    "square, either way": (
+        _set(fan_in_fan_out=True),
+        "says fan_in_fan_out, and which way 'model.layers.0.self_attn.q_proj.weight' lies",
+    ),
+    "changed twice": (
+        _put("base_model.model.model.layers.0.self_attn.q_proj.weight", torch.ones(32, 32)),
+        "both change 'model.layers.0.self_attn.q_proj.weight'",
+    ),
+    "tokens unnamed": (
+        _put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 32)),
+        "names 0 trainable tokens of 'model.embed_tokens', and .* has 2",
+    ),
+    "alpha": (_set(lora_alpha="8"), "lora_alpha is '8', not a number"),
+    "alpha of NaN": (_set(lora_alpha=float("nan")), "lora_alpha is nan, not a number"),
+    "patterns": (_set(alpha_pattern={"q_(proj": 3}), "'q_.proj' is not a regular expression"),
+    "patterns of lists": (_set(rank_pattern=[3]), "rank_pattern is not an object"),
+    "names": (_set(modules_to_save="lm_head"), "modules_to_save is not a list of names"),
+    "indices": (
+        _set(trainable_token_indices={"embed_tokens": "all"}),
+        "trainable_token_indices are not lists of numbers",
+    ),
+    "no JSON": (_write("adapter_config.json", "{"), "adapter configuration is not valid JSON"),
+    "no config": (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "adapter_config.json: cannot be read: No such file",
+    ),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "has adapter_config.json but no adapter_model.safetensors",
+    ),
+    "cut short": (_write("adapter_model.safetensors", "abc"), "truncated|not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_line(
+    case: str, adapter: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    edit, message = REFUSED[case]
+    edit(adapter)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Adapter.open(adapter, open_index(checkpoint("llama")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            {"modules_to_save": ["embed_tokens"]},
+            "makes embedding and head differ, which are one weight in .*" + MERGE_FIRST,
+        ),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "makes embedding and head differ"),
+        (
+            {"target_modules": ["embed_tokens", "lm_head"]},
+            "lora_A.* and .*lora_embedding_A' both change 'model.embed_tok",
+        ),
+    ],
+)
+def test_tied_embeddings_that_come_apart_are_refused(
+    lora: dict[str, Any], message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = checkpoint("llama-tied")
+    adapter = train(base, tmp_path / "adapter", **{"target_modules": ["q_proj"], **lora})
+    with pytest.raises(CheckpointError, match=message):
+        Adapter.open(adapter, open_index(base))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([5, 3], "names 2 trainable tokens of 'model.embed_tokens', and .* has 3"),
+        ({"wte": [5, 3, 1]}, "names 0 trainable tokens of 'model.embed_tokens'"),
+        ([5, 400, 3], "trains token 400, and 'model.embed_tokens.weight' in .* has 400; is it"),
+        ([5, -1, 3], "trains token"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(
+    indices: Any, message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = checkpoint("llama")
+    adapter = train(base, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[5, 9, 3])
+    edit_config(adapter, trainable_token_indices=indices)
+    with pytest.raises(CheckpointError, match=message):
+        Adapter.open(adapter, open_index(base))
+
+
+def without_expert(base: Path, folder: Path) -> Path:
+    """A copy of the base, less the last expert of every block."""
+    folder.mkdir()
+    tensors = {name: weight for name, weight in values(base).items() if ".experts.3." not in name}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_experts_of_another_number_are_refused(
+    experts: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = without_expert(checkpoint("qwen3-moe"), tmp_path / "fewer")
+    with pytest.raises(
+        CheckpointError, match=r"has 16 rows, which are not 4 for each of the 3 experts in .*fewer; is it"
+    ):
+        Adapter.open(experts, open_index(base))
+
+
+def test_a_quantised_base_is_refused(adapter: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    tensors: dict[str, NDArray[Any]] = dict(values(checkpoint("llama")))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.uint8)}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=f"'{name}' is stored as U8, so nothing can be added to it; give the"):
+        Adapter.open(adapter, open_index(tmp_path / "m.safetensors"))
+
+
+def test_an_adapter_of_other_modules_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    adapter = train(checkpoint("gpt2"), tmp_path / "adapter", target_modules=["c_attn"])
+    with pytest.raises(
+        CheckpointError, match=r"6 of 6 tensors match no weight of .*is it the adapter of another model"
+    ):
+        Adapter.open(adapter, open_index(checkpoint("llama")))
+
+
+def test_a_closed_adapter_cannot_be_asked(adapter: Path, checkpoint: Callable[[str], Path]) -> None:
+    opened = Adapter.open(adapter, open_index(checkpoint("llama")))
+    opened.close()
+    opened.close()
+    name = opened.touched[0]
+    with pytest.raises(ValueError, match="already closed"):
+        opened.tuned(name, values(checkpoint("llama"))[name])

@@ -1,0 +1,356 @@
+"""fapm and merge killed at any moment.
+
+What is not finished never looks finished; a second run gets there, to the bits of an undisturbed one.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pairs
+import pytest
+import safetensors.torch
+import torch
+from kills import Killed, killed_after
+from pairs import Pair, fisherkit, worked
+
+from fisherkit.errors import OutputError, ResumeError
+from fisherkit.methods.merge.fapm import fapm
+from fisherkit.methods.merge.merge import merge
+from fisherkit.options import FapmOptions, MergeOptions
+from fisherkit.pairs import rewrite
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def level(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A pair with ties everywhere: ones, of which most became twos; head and embedding are tied and stored twice."""
+    folder, drawing = tmp_path_factory.mktemp("level"), torch.Generator().manual_seed(2)
+    ones = pairs.changed(pairs.make(folder)[0], folder / "ones", lambda _, tensor: torch.ones_like(tensor))
+    config = json.loads((ones / "config.json").read_text())
+    (ones / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    moved = {
+        name: 1 + (torch.rand(tensor.shape, generator=drawing) < 0.7).to(tensor.dtype)
+        for name, tensor in pairs.tensors(ones).items()
+    }
+    moved[HEAD] = moved[EMBEDDING]
+    return ones, pairs.changed(ones, folder / "twos", lambda name, _: moved[name])
+
+
+# Killed by the system: SIGKILL at one file operation after the other
+
+# Forks a run and kills it at an operation that makes, renames or removes something: at every so-many-th and at all of
+# the last ones. Then runs again in copies of what that left. Prints, per kill, the exit codes of the runs afterwards.
+_KILLER = """
+import json, os, shutil, sys
+from pathlib import Path
+import fisherkit.methods.merge.fapm, fisherkit.methods.merge.merge
+from fisherkit.errors import FisherkitError
+from fisherkit.options import FapmOptions, MergeOptions
+
+method, base, tuned, options, start, root, step, last = json.loads(sys.argv[1])
+make = {"fapm": fisherkit.methods.merge.fapm.fapm, "merge": fisherkit.methods.merge.merge.merge}[method]
+Options = {"fapm": FapmOptions, "merge": MergeOptions}[method]
+EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.link"}
+
+def run(folder, at=0, **flags):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seen = [0]
+    os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
+    def hook(event, details):
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in EVENTS or writes:
+            seen[0] += 1
+            if seen[0] == at:
+                os.kill(os.getpid(), 9)
+    os.chdir(folder)
+    sys.addaudithook(hook)
+    try:
+        make(base, tuned, "out", Options(**{**options, **flags}))
+        if not at:
+            Path(root, "operations").write_text(str(seen[0]))
+        os._exit(0)
+    except FisherkitError as error:
+        print(error, file=sys.stderr)
+        os._exit(1)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(9)
+
+older = bool(os.listdir(start))
+shutil.copytree(start, Path(root, "0"))
+assert run(Path(root, "0"), force=older) == 0
+operations = int(Path(root, "operations").read_text())
+found, flags = [], {"": {}, "force": {"force": True}, "resume": {"resume": True}}
+for at in sorted({*range(1, operations, step), *range(operations - last, operations + 1)}):
+    folder = Path(root, str(at))
+    shutil.copytree(start, folder)
+    assert run(folder, at, force=older) == -9
+    after = {}
+    for kind in flags if at >= operations - last else [list(flags)[at % 3]]:
+        shutil.copytree(folder, f"{folder}{kind or 'again'}")
+        after[kind] = run(f"{folder}{kind or 'again'}", **flags[kind])
+    found.append([at, after])
+print(json.dumps(found))
+"""
+
+
+def kill_everywhere(
+    folder: Path, method: str, pair: Pair, options: dict[str, Any], older: bool, step: int, last: int
+) -> None:
+    """Check what every kill leaves, and what a second run makes of it."""
+    run = {"fapm": fapm, "merge": merge}[method]
+    make = {"fapm": FapmOptions, "merge": MergeOptions}[method]
+    start, whole = folder / "start", folder / "whole"
+    for place in (start, whole):
+        place.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole)
+        run(*pair, "out", make(**options))  # type: ignore[operator]
+        patch.chdir(start)
+        if older:
+            fapm(*pair, "out", FapmOptions(density=0.5, shard_bytes=60_000))
+    expected, before = pairs.files(whole), pairs.files(start)
+    words = json.dumps([method, *map(str, pair), options, str(start), str(folder / "killed"), step, last])
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLER, words], capture_output=True, text=True, check=False, cwd=pairs.ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    kills = json.loads(done.stdout)
+    assert len(kills) > last
+    for at, after in kills:
+        left = pairs.files(folder / "killed" / str(at))
+        output = {name: data for name, data in left.items() if name.startswith("out/")}
+        assert output in ({}, before, expected), f"a mixture after kill {at}"
+        under_way = (folder / "killed" / str(at) / "out.partial").is_dir()
+        for flags, second in after.items():
+            got = pairs.files(folder / "killed" / f"{at}{flags or 'again'}")
+            if output and flags != "force" and not (flags == "resume" and under_way):  # nobody asked to replace it
+                assert second == 1
+                assert {name: data for name, data in got.items() if name.startswith("out/")} == output
+            else:
+                assert second == 0, (at, flags, done.stderr)
+                assert got == expected, (at, flags)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "older", "step", "last"),
+    [
+        ("fapm", {}, False, 4, 8),
+        ("fapm", {"scope": "global", "metric": "magnitude"}, True, 7, 24),  # the older output is removed last
+        ("merge", {"alpha": 0.5, "shard_bytes": 30_000}, False, 9, 2),
+    ],
+)
+def test_sigkill_at_any_file_operation_leaves_nothing_that_looks_finished(
+    method: str, options: dict[str, Any], older: bool, step: int, last: int, pair: Pair, tmp_path: Path
+) -> None:
+    kill_everywhere(tmp_path, method, pair, options, older, step, last)
+
+
+def test_a_killed_command_goes_on_to_the_same_files(pair: Pair, tmp_path: Path) -> None:
+    words = ["fapm", *pair, "out", "--scope", "layer", "--figure", "f.svg", "--report", "r.json"]
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    worked(fisherkit(*words, cwd=tmp_path / "whole"))
+    kill = (
+        "import os, fisherkit.pairs.rewrite as r, fisherkit.checkpoint.writer as w\n"
+        "r._COMMIT_SECONDS, left, mark = 0, iter(range(9)), w.StreamedWriter.mark_written\n"
+        "die = lambda: os.kill(os.getpid(), 9)\n"
+        "w.StreamedWriter.mark_written = lambda *a: die() if next(left, None) is None else mark(*a)"
+    )
+    done = fisherkit(*words, first=kill, cwd=tmp_path / "killed")
+    assert (done.returncode, done.stdout) == (-9, "")
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["out.partial"]
+    worked(fisherkit(*words, "--resume", cwd=tmp_path / "killed"))
+    assert pairs.files(tmp_path / "killed") == pairs.files(tmp_path / "whole")
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(pair: Pair, tmp_path: Path) -> None:
+    words = ["fapm", *pair, "out"]
+    press = (
+        "import os, signal, fisherkit.checkpoint.writer as w\n"
+        "left, mark = iter(range(9)), w.StreamedWriter.mark_written\n"
+        "def pressed(*a):\n"
+        "    mark(*a)\n"
+        "    next(left, None) is not None or os.kill(os.getpid(), signal.SIGINT)\n"
+        "w.StreamedWriter.mark_written = pressed"
+    )
+    done = fisherkit(*words, first=press, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith("Interrupted. What is finished is in out.partial; --resume goes on with it.\n")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert worked(fisherkit(*words, "--resume", cwd=tmp_path)) == "out\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    done = fisherkit("fapm", *pair, "--sweep", "0.5", first=press.replace("mark_written", "sync"), cwd=tmp_path)
+    worked(done)
+
+
+# Killed between two tensors, and gone on with
+
+
+def note_every_tensor(patch: pytest.MonkeyPatch) -> None:
+    """Have runs note what is finished after every tensor, as long ones do every few seconds."""
+    patch.setattr(rewrite, "_COMMIT_SECONDS", 0)
+    patch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+@pytest.mark.parametrize("metric", ["magnitude", "random"])
+def test_a_resumed_run_gives_the_bits_of_an_undisturbed_one_ties_and_all(
+    scope: str, metric: str, level: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    note_every_tensor(monkeypatch)
+    options = {"scope": scope, "metric": metric, "density": 0.3}
+    whole = fapm(*level, "out", FapmOptions(**options), figure=True)
+    expected = pairs.files(tmp_path / "out")
+    for stop in (1, 4, 17, 29):
+        shutil.rmtree("out")
+        with pytest.raises(Killed):
+            fapm(*level, "out", FapmOptions(**options), track=killed_after(stop, stage="writing"))
+        assert not (tmp_path / "out").exists()
+        resumed = fapm(*level, "out", FapmOptions(**options, resume=True), figure=True)
+        assert pairs.files(tmp_path / "out") == expected, stop
+        assert resumed.as_json() == whole.as_json()
+        assert os.listdir() == ["out"]
+    quota = math.floor(Fraction(3, 10) * whole.totals["weights"])
+    if scope == "global":  # exact, but for the ties of the head, which keeps what the embedding does
+        assert 0 <= whole.totals["kept"] - quota <= whole.tensors[HEAD]["ties"]
+    else:
+        assert whole.totals["kept"] <= quota
+
+
+@pytest.mark.parametrize("first", [EMBEDDING, HEAD])
+def test_tied_embeddings_stay_tied_whatever_the_quota(first: str, level: Pair, tmp_path: Path) -> None:
+    held = pairs.tensors(level[0])
+    names = [first, *(name for name in held if name not in (HEAD, EMBEDDING)), {HEAD: EMBEDDING}.get(first, HEAD)]
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(level[0] / "config.json", base)
+    shards = {f"model-{number:05d}-of-00030.safetensors": name for number, name in enumerate(names, start=1)}
+    for shard, name in shards.items():
+        safetensors.torch.save_file({name: held[name]}, base / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, name in shards.items()}
+    (base / pairs.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for scope in ("tensor", "layer", "global"):
+        for metric in ("fapm", "magnitude", "random", "dare"):
+            if metric != "dare" or scope == "tensor":
+                out = tmp_path / f"{scope}-{metric}"
+                fapm(base, level[1], out, FapmOptions(scope=scope, metric=metric, density=0.3))  # type: ignore[arg-type]
+                held = pairs.tensors(out)
+                assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+                assert pairs.same_bits(held[HEAD], held[EMBEDDING]), out.name
+
+
+def test_a_resumed_run_remembers_its_warnings(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_every_tensor(monkeypatch)
+    other = pairs.changed(pair[0], tmp_path / "other", lambda _, tensor: torch.randn(tensor.shape).to(tensor.dtype))
+    for run, options in ((fapm, FapmOptions), (merge, MergeOptions)):
+        whole = run(pair[0], other, tmp_path / "whole", options(force=True))
+        with pytest.raises(Killed):
+            run(pair[0], other, tmp_path / "out", options(force=True), track=killed_after(29, stage="writing"))
+        said: list[str] = []
+        resumed = run(pair[0], other, tmp_path / "out", options(resume=True), say=said.append)
+        assert resumed.warnings == whole.warnings
+        assert len(whole.warnings) == 1
+        assert any(whole.warnings[0] in line for line in said)
+
+
+def test_a_run_killed_when_all_but_the_tidying_was_done_is_resumed(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note_every_tensor(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fisherkit.checkpoint.work_folder.Work.remove", kill)
+        with pytest.raises(Killed):
+            fapm(*pair, "out")
+    finished = pairs.files(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists already"):
+        fapm(*pair, "out")
+    fapm(*pair, "out", FapmOptions(resume=True))
+    assert pairs.files(tmp_path / "out") == finished
+    assert os.listdir() == ["out"]
+
+
+def test_what_is_gone_on_with_must_be_the_same_run(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_every_tensor(monkeypatch)
+    base, tuned, out = *pair, tmp_path / "out"
+    with pytest.raises(Killed):
+        fapm(base, tuned, out, track=killed_after(9, stage="writing"))
+    other = pairs.fine_tune(base, tmp_path / "other", seed=8)
+    with pytest.raises(ResumeError, match=r"left by a run with other tuned; .*without --resume to start over"):
+        fapm(base, other, out, FapmOptions(resume=True))
+    with pytest.raises(ResumeError, match="other base"):
+        fapm(other, tuned, out, FapmOptions(resume=True))
+    for change in ({"density": 0.2}, {"seed": 1}, {"shard_bytes": 9000}, {"only": ("mlp",)}, {"nan": "keep-base"}):
+        with pytest.raises(ResumeError, match="other options"):
+            fapm(base, tuned, out, FapmOptions(resume=True, **change))
+    fapm(base, tuned, out, FapmOptions(resume=True, density=0.1))  # the default, spelt out
+    assert pairs.is_whole(out)
+
+
+def test_an_adapters_settings_belong_to_the_run(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_every_tensor(monkeypatch)
+    lora = pairs.adapter(tmp_path / "lora", {Q0: pairs.tensors(pair[0])[Q0]})
+    with pytest.raises(Killed):
+        fapm(pair[0], lora, tmp_path / "out", track=killed_after(9, stage="writing"))
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 16}))
+    with pytest.raises(ResumeError, match="other tuned"):
+        fapm(pair[0], lora, tmp_path / "out", FapmOptions(resume=True))
+
+
+def test_a_sparse_delta_is_started_over(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    note_every_tensor(monkeypatch)
+    delta = Path("delta.safetensors")
+    fapm(*pair, "out", sparse=delta)
+    expected = pairs.files(tmp_path)
+    for name in ("out", "delta.safetensors", "delta.json"):
+        shutil.rmtree(name) if name == "out" else Path(name).unlink()
+    with pytest.raises(Killed):
+        fapm(*pair, "out", sparse=delta, track=killed_after(9, stage="writing"))
+    assert not delta.exists()
+    said: list[str] = []
+    fapm(*pair, "out", FapmOptions(resume=True), sparse=delta, say=said.append)
+    assert "starting over" in said[0]
+    assert pairs.files(tmp_path) == expected
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    for name in ("delta.safetensors", "delta.json"):
+        Path(name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "fisherkit.artefacts.sparse_delta.SparseWriter.finish", kill
+        )  # the model is there, the delta is not
+        with pytest.raises(Killed):
+            fapm(*pair, "out", FapmOptions(force=True), sparse=delta)
+    fapm(*pair, "out", FapmOptions(resume=True), sparse=delta)
+    assert pairs.files(tmp_path) == expected
+
+
+def test_two_runs_do_not_share_a_work_folder(pair: Pair, tmp_path: Path) -> None:
+    def second_run(stage: str, done: int, total: int) -> None:
+        with pytest.raises(OutputError, match="another run is at work there"):
+            fapm(*pair, tmp_path / "out")
+
+    fapm(*pair, tmp_path / "out", track=second_run)
+    assert pairs.is_whole(tmp_path / "out")
