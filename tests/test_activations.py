@@ -262,28 +262,6 @@ def test_resumed_run_gives_the_bits_of_an_undisturbed_one(
         assert not out.with_name(f"{out.name}.partial").exists()
 
 
-@pytest.mark.parametrize("target", ["fisher.pt", "folder"])
-@pytest.mark.parametrize("where", ["covariance_file.put_in_place", "fisher_sidecar.write_json"])
-def test_a_kill_between_the_renames_can_be_resumed(
-    where: str, target: str, checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def kill(*_: Any) -> None:
-        raise Killed
-
-    out = tmp_path / target
-    with monkeypatch.context() as patch:
-        patch.setattr(f"fisherkit.artefacts.{where}", kill)
-        with pytest.raises(Killed):
-            fisherkit.extract(checkpoint("llama"), prompts, out, options())
-    report = fisherkit.extract(checkpoint("llama"), prompts, out, options(resume=True))
-    beside = out / "fisher.activations.json" if out.is_dir() else tmp_path / "fisher.activations.json"
-    assert beside in report.files
-    assert beside.with_suffix(".safetensors") in report.files
-    assert json.loads(beside.read_text())["format"] == "fisherkit.activations/1"
-    fisherkit.extract(checkpoint("llama"), prompts, out, options(force=True))  # all of it is ours to replace
-    assert not out.with_name(f"{out.name}.partial").exists()
-
-
 def test_other_files_in_the_way_are_not_replaced(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "fisher.activations.safetensors").write_text("mine")
     with pytest.raises(OutputError, match=r"fisher\.activations\.safetensors: exists already"):

@@ -61,27 +61,6 @@ def test_resumed_run_gives_the_bits_of_an_undisturbed_one(
         assert not out.with_name(f"{out.name}.partial").exists()
 
 
-def test_a_kill_between_the_file_and_its_sidecars_can_be_resumed(
-    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out = checkpoint("llama"), tmp_path / "fisher.pt"
-    extract(model, prompts, out, reduction="sum")  # an older Fisher, whose statistics must not outlive it
-
-    def kill(*_: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fisherkit.artefacts.fisher_sidecar.write_json", kill)
-        with pytest.raises(Killed):
-            extract(model, prompts, out, force=True)
-    assert not (tmp_path / "fisher.json").exists()
-    written = out.read_bytes()
-    extract(model, prompts, out, resume=True, force=True)
-    assert out.read_bytes() == written
-    assert json.loads((tmp_path / "fisher.json").read_text())["estimator"]["reduction"] == "mean"
-    assert not (tmp_path / "fisher.pt.partial").exists()
-
-
 def test_a_run_killed_again_and_again_gets_there(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     model = checkpoint("gemma4-e2b")
     extract(model, prompts, tmp_path / "fisher.safetensors")

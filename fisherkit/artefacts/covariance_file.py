@@ -1,9 +1,10 @@
-"""The file of second moments beside a Fisher: where it is, what describes it, and how it is read again.
+"""The file of covariances beside a Fisher: where it is, what describes it, and how it is read again.
 
-``<stem>.activations.safetensors`` holds in float32, for every distinct input of a linear layer, ``<tensor>.input``:
-E[x x^T] [in, in]; and for every layer ``<tensor>.output``: E[g g^T] [out, out] of the gradients at its output. A large
-one is [size, rank]: B with orthogonal columns and E ~ B B^T, see kernels.covariance. The JSON beside it says which
-weights share a moment (they read the very same tensor), and where all of it comes from. Knows no torch.
+A covariance here is the uncentered one, a mean of outer products. ``<stem>.activations.safetensors`` holds in float32,
+for every distinct input of a linear layer, ``<tensor>.input``: E[x x^T] [in, in]; and for every layer
+``<tensor>.output``: E[g g^T] [out, out] of the gradients at its output. A large one is [size, rank]: a factor B with
+orthogonal columns and E ~ B B^T, see kernels.covariance. The JSON beside it says under ``moments`` which weights share
+a covariance (they read the very same tensor), and where all of it comes from. Knows no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.target import check_target, is_folder, swap_in
-from fisherkit.checkpoint.work_folder import disk
+from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Floats, widen
 
@@ -29,57 +28,35 @@ Which = Literal["input", "output"]
 
 
 def path_beside(fisher: Path) -> Path:
-    """Where the moments of a Fisher are: ``fisher.activations.safetensors`` beside ``fisher.pt``, or in its folder."""
+    """Return where the covariances of a Fisher are: ``fisher.activations.safetensors`` beside it, or in its folder."""
     if is_folder(fisher):
         return fisher / "fisher.activations.safetensors"
     return fisher.with_name(f"{fisher.stem}.activations.safetensors")
 
 
-def check_free(fisher: Path, *, force: bool) -> None:
-    """Refuse what could not be written beside a Fisher in the end; a folder is checked as a whole elsewhere.
-
-    Raises:
-        OutputError: something is there that must not be replaced.
-    """
-    if not is_folder(fisher):
-        check_target(path_beside(fisher), force=force)
-        fisher_sidecar.check_sidecar(path_beside(fisher))
-
-
-def put_in_place(fisher: Path, work: Path, provenance: Mapping[str, Any], described: Mapping[str, Any]) -> list[Path]:
-    """Rename the finished moments out of the work folder, unless a killed run did already, and describe them.
+def description(
+    staged: Path, provenance: Mapping[str, Any], rows: Mapping[str, Any], without: Sequence[str]
+) -> dict[str, Any]:
+    """Return the JSON beside a file of covariances.
 
     Args:
-        fisher: what they lie beside; it is in its place.
-        work: the work folder.
+        staged: the finished file, under its own name.
         provenance: the Fisher's.
-        described: ``moments`` and ``left_out`` of the JSON.
-
-    Returns:
-        The files.
-
-    Raises:
-        OutputError: the disk is full or cannot be written.
+        rows: per covariance its ``side``, ``tensors``, ``layer``, ``size``, ``sketch_rank`` and figures.
+        without: matrices of the Fisher that have no covariance.
     """
-    target = path_beside(fisher)
-    staged = work / target.name
-    if staged.exists():
-        fisher_sidecar.sidecar_path(target).unlink(missing_ok=True)
-        with disk(target):
-            swap_in(staged, target)
-    about = {"format": FORMAT, "kind": "activations", "file": target.name, "file_bytes": target.stat().st_size}
-    fisher_sidecar.write_json(fisher_sidecar.sidecar_path(target), {**provenance, **about, "rule": RULE, **described})
-    return [target, fisher_sidecar.sidecar_path(target)]
+    about = {"format": FORMAT, "kind": "activations", "file": staged.name, "file_bytes": staged.stat().st_size}
+    return {**provenance, **about, "rule": RULE, "moments": dict(rows), "left_out": list(without)}
 
 
-class Covariance(NamedTuple):
-    """A second moment [size, size], or its factor B [size, rank].
+class StoredCovariance(NamedTuple):
+    """A covariance as it lies in the file.
 
     Attributes:
         name: of the stored tensor; weights that share it have the same.
-        values: float32.
-        is_factor: whether they are B.
-        trace: of the moment itself.
+        values: float32: the covariance [size, size], or its factor B [size, rank].
+        is_factor: True for the factor.
+        trace: sum of the diagonal of the covariance itself.
     """
 
     name: str
@@ -88,8 +65,11 @@ class Covariance(NamedTuple):
     trace: float
 
 
-class Activations:
-    """An open file of moments; a context.
+class CovarianceFile:
+    """An open file of covariances; a context.
+
+    Args:
+        path: the ``.safetensors`` file; its JSON lies beside it.
 
     Raises:
         CheckpointError: not there, damaged, or not described by the JSON beside it.
@@ -122,26 +102,30 @@ class Activations:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._reader.__exit__(kind, error, at)
 
-    def moment_of(self, weight: str, side: Which) -> str | None:
-        """Name of the moment of a weight, by its checkpoint name; None where it has none."""
+    def covariance_of(self, weight: str, side: Which) -> str | None:
+        """Return the name of a weight's covariance, by the weight's checkpoint name; None where it has none."""
         return self._of.get((side, weight))
 
-    def size(self, moment: str) -> int:
-        """Its channels."""
-        return int(self._rows[moment]["size"])
+    def size(self, covariance: str) -> int:
+        """Return the number of its channels."""
+        return int(self._rows[covariance]["size"])
 
-    def read(self, moment: str) -> Covariance:
-        """The values of a moment.
+    def read(self, covariance: str) -> StoredCovariance:
+        """Read the values of a covariance, by its name.
 
         Raises:
-            CheckpointError: they are not finite.
+            CheckpointError: the file ends early.
         """
-        info, row = self._reader.info(moment), self._rows[moment]
-        values = widen(self._reader.read(moment), info.dtype).reshape(info.shape)
-        return Covariance(moment, values, row["sketch_rank"] is not None, float(row["trace"]))
+        info, row = self._reader.info(covariance), self._rows[covariance]
+        values = widen(self._reader.read(covariance), info.dtype).reshape(info.shape)
+        return StoredCovariance(covariance, values, row["sketch_rank"] is not None, float(row["trace"]))
 
     def check_model(self, provenance: Mapping[str, Any] | None, weights: Sequence[str]) -> None:
-        """Hold it against the Fisher that it is to be used with.
+        """Hold the file against the Fisher that it is to be used with.
+
+        Args:
+            provenance: the Fisher's; None where nothing is known.
+            weights: checkpoint names of the Fisher's tensors.
 
         Raises:
             CheckpointError: it was measured on other weights, or speaks of none of these.
@@ -149,5 +133,5 @@ class Activations:
         ours, theirs = ((made or {}).get("model", {}).get("weights_sha256") for made in (self.provenance, provenance))
         if ours and theirs and ours != theirs:
             raise CheckpointError(f"{self.path}: was measured on other weights than the Fisher; extract both from one")
-        if not any(self.moment_of(name, "input") for name in weights):
-            raise CheckpointError(f"{self.path}: has no moment of any weight of the Fisher; it is of another model")
+        if not any(self.covariance_of(name, "input") for name in weights):
+            raise CheckpointError(f"{self.path}: has no covariance of any weight of the Fisher; it is of another model")

@@ -13,11 +13,10 @@ from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import OutputError
 
 FORMAT = "fisherkit.fisher/1"
-IMPORTANCE = "layer_importance.json"
 
 
 def sidecar_path(target: Path) -> Path:
-    """``fisher.json`` beside ``fisher.pt``; inside of a folder."""
+    """Return the JSON that describes a tensor file: ``fisher.json`` beside ``fisher.pt``; inside of a folder."""
     return target / "fisher.json" if is_folder(target) else target.with_suffix(".json")
 
 
@@ -27,30 +26,36 @@ def check_sidecar(target: Path) -> None:
     Raises:
         OutputError: there is a file of that name that is no sidecar of this target.
     """
-    path = sidecar_path(target)
-    if path.exists() and _entry(path, "file") != target.name:
-        raise OutputError(f"{path}: exists already, and the statistics of {target.name} go there; choose another name")
+    check_owned(sidecar_path(target), "file", target, "the statistics")
 
 
-def remove(target: Path) -> None:
-    """Drop what an earlier Fisher of this name left beside it, before another file takes its place."""
-    for path, key in ((sidecar_path(target), "file"), (importance_path(target), "fisher")):
-        if _entry(path, key) == target.name:
-            path.unlink()
+def check_owned(path: Path, key: str, target: Path, content: str) -> None:
+    """Refuse to write a JSON beside a target over a file that does not name this target.
+
+    Args:
+        path: the JSON.
+        key: under which an earlier one names its target.
+        target: the file that it lies beside.
+        content: what will be written there, for the message.
+
+    Raises:
+        OutputError: there is a file, and it names another target or none.
+    """
+    if os.path.lexists(path) and owner(path, key) != target.name:
+        raise OutputError(f"{path}: exists already, and {content} of {target.name} go there; choose another name")
 
 
-def importance_path(target: Path) -> Path:
-    """``layer_importance.json`` beside the Fisher; under the Fisher's own name if another Fisher's lies there."""
-    if is_folder(target):
-        return target / IMPORTANCE
-    common = target.parent / IMPORTANCE
-    if not common.exists() or _entry(common, "fisher") == target.name:
-        return common
-    return target.with_name(f"{target.stem}.{IMPORTANCE}")
+def owner(path: Path, key: str) -> object:
+    """Return what a JSON file says under ``key``; None if there is no such file, or it is not one."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get(key) if isinstance(content, dict) else None
 
 
-def importance(model: str, target: Path, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum, mean and share of the Fisher of every layer, in model order.
+def layer_sums(model: str, target: Path, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of ``layer_importance.json``: the Fisher's sum, mean and share by layer, in model order.
 
     Args:
         model: id of the model.
@@ -86,33 +91,10 @@ def importance(model: str, target: Path, figures: Mapping[str, Mapping[str, Any]
 
 
 def placed(figures: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Figures per tensor with the layer and module that each lies in."""
+    """Return the figures per tensor with the layer and module that each lies in."""
     blocks = block_prefix(figures)
     places = {name: locate(name, blocks) for name in figures}
     return {
         name: {"shape": figure["shape"], "layer": places[name].layer, "module": places[name].module, **figure}
         for name, figure in figures.items()
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write aside, then rename; a failed write leaves what was there.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.new")
-    try:
-        aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _entry(path: Path, key: str) -> object:
-    """What a JSON file says under ``key``; None if it is no such file."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get(key) if isinstance(content, dict) else None

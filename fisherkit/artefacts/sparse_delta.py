@@ -21,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.checkpoint.array_reader import ArrayReader
+from fisherkit.checkpoint.atomic import disk_errors, publish, write_json
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
-from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec, disk_errors
+from fisherkit.checkpoint.target import check_target
+from fisherkit.checkpoint.work_folder import STAGING
+from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.errors import CheckpointError, OutputError
 from fisherkit.floats import STORED, Stored
 
@@ -123,7 +126,7 @@ class SparseWriter:
     """Collects kept entries tensor by tensor on disk, and makes a sparse delta of them at the end."""
 
     def __init__(self, work: Path) -> None:
-        self._work = work
+        self._staging = work / STAGING
         self._raw = work / "entries.raw"
         self._file = self._raw.open("wb")
         self._specs: list[TensorSpec] = []
@@ -155,16 +158,14 @@ class SparseWriter:
             self._file.close()
         if not self._specs:
             raise CheckpointError(f"{target}: no entry was kept, so there is nothing to write")
-        with StreamedWriter.create(target, self._specs, work=self._work) as writer, self._raw.open("rb") as raw:
+        with StreamedWriter.create(target, self._specs, work=self._staging) as writer, self._raw.open("rb") as raw:
             for spec in self._specs:
                 self._copy(raw.fileno(), spec, writer)
-            sidecar_of(target).unlink(missing_ok=True)
-            writer.finish(force=force)
-        aside = self._work / "about.json"
-        text = json.dumps({"format": FORMAT, "file": target.name, **about}, indent=1) + "\n"
-        with disk_errors(sidecar_of(target), len(text)):
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, sidecar_of(target))
+            writer.seal()
+        beside = sidecar_of(target)
+        write_json(self._staging / beside.name, {"format": FORMAT, "file": target.name, **about})
+        check_target(target, force=force)
+        publish([(self._staging / path.name, path) for path in (beside, target)])
         self._raw.unlink()
         return target
 

@@ -1,10 +1,8 @@
-"""Where an output goes: which names are possible, what may be replaced, and the rename at the end."""
+"""Where an output goes: which names are possible, and what may be replaced."""
 
-import glob
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,31 +103,3 @@ def _manifest(folder: Path) -> set[str] | None:
         return {MANIFEST, *map(str, content["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def swap_in(staged: Path, target: Path) -> None:
-    """Rename ``staged`` to ``target`` and make that last through a crash.
-
-    A full folder at the target steps aside first, and comes back if the new one cannot be put there. What stepped aside
-    in a run that was killed before it could drop it, is dropped now.
-
-    Raises:
-        OSError: the system refuses.
-    """
-    if target.is_dir() and (target.is_symlink() or any(target.iterdir())):
-        aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-        target.rename(aside)
-        try:
-            staged.rename(target)
-        except OSError:
-            aside.rename(target)
-            raise
-    else:
-        staged.replace(target)
-    for aside in target.parent.glob(f"{glob.escape(f'.{target.name}.replaced-')}[0-9]*"):
-        aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

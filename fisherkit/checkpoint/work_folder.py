@@ -1,25 +1,32 @@
 """The work folder ``<out>.partial/``: what a run has finished, on disk, so that a killed run can go on.
 
 ``progress.json`` is replaced in one step after the data that it speaks of is on the disk; whatever it does not
-mention never happened.
+mention never happened. It is the first file made and the last one removed.
 """
 
-import errno
 import io
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fisherkit.checkpoint.atomic import disk_errors, write_bytes
 from fisherkit.errors import OutputError, ResumeError
 
-PROGRESS, ASIDE = "progress.json", "progress.new"
+PROGRESS, LOCK = "progress.json", "lock"
+STAGING = "output"
+"""Folder inside of the work folder where finished files lie under their final names, apart from the run's own."""
 
 
 class Work:
-    """A work folder with the fingerprint of the run that it belongs to."""
+    """A work folder with the fingerprint of the run that it belongs to; a context that holds its lock.
+
+    Attributes:
+        folder: where the run keeps its data.
+        progress: what is finished; JSON values. Changed by ``commit`` alone.
+    """
 
     def __init__(self, folder: Path, progress: dict[str, Any]) -> None:
         self.folder = folder
@@ -33,41 +40,40 @@ class Work:
         self._held.close()
 
     @classmethod
-    def start(cls, folder: Path, fingerprint: dict[str, str]) -> "Work":
-        """A fresh folder; what an earlier run left there is dropped.
+    def start(cls, folder: Path, fingerprint: Mapping[str, str]) -> "Work":
+        """Make a fresh folder; what an earlier run left there is dropped.
+
+        Args:
+            folder: the work folder.
+            fingerprint: what a run must have in common with one that it goes on with, by what a person would call it.
 
         Raises:
-            OutputError: the folder cannot be made.
+            OutputError: the folder cannot be made, is not ours, or another run is at work there.
         """
         try:
             if folder.exists():
-                if {path.name for path in folder.iterdir()} - {"lock", ASIDE} and not (folder / PROGRESS).is_file():
+                if _foreign(folder):
                     raise OutputError(f"{folder}: is in the way and no work folder of ours; choose another output")
                 _lock(folder).close()
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another output") from error
-        work = cls(folder, {"fingerprint": fingerprint})
+        work = cls(folder, {"fingerprint": dict(fingerprint)})
         work.commit()
         return work
 
     @classmethod
-    def resume(cls, folder: Path, fingerprint: dict[str, str]) -> "Work | None":
-        """The folder of a killed run with the same fingerprint; None if there is nothing to go on with.
+    def resume(cls, folder: Path, fingerprint: Mapping[str, str]) -> "Work | None":
+        """Open the folder of a killed run with the same fingerprint; None if there is nothing to go on with.
 
         Raises:
             ResumeError: the folder belongs to other prompts, options or another model, and which of them differ.
         """
-        if not (folder / PROGRESS).is_file():
+        progress = read_progress(folder)
+        if progress is None:
             return None
-        try:
-            progress = json.loads((folder / PROGRESS).read_text("utf-8"))
-            found = dict(progress["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ResumeError(
-                f"{folder / PROGRESS}: not the progress of a run; delete {folder} and start again"
-            ) from error
+        found = progress["fingerprint"]
         differing = [key for key in fingerprint.keys() | found.keys() if fingerprint.get(key) != found.get(key)]
         if differing:
             raise ResumeError(
@@ -76,26 +82,62 @@ class Work:
             )
         return cls(folder, progress)
 
+    @property
+    def staging(self) -> Path:
+        """The folder for finished files; it is there."""
+        path = self.folder / STAGING
+        with disk_errors(path):
+            path.mkdir(exist_ok=True)
+        return path
+
     def commit(self, **changes: Any) -> None:
-        """Note what is finished, in one step."""
+        """Note what is finished, in one step; JSON values by name.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
         self.progress.update(changes)
-        path = self.folder / PROGRESS
-        aside = self.folder / ASIDE
-        with disk(path):
-            with aside.open("w", encoding="utf-8") as file:
-                json.dump(self.progress, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
+        write_bytes(self.folder / PROGRESS, json.dumps(self.progress).encode())
 
     def remove(self) -> None:
-        """Drop the folder; the run is over."""
+        """Drop the folder; the run is over. The progress goes last: until then --resume finds the run as it was."""
+        for path in self.folder.iterdir():
+            if path.name not in (PROGRESS, LOCK):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Return what a killed run noted in its work folder; None where there is no such run.
+
+    Raises:
+        ResumeError: the file is damaged.
+    """
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    try:
+        progress = json.loads(path.read_text("utf-8"))
+        progress["fingerprint"] = dict(progress["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResumeError(f"{path}: not the progress of a run; delete {folder} and start again") from error
+    return dict(progress)
+
+
+def is_remains(folder: Path) -> bool:
+    """Return whether a folder holds nothing but what a run leaves that is killed while it removes its work folder."""
+    return folder.is_dir() and not (folder / PROGRESS).exists() and not _foreign(folder)
+
+
+def _foreign(folder: Path) -> bool:
+    """Return whether a folder holds files, and none of them is the progress of a run."""
+    names = {path.name for path in folder.iterdir()}
+    return PROGRESS not in names and any(name != LOCK and not name.startswith(f".{PROGRESS}.") for name in names)
+
+
 def _lock(folder: Path) -> io.TextIOWrapper:
-    """A file that is locked as long as it is open, so that two runs cannot work in one folder."""
-    file = (folder / "lock").open("w", encoding="ascii")
+    """Open a file that is locked as long as it is open, so that two runs cannot work in one folder."""
+    file = (folder / LOCK).open("w", encoding="ascii")
     try:
         import fcntl
 
@@ -108,19 +150,3 @@ def _lock(folder: Path) -> io.TextIOWrapper:
     except OSError:  # a file system without locks
         pass
     return file
-
-
-class disk:  # noqa: N801 - reads as a statement: with disk(path)
-    """Turns what a disk can answer (full, read-only) into one line that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            reason = "disk full" if full else str(error.strerror)
-            raise OutputError(f"{self.path}: {reason}; what is finished is kept, go on with --resume") from error

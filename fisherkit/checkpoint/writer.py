@@ -5,23 +5,22 @@ would count as ours), and renamed. The suffix chooses the format: `.pt`, `.safet
 of shards with an index.
 """
 
-import errno
 import json
 import os
 import shutil
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from fisherkit.checkpoint.atomic import disk_errors, size_text, swap_in, write_text
 from fisherkit.checkpoint.descriptors import OpenFiles
 from fisherkit.checkpoint.layout import Slot, TensorSpec, checksum, find_layout, lay_out, write_checksums
-from fisherkit.checkpoint.target import check_target, is_folder, swap_in
+from fisherkit.checkpoint.target import check_target, is_folder
 from fisherkit.errors import OutputError
 from fisherkit.floats import STORED, Stored
 
@@ -34,7 +33,6 @@ __all__ = ["StreamedWriter", "TensorSpec", "check_target"]
 _BLOCK_ELEMENTS = 1 << 20  # rounded, summed and written while still in cache
 Shards = Sequence[tuple[str, Sequence[str]]]
 """File names and the names of the tensors in each."""
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class StreamedWriter:
@@ -189,8 +187,30 @@ class StreamedWriter:
             for file in self._paths():
                 os.fsync(self._files.descriptor(file))
 
+    def seal(self) -> tuple[str, ...]:
+        """Complete and sync what is staged, index and checksums included; the writer is closed then.
+
+        Returns:
+            The names of the files: the target's own, or those inside of a folder.
+
+        Raises:
+            OutputError: the disk is full or failed. The work folder is kept.
+            RuntimeError: a tensor was never written.
+        """
+        absent = self._slots.keys() - self._written
+        if absent:
+            raise RuntimeError(f"{self._target}: {len(absent)} tensors were never written, such as {min(absent)!r}")
+        names = [path.name for path in self._paths()]
+        with disk_errors(self._target, self._total):
+            self._complete_checksums()
+            self.sync()
+            if self._staged.is_dir() and self._stem:
+                names.append(self._write_index())
+            self.close()
+        return tuple(names)
+
     def finish(self, *, force: bool = False) -> tuple[Path, ...]:
-        """Sync, and rename into place; the writer is closed then. Returns the files made.
+        """Seal, and rename into place; return the files made.
 
         Args:
             force: replace what is at the target; it is there until the new one is.
@@ -199,17 +219,9 @@ class StreamedWriter:
             OutputError: the target exists, the disk is full or failed. The work folder is kept.
             RuntimeError: a tensor was never written.
         """
-        absent = self._slots.keys() - self._written
-        if absent:
-            raise RuntimeError(f"{self._target}: {len(absent)} tensors were never written, such as {min(absent)!r}")
         check_target(self._target, force=force)
-        names = [path.name for path in self._paths()]
+        names = self.seal()
         with disk_errors(self._target, self._total):
-            self._complete_checksums()
-            self.sync()
-            if self._staged.is_dir() and self._stem:
-                names.append(self._write_index())
-            self.close()
             swap_in(self._staged, self._target)
         return tuple(self._target / name for name in names) if self._target.is_dir() else (self._target,)
 
@@ -250,10 +262,7 @@ class StreamedWriter:
         weight_map = {name: slot.file.name for name, slot in self._slots.items()}
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
         path = self._staged / f"{self._stem}.safetensors.index.json"
-        with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(path, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
         return path.name
 
 
@@ -294,7 +303,7 @@ def _make_room(target: Path, work: Path, total: int) -> None:
         staged.mkdir()
     free = shutil.disk_usage(work).free
     if free < total:
-        raise OutputError(f"{target}: needs {_size(total)}, and {_size(free)} are free on this disk")
+        raise OutputError(f"{target}: needs {size_text(total)}, and {size_text(free)} are free on this disk")
 
 
 def _blocks(tensor: "Tensor", dtype: "torch.dtype") -> Iterator[memoryview]:
@@ -311,25 +320,3 @@ def _write_all(descriptor: int, block: memoryview, offset: int) -> None:
     while block:
         count = os.pwrite(descriptor, block, offset)
         block, offset = block[count:], offset + count
-
-
-@contextmanager
-def disk_errors(target: Path, total: int) -> Iterator[None]:
-    """What the system says about the disk, as one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise OutputError(
-                f"disk full while writing {target}: {_size(total)} needed; free space and run again with --resume"
-            ) from None
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
-
-
-def _size(nbytes: int) -> str:
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"

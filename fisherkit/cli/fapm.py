@@ -141,7 +141,7 @@ def _written(sparse: Path | None, report: Path | None, figure: Path | None) -> l
 
 
 def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None:
-    from fisherkit.artefacts.fisher_sidecar import write_json
+    from fisherkit.checkpoint.atomic import write_json
     from fisherkit.render import files
 
     if report is not None:
@@ -151,7 +151,7 @@ def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None
 
 
 def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:
-    from fisherkit.artefacts.fisher_sidecar import write_json
+    from fisherkit.checkpoint.atomic import write_json
     from fisherkit.methods.inspect.records import render
 
     whole = {"sweep": [one.as_json() for one in reports]}

@@ -83,7 +83,7 @@ def merge(
             given = [path for path in (mask, subspace, layer_scale) if path is not None]
             beside = [path.with_suffix(".json") for path in given]
             check_apart((report,), (Path(base), Path(tuned), Path(tuned).with_suffix(".json"), *given, *beside), out)
-        from fisherkit.artefacts.fisher_sidecar import write_json
+        from fisherkit.checkpoint.atomic import write_json
         from fisherkit.methods.merge import merge as methods
 
         made = methods.merge(

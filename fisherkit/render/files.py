@@ -6,11 +6,11 @@ aside and renamed when whole.
 
 import html
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fisherkit.checkpoint.atomic import write_bytes
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.methods.inspect.records import Record, Value, render
 from fisherkit.methods.inspect.summary import Summary
@@ -50,7 +50,7 @@ def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None
     if target.resolve() in {path.resolve() for path in _inputs(summary.path)}:
         raise OutputError(f"{target}: belongs to what is being inspected; choose another name")
     _check_target(target, force=force)
-    _replace(target, draw(summary))
+    write_bytes(target, draw(summary))
 
 
 def write_pruning(report: "FapmReport", target: Path) -> None:
@@ -66,9 +66,9 @@ def write_pruning(report: "FapmReport", target: Path) -> None:
 
     kind = target.suffix.lower()
     if kind == ".png":
-        _replace(target, png.pruning_png(report))
+        write_bytes(target, png.pruning_png(report))
     else:
-        _replace(target, _encode(svg_fapm.picture(report) if kind == ".svg" else pruning_page(report)))
+        write_bytes(target, _encode(svg_fapm.picture(report) if kind == ".svg" else pruning_page(report)))
 
 
 def check_report(target: Path, *, force: bool) -> None:
@@ -105,16 +105,6 @@ def _inputs(path: Path) -> Iterable[Path]:
         return (path, path / "fisher.json", path / "layer_importance.json")
     importance = (path.with_name("layer_importance.json"), path.with_name(f"{path.stem}.layer_importance.json"))
     return (path, path.with_suffix(".json"), *importance)
-
-
-def _replace(target: Path, content: bytes) -> None:
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        aside.write_bytes(content)
-        aside.replace(target)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
 
 
 # The pages

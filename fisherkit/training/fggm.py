@@ -23,10 +23,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from fisherkit.artefacts.fisher_sidecar import write_json
+from fisherkit.checkpoint.atomic import swap_in, write_json
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
-from fisherkit.checkpoint.target import swap_in
 from fisherkit.errors import OptionError, ResumeError, TrainingError
 from fisherkit.methods.extract.measure import extract
 from fisherkit.methods.mask.build import mask

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.checkpoint.work_folder import disk
+from fisherkit.checkpoint.atomic import disk_errors
 from fisherkit.errors import ResumeError
 
 
@@ -41,7 +41,7 @@ class Spool:
     def put(self, name: str, tensors: Sequence[Tensor], note: Any = None) -> None:
         """Append tensors; ``note`` (JSON) comes back with them."""
         tensors = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
-        with disk(self.path):
+        with disk_errors(self.path):
             if self._file is None:
                 self._file = self.path.open("wb")
             entries = []
@@ -64,7 +64,7 @@ class Spool:
 
     def finish(self) -> None:
         """Everything is on the disk when this returns; the spool can be reopened by another process."""
-        with disk(self.path):
+        with disk_errors(self.path):
             if self._file is not None:
                 self._file.flush()
                 os.fsync(self._file.fileno())

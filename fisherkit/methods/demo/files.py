@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from fisherkit.checkpoint.atomic import swap_in
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.target import swap_in
 from fisherkit.errors import CheckpointError, OutputError
 
 MARK = "fisherkit_demo"

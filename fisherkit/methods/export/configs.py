@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fisherkit.artefacts.layer_importance import layer_scales, read_importance
 from fisherkit.artefacts.mask_file import MaskFile, open_mask
+from fisherkit.checkpoint.atomic import write_text
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.errors import CheckpointError, OptionError, OutputError
@@ -80,13 +81,7 @@ def write_export(source: str | os.PathLike[str], out: Path, options: ExportOptio
     text = export(source, options)
     if out.exists() and (out.resolve() == Path(source).resolve() or out.is_dir() or not options.force):
         raise OutputError(f"{out}: exists already; choose another name, or --force to replace a file")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.new")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(out)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+    write_text(out, text)
     return out
 
 

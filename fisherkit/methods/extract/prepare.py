@@ -1,26 +1,20 @@
-"""What ``extract`` knows before it reads the first weight: model, prompts, plan, and where they come from."""
+"""Everything that ``extract`` decides before it reads the first weight: model, prompts, targets, groups, device."""
 
 import dataclasses
 import hashlib
 import json
-import platform
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from fisherkit._version import __version__
-from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
-from fisherkit.checkpoint.index import open_index
+from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.engine.covariance.plan import memory_of_moments
 from fisherkit.engine.model.config import choose_dtype, read_config
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
-from fisherkit.engine.model.plan import HEADROOM, Plan, choose_targets, fit_groups, needs
+from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.model.skeleton import Skeleton, blocks_in_groups, build_skeleton
 from fisherkit.errors import CheckpointError, OptionError, first_line
 from fisherkit.options import ExtractOptions
@@ -28,118 +22,128 @@ from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
 
 
-@dataclasses.dataclass
-class Run:
-    """Everything that is known before the first weight is read."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that could start.
+
+    Attributes:
+        source: where the model is.
+        skeleton: the model on the meta device.
+        tokenizer_sha256: of all that decides how text is split; None in a dry run without a tokenizer.
+        prompts: the samples; None in a dry run without prompts or without a tokenizer.
+        plan: targets, and blocks in groups.
+        device: where it computes.
+        options: as they were given.
+    """
 
     source: ModelSource
     skeleton: Skeleton
-    tokenizer_sha256: str
-    prompts: PromptSet
+    tokenizer_sha256: str | None
+    prompts: PromptSet | None
     plan: Plan
     device: torch.device
     options: ExtractOptions
 
-    def fingerprint(self) -> dict[str, str]:
-        """What must be the same for a killed run to go on, by what a person would call it."""
-        options = dataclasses.asdict(self.options)
-        for name in ("force", "resume", "trust_remote_code", "device", "limit"):
-            options.pop(name)
-        assert self.skeleton.index is not None
-        return {
-            "model": self.skeleton.index.fingerprint() + sha256(self.skeleton.model.config.to_json_string()),
-            "prompts": self.prompts.report.sha256,
-            "options": json.dumps(options, sort_keys=True),
-            "device": self.device.type,
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        }
+    def line(self) -> str:
+        """Tell a person what will be measured, and how."""
+        plan, dtype = self.plan, str(self.skeleton.dtype).removeprefix("torch.")
+        return (
+            f"{self.source.id}: {len(plan.tensors):,} tensors, {plan.parameters:,} weights in "
+            f"{len(self.skeleton.blocks)} layers, {dtype} on {self.device}, {len(plan.groups)} groups of "
+            f"{len(plan.groups[0])} layers"
+        )
 
-    def provenance(self, out: Path, files: Sequence[Path], mode: Mapping[str, Any]) -> dict[str, Any]:
-        """Where the numbers come from; the sidecar without its statistics."""
-        options, report = self.options, dataclasses.asdict(self.prompts.report)
-        assert self.skeleton.index is not None
-        return {
-            "format": fisher_sidecar.FORMAT,
-            "fisherkit": __version__,
-            "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "kind": "fisher",
-            "file": out.name,
-            "file_bytes": sum(file.stat().st_size for file in files if file.suffix != ".json"),
-            "model": {
-                "id": self.source.id,
-                "revision": self.source.revision,
-                "architecture": type(self.skeleton.model).__name__,
-                "config_sha256": sha256(self.skeleton.model.config.to_json_string()),
-                "weights_sha256": self.skeleton.index.fingerprint(),
-                "dtype": str(choose_dtype(None, self.skeleton.index, "auto")).removeprefix("torch."),
-                "tokenizer_sha256": self.tokenizer_sha256,
-                "chat_template_sha256": report["template_sha256"],
-            },
-            "prompts": report,
-            "estimator": {
-                "name": "empirical" if options.labels == "data" else "sampled",
-                "formula": "F_i = 1/N sum_n (d l_n / d theta_i)^2, l_n the negative log-likelihood of sample n",
-                "labels": options.labels,
-                "reduction": options.reduction,
-                "targets": options.targets,
-                "layers": list(options.layers) if options.layers is not None else None,
-                "seed": options.seed,
-            },
-            "run": {
-                "engine": mode["engine"],
-                "reason": mode["reason"],
-                "group_size": len(self.plan.groups[0]),
-                "batch_tokens": options.batch_tokens,
-                "dtype": str(self.skeleton.dtype).removeprefix("torch."),
-                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
-                "accumulate": "float32",
-                "store": options.store,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "blocks": self.skeleton.blocks_path,
-            "layers": len(self.skeleton.blocks),
-        }
-
-    def weights_fit(self) -> bool:
-        """Whether an accelerator can keep all weights between the two sweeps; on a CPU the page cache does."""
-        if self.device.type == "cpu":
-            return False
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.skeleton.model.parameters())
-        need = needs(
+    def needs(self) -> Needs:
+        """Estimate the peak memory, in bytes."""
+        return needs(
             self.skeleton,
             self.plan,
             batch_tokens=self.options.batch_tokens,
-            longest=self.options.max_length,
-            on_host=False,
-            moments=covariance_memory(self.skeleton, self.plan, self.options),
+            longest=_longest(self.prompts, self.options),
+            on_host=self.device.type == "cpu",
+            moments=_covariance_memory(self.skeleton, self.plan, self.options),
         )
-        return bool(weights + need.device <= HEADROOM * available_bytes(self.device))
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weights in the type that they are computed in."""
+        return sum(weight.numel() * weight.element_size() for weight in self.skeleton.model.parameters())
+
+    def weights_fit(self) -> bool:
+        """Return whether an accelerator can keep all weights between the sweeps; on a CPU the page cache does."""
+        if self.device.type == "cpu":
+            return False
+        return bool(self.weight_bytes() + self.needs().device <= HEADROOM * available_bytes(self.device))
 
 
-def prepare(model: str, prompts: str, options: ExtractOptions, say: Say) -> Run:
-    """Look at everything and decide everything; reads headers, prompts and config, but no weights."""
-    source = resolve_model(model)
+def prepare(model: str, prompts: str | None, options: ExtractOptions, say: Say, *, dry_run: bool = False) -> Prepared:
+    """Look at everything and decide everything; reads headers, prompts and config, but no weights.
+
+    Args:
+        model: a local checkpoint, or ``org/name[@revision]``.
+        prompts: see load_prompts; None only in a dry run.
+        options: what to measure and how.
+        say: gets the lines meant for a person.
+        dry_run: the config alone is enough: weights, tokenizer and prompts are looked at where they are there.
+
+    Raises:
+        CheckpointError: model or tokenizer cannot be read, or do not belong together.
+        OptionError: an option that this model cannot be measured with.
+        PromptError: no sample to measure.
+        UnsupportedModelError: no causal language model that can be measured.
+    """
+    source = resolve_model(model, weights=not dry_run)
     config = read_config(source.path, trust_remote_code=options.trust_remote_code)
-    index = open_index(source.path)
+    index = _open(source, dry_run)
     device = choose_device(options.device)
     dtype = choose_dtype(config, index, options.dtype)
     skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(source, options)
-    samples = load_prompts(prompts, tokenizer, options)
-    say(samples.report.line())
-    longest = max(len(sample.ids) for sample in samples.samples)
-    _check_fit(source, skeleton, samples, longest)
-    plan = make_plan(skeleton, options, device, longest, say)
-    say(
-        f"{source.id}: {len(plan.tensors):,} tensors, {plan.parameters:,} weights in {len(skeleton.blocks)} layers, "
-        f"{str(dtype).removeprefix('torch.')} on {device}, {len(plan.groups)} groups of {len(plan.groups[0])} layers"
+    tokenizer = _tokenizer(source, options, dry_run)
+    samples = None
+    if tokenizer is not None and prompts is not None:
+        samples = load_prompts(prompts, tokenizer, options)
+        _check_fit(source, skeleton, samples)
+    return Prepared(
+        source=source,
+        skeleton=skeleton,
+        tokenizer_sha256=hash_tokenizer(tokenizer) if tokenizer is not None else None,
+        prompts=samples,
+        plan=_make_plan(skeleton, options, device, _longest(samples, options), say),
+        device=device,
+        options=options,
     )
-    return Run(source, skeleton, hash_tokenizer(tokenizer), samples, plan, device, options)
 
 
-def _check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet, longest: int) -> None:
+def _open(source: ModelSource, dry_run: bool) -> CheckpointIndex | None:
+    try:
+        return open_index(source.path)
+    except CheckpointError:
+        if dry_run:
+            return None
+        raise
+
+
+def _tokenizer(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Any:
+    """Load the tokenizer beside the model; None where there is none and the run is dry."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if dry_run:
+            return None
+        raise CheckpointError(
+            f"{folder}: no tokenizer that transformers can load ({first_line(error)}); "
+            "save it beside the model with tokenizer.save_pretrained(FOLDER)"
+        ) from error
+
+
+def _longest(prompts: PromptSet | None, options: ExtractOptions) -> int:
+    """Return the tokens of the longest sample; at most so many where there are no samples yet."""
+    return max(len(sample.ids) for sample in prompts.samples) if prompts is not None else options.max_length
+
+
+def _check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet) -> None:
     """Refuse samples that the model has no embeddings or no positions for."""
     largest = max(max(sample.ids) for sample in prompts.samples)
     rows = skeleton.model.get_input_embeddings().weight.shape[0]
@@ -148,13 +152,14 @@ def _check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet, long
             f"{source.path}: the tokenizer gives token {largest}, but the model embeds only {rows}; "
             "the tokenizer belongs to another model"
         )
+    longest = max(len(sample.ids) for sample in prompts.samples)
     positions = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise OptionError(f"--max-length {longest}: the model has {positions} positions; use --max-length {positions}")
 
 
-def make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device, longest: int, say: Say) -> Plan:
-    """Targets and groups; a group size that would not fit the memory is lowered, and said."""
+def _make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device, longest: int, say: Say) -> Plan:
+    """Choose targets and groups; a group size that would not fit the memory is lowered, and said."""
     targets = choose_targets(skeleton, options.targets, options.layers)
     wanted = Plan(blocks_in_groups(len(skeleton.blocks), options.group_size), targets)
     plan = fit_groups(
@@ -165,39 +170,25 @@ def make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device,
         batch_tokens=options.batch_tokens,
         longest=longest,
         on_host=device.type == "cpu",
-        moments=covariance_memory(skeleton, wanted, options),
+        moments=_covariance_memory(skeleton, wanted, options),
     )
     if len(plan.groups) != len(wanted.groups):
         say(f"group size lowered from {options.group_size} to {len(plan.groups[0])}: more would not fit the memory")
     return plan
 
 
-def covariance_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
-    """What second moments take in memory, see ``memory_of_moments``; nothing where none are gathered."""
+def _covariance_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
+    """Return the bytes that covariances take in memory, by block; nothing where none are gathered."""
     return memory_of_moments(skeleton, plan) if options.statistics == "activations" else {}
 
 
-def load_tokenizer(source: ModelSource, options: ExtractOptions) -> Any:
-    """The tokenizer beside the model. Raises CheckpointError when there is none."""
-    folder = source.path if source.path.is_dir() else source.path.parent
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(
-            f"{folder}: no tokenizer that transformers can load ({first_line(error)}); "
-            "save it beside the model with tokenizer.save_pretrained(FOLDER)"
-        ) from error
-
-
 def sha256(text: str) -> str:
-    """Of a text's UTF-8 bytes, in hex."""
+    """Return the SHA-256 of a text's UTF-8 bytes, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Of all that decides how a tokenizer splits text."""
+    """Return the SHA-256 of all that decides how a tokenizer splits text, in hex."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return sha256(backend.to_str())

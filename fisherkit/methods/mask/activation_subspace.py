@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fisherkit.artefacts.covariance_file import Activations, Which, path_beside
+from fisherkit.artefacts.covariance_file import CovarianceFile, Which, path_beside
 from fisherkit.engine.model.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.eigenspace import (
@@ -46,7 +46,7 @@ def write_activation_subspace(
         OutputError: the disk is full.
     """
     path = options.activations or path_beside(made_from.path)
-    with Activations(path) as activations:
+    with CovarianceFile(path) as activations:
         activations.check_model(made_from.provenance, list(made_from.shapes))
         finder = CovarianceDirections(activations, made_from, options)
         names = [name for name in made_from.shapes if finder.has(name)]
@@ -70,7 +70,7 @@ def write_activation_subspace(
 class CovarianceDirections:
     """Directions of weights, found once for all weights that share a moment."""
 
-    def __init__(self, activations: Activations, made_from: MaskInputs, options: MaskOptions) -> None:
+    def __init__(self, activations: CovarianceFile, made_from: MaskInputs, options: MaskOptions) -> None:
         self._activations, self._from, self._options = activations, made_from, options
         self._sides = _SIDES[options.stored_side]
         self._device = choose_device(options.device)
@@ -80,7 +80,7 @@ class CovarianceDirections:
     def has(self, name: str) -> bool:
         """Whether a weight has all the moments that are needed."""
         is_matrix = len(self._from.shapes[name]) == 2 and self._from.axes.axes(name) is not None
-        return is_matrix and all(self._activations.moment_of(name, side) for side in self._sides)
+        return is_matrix and all(self._activations.covariance_of(name, side) for side in self._sides)
 
     def prepare(self, names: list[str]) -> None:
         """Hold the weights against their moments, and count who shares which.
@@ -110,7 +110,7 @@ class CovarianceDirections:
         return {side: self._directions(self._moment(name, side)) for side in self._sides}
 
     def _moment(self, name: str, side: Which) -> str:
-        moment = self._activations.moment_of(name, side)
+        moment = self._activations.covariance_of(name, side)
         assert moment is not None
         return moment
 

@@ -27,6 +27,7 @@ from fisherkit._version import __version__
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.mask_entry import Kind, MaskEntry, header
+from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import OutputError
@@ -109,8 +110,8 @@ def mask(
         _check_output(out, made_from, options)
         with Work.start(out.with_name(out.name + ".partial"), {"command": "mask"}) as work:
             try:
-                masked = _make(out, made_from, options, work, track)
-                _finish(out, made_from, options, masked)
+                masked = _make(out, made_from, options, work.staging, track)
+                _finish(out, made_from, options, masked, work.staging)
             finally:
                 work.remove()
     for note in masked.notes:
@@ -118,17 +119,17 @@ def mask(
     return _report(out, options, masked, time.monotonic() - started)
 
 
-def _make(out: Path, made_from: MaskInputs, options: MaskOptions, work: Work, track: Track) -> Masked:
+def _make(out: Path, made_from: MaskInputs, options: MaskOptions, staging: Path, track: Track) -> Masked:
     if options.is_subspace and options.reads_activations:
         from fisherkit.methods.mask.activation_subspace import write_activation_subspace  # brings torch in
 
-        return write_activation_subspace(out, made_from, options, work.folder, track)
+        return write_activation_subspace(out, made_from, options, staging, track)
     if options.is_subspace:
         from fisherkit.methods.mask.subspace import write_subspace
 
-        return write_subspace(out, made_from, options, work.folder, track)
+        return write_subspace(out, made_from, options, staging, track)
     with BlockPool() as team:
-        return write_mask(out, made_from, options, work.folder, team, track)
+        return write_mask(out, made_from, options, staging, team, track)
 
 
 def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> None:
@@ -145,10 +146,9 @@ def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> Non
     fisher_sidecar.check_sidecar(out)
 
 
-def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Masked) -> None:
-    """Put the finished file in its place, and then what describes it; an older description is gone before that."""
-    fisher_sidecar.remove(out)
-    masked.writer.finish(force=options.force)
+def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Masked, staging: Path) -> None:
+    """Put both files in their places: first what describes the mask, then the mask, which is refused without it."""
+    masked.writer.seal()
     made = header(
         "subspace" if options.is_subspace else "mask",
         out.name,
@@ -161,7 +161,10 @@ def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Mask
         made["tensors"][name] |= details
     version = {"fisherkit": __version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     facts = {"units": masked.units, "selected": masked.selected, "unreached": list(masked.unreached)}
-    fisher_sidecar.write_json(fisher_sidecar.sidecar_path(out), made | version | facts | {"notes": list(masked.notes)})
+    beside = fisher_sidecar.sidecar_path(out)
+    write_json(staging / beside.name, made | version | facts | {"notes": list(masked.notes)})
+    _check_output(out, made_from, options)  # again: hours may have passed
+    publish([(staging / path.name, path) for path in (beside, out)])
 
 
 def _direction(options: MaskOptions) -> Direction:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from fisherkit.artefacts.mask_entry import MaskEntry, Shape
+from fisherkit.checkpoint.atomic import disk_errors
 from fisherkit.checkpoint.layout import TensorSpec
-from fisherkit.checkpoint.work_folder import disk
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.engine.model.device import choose_device
 from fisherkit.errors import CheckpointError, OptionError
@@ -192,7 +192,7 @@ class Spool:
 
     def add(self, name: str, values: Floats) -> None:
         """Append an array."""
-        with disk(self._path), self._path.open("ab") as file:
+        with disk_errors(self._path), self._path.open("ab") as file:
             values.tofile(file)
         self._held.append(_Spooled(TensorSpec(name, "F32", values.shape), self._end))
         self._end += values.nbytes

@@ -1,0 +1,115 @@
+"""The engine that fits a model: block by block, or, where blocks cannot be replayed, with the whole model in memory."""
+
+from typing import Any
+
+import torch
+
+from fisherkit.checkpoint.work_folder import Work
+from fisherkit.engine.covariance.writer import CovarianceWriter
+from fisherkit.engine.fisher.sink import FisherSink
+from fisherkit.engine.model.findings import NeedsBatchSizeOne, Unreplayable
+from fisherkit.engine.model.memory import available_bytes
+from fisherkit.engine.model.plan import only_batches_of_one
+from fisherkit.engine.model.skeleton import shared_between_blocks
+from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.resident import resident
+from fisherkit.engine.sweep.spool import Budget
+from fisherkit.engine.sweep.sweep import stream
+from fisherkit.errors import UnsupportedModelError
+from fisherkit.methods.extract.prepare import Prepared
+from fisherkit.progress import Say, Track
+from fisherkit.prompts.dataset import batches
+
+Mode = dict[str, Any]
+"""How a run goes: ``engine``, the ``reason``, ``singles`` (batches of one sample), ``general`` (left to autograd)."""
+
+_STARTED_OVER = ("forward", "backward", "outer", "sink", "loss", "heard", "moments")
+"""What the work folder forgets when another mode starts over."""
+
+
+def run_engine(
+    prepared: Prepared,
+    work: Work,
+    sink: FisherSink,
+    covariances: CovarianceWriter | None,
+    track: Track,
+    say: Say,
+) -> None:
+    """Measure; the work folder notes under ``mode`` which engine it was, and why.
+
+    An engine that finds that its way is wrong for this model says so by an exception, and the next one starts over.
+
+    Raises:
+        FisherkitError: a loss or a value that is not finite, or a model that fits neither engine.
+    """
+    mode = work.progress.get("mode") or _first_mode(prepared)
+    while True:
+        work.commit(mode=mode)
+        if covariances is not None:
+            covariances.begin(frozenset(mode["general"]), work.progress)
+        job = _job(prepared, work, sink, covariances, mode, track)
+        try:
+            (resident if mode["engine"] == "resident" else stream)(job)
+        except NeedsBatchSizeOne as finding:
+            mode = mode | {"singles": True, "general": sorted({*mode["general"], *finding.general})}
+        except Unreplayable as finding:
+            mode = _resident_mode(prepared, str(finding))
+            say(f"the whole model is kept in memory: {finding}")
+        else:
+            return
+        sink.reset()
+        for name in _STARTED_OVER:
+            work.progress.pop(name, None)
+
+
+def _job(
+    prepared: Prepared, work: Work, sink: FisherSink, covariances: CovarianceWriter | None, mode: Mode, track: Track
+) -> Job:
+    assert prepared.prompts is not None
+    options, samples = prepared.options, prepared.prompts.samples
+    singles = [(number,) for number in range(len(samples))]
+    return Job(
+        skeleton=prepared.skeleton,
+        plan=prepared.plan,
+        samples=samples,
+        batches=singles if mode["singles"] else batches(samples, options.batch_tokens),
+        device=prepared.device,
+        work=work,
+        sink=sink,
+        budget=Budget(available_bytes(torch.device("cpu")) // 8),
+        track=track,
+        reduction=options.reduction,
+        labels=options.labels,
+        seed=options.seed,
+        keep_weights=prepared.weights_fit(),
+        general=frozenset(mode["general"]),
+        moments=covariances,
+    )
+
+
+def _first_mode(prepared: Prepared) -> Mode:
+    if prepared.options.engine == "resident":
+        return {"engine": "resident", "reason": "asked for", "singles": True, "general": []}
+    shared = shared_between_blocks(prepared.skeleton.blocks)
+    if shared is not None:
+        return _resident_mode(prepared, f"its blocks share {shared}")
+    singles = only_batches_of_one(prepared.skeleton, prepared.plan)
+    reason = "a replayed sample agrees with plain autograd"
+    return {"engine": "stream", "reason": reason, "singles": singles, "general": []}
+
+
+def _resident_mode(prepared: Prepared, reason: str) -> Mode:
+    """Return the mode for a model that cannot be streamed.
+
+    Raises:
+        UnsupportedModelError: it is not possible either, or not wanted.
+    """
+    if prepared.options.engine == "stream":
+        raise UnsupportedModelError(f"{prepared.source.id}: cannot be streamed: {reason}; try --engine auto")
+    weights, room = prepared.weight_bytes(), available_bytes(prepared.device)
+    if weights > room:
+        raise UnsupportedModelError(
+            f"{prepared.source.id}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "
+            f"{room / 1e9:.1f} GB of memory"
+        )
+    return {"engine": "resident", "reason": reason, "singles": True, "general": []}

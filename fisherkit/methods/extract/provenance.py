@@ -1,0 +1,111 @@
+"""Where a Fisher comes from: what the JSON beside it says, and what two runs must have in common."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+
+from fisherkit._version import __version__
+from fisherkit.artefacts import fisher_sidecar
+from fisherkit.engine.model.config import choose_dtype
+from fisherkit.errors import OptionError
+from fisherkit.methods.extract.prepare import Prepared, sha256
+
+_NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit")
+"""Options that a resumed run may be given anew: they make no other result, or are told by the prompts."""
+
+
+def fingerprint(prepared: Prepared) -> dict[str, str]:
+    """Return what must be the same for a killed run to go on, by what a person would call it.
+
+    Raises:
+        OptionError: an option's value that JSON cannot hold, such as NaN for a chat template; before any work.
+    """
+    options = dataclasses.asdict(prepared.options)
+    for name in _NOT_THE_RESULT:
+        options.pop(name)
+    assert prepared.skeleton.index is not None
+    assert prepared.prompts is not None
+    try:
+        chosen = json.dumps(options, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"--chat-template-kwargs: takes what JSON can hold: {error}") from None
+    return {
+        "model": prepared.skeleton.index.fingerprint() + _config_sha256(prepared),
+        "prompts": prepared.prompts.report.sha256,
+        "options": chosen,
+        "device": prepared.device.type,
+        "versions": f"fisherkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def digest(found: Mapping[str, str]) -> str:
+    """Return one SHA-256 for a whole fingerprint, as the sidecar of a finished run has it."""
+    return sha256(json.dumps(dict(found), sort_keys=True))
+
+
+def provenance(prepared: Prepared, mode: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sidecar without what is known of the finished file.
+
+    Args:
+        prepared: the run.
+        mode: ``engine`` that was used and ``reason``.
+    """
+    options, skeleton = prepared.options, prepared.skeleton
+    assert skeleton.index is not None
+    assert prepared.prompts is not None
+    report = dataclasses.asdict(prepared.prompts.report)
+    return {
+        "format": fisher_sidecar.FORMAT,
+        "fisherkit": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "kind": "fisher",
+        "model": {
+            "id": prepared.source.id,
+            "revision": prepared.source.revision,
+            "architecture": type(skeleton.model).__name__,
+            "config_sha256": _config_sha256(prepared),
+            "weights_sha256": skeleton.index.fingerprint(),
+            "dtype": str(choose_dtype(None, skeleton.index, "auto")).removeprefix("torch."),
+            "tokenizer_sha256": prepared.tokenizer_sha256,
+            "chat_template_sha256": report["template_sha256"],
+        },
+        "prompts": report,
+        "estimator": {
+            "name": "empirical" if options.labels == "data" else "sampled",
+            "formula": "F_i = 1/N sum_n (d l_n / d theta_i)^2, l_n the negative log-likelihood of sample n",
+            "labels": options.labels,
+            "reduction": options.reduction,
+            "targets": options.targets,
+            "layers": list(options.layers) if options.layers is not None else None,
+            "seed": options.seed,
+        },
+        "run": {
+            "engine": mode["engine"],
+            "reason": mode["reason"],
+            "group_size": len(prepared.plan.groups[0]),
+            "batch_tokens": options.batch_tokens,
+            "dtype": str(skeleton.dtype).removeprefix("torch."),
+            "device": _device_name(prepared.device),
+            "accumulate": "float32",
+            "store": options.store,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "blocks": skeleton.blocks_path,
+        "layers": len(skeleton.blocks),
+    }
+
+
+def _config_sha256(prepared: Prepared) -> str:
+    return sha256(prepared.skeleton.model.config.to_json_string())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
