@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fisherkit.kernels.subspace import Modes, RowBlocks, top_modes
+from fisherkit.kernels.range_finder import RowBlocks
+from fisherkit.kernels.subspace import Modes, top_modes
 
 Triple = tuple[Tensor, Tensor, Tensor]
 

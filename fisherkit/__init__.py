@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fisherkit.methods.extract.measure import ExtractReport, extract, plan_extract
     from fisherkit.methods.inspect.summary import Summary, inspect
     from fisherkit.methods.mask.build import MaskReport, mask
-    from fisherkit.methods.merge.fapm import fapm, plan_fapm, sweep_fapm
+    from fisherkit.methods.merge.fapm import fapm
+    from fisherkit.methods.merge.fapm_preview import plan_fapm, sweep_fapm
     from fisherkit.methods.merge.fapm_report import FapmReport
     from fisherkit.methods.merge.merge import MergeReport, merge
     from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
@@ -37,8 +38,8 @@ _HOMES = {
     "mask": "fisherkit.methods.mask.build",
     "merge": "fisherkit.methods.merge.merge",
     "plan_extract": "fisherkit.methods.extract.measure",
-    "plan_fapm": "fisherkit.methods.merge.fapm",
-    "sweep_fapm": "fisherkit.methods.merge.fapm",
+    "plan_fapm": "fisherkit.methods.merge.fapm_preview",
+    "sweep_fapm": "fisherkit.methods.merge.fapm_preview",
 }
 
 __all__ = [

@@ -13,6 +13,8 @@
 Only ``fisherkit.cli.console`` catches the root of this tree; it prints the message and exits with 1 (or 2).
 """
 
+from collections.abc import Sequence
+
 
 class FisherkitError(Exception):
     """Root of the tree. The message is meant for the person at the terminal and fits one line."""
@@ -60,3 +62,9 @@ class MissingLibraryError(FisherkitError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def some_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names of many and how many more there are, for a message: ``a, b, c and 4 more``."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

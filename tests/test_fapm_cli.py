@@ -113,7 +113,7 @@ def test_no_run_brings_in_torch(arguments: list[str], pair: Pair, tmp_path: Path
 
 def test_the_library_brings_in_no_torch(pair: Pair, lora: Path) -> None:
     code = (
-        "import sys, fisherkit.methods.merge.fapm as f, fisherkit.methods.merge.merge\n"
+        "import sys, fisherkit.methods.merge.fapm_preview as f, fisherkit.methods.merge.merge\n"
         f"f.sweep_fapm({str(pair[0])!r}, {str(lora)!r}, [0.5])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), sys.modules.keys()\n"
     )

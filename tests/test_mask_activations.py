@@ -137,7 +137,7 @@ def test_sketched_moments_make_subspaces_too(
     said: list[str] = []
     options = MaskOptions(svd_energy=0.9999, basis="activation", force=True)
     mask(tmp_path / "fisher.pt", tmp_path / "s.safetensors", options, say=said.append)
-    assert any("the sketch of their moment holds less" in line for line in said)
+    assert any("the sketch of their covariance holds less" in line for line in said)
 
 
 # What takes them

@@ -1,18 +1,20 @@
 """Selection and scores: exact counts, ties by index, and agreement with a full sort."""
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from fisherkit.floats import narrow, widen
-from fisherkit.kernels.prune import TensorPair, copy_flagged, keep_block, magnitude_sum, settle_block
-from fisherkit.kernels.prune_scores import BLOCK, LOWEST, Scratch, drawing, score, settle_ends
+from fisherkit.kernels.prune import TensorPair, copy_flagged, keep_block, keep_top_candidates, magnitude_sum
+from fisherkit.kernels.prune_scores import BLOCK, LOWEST, Scratch, drawing, exclude_ineligible, score
 from fisherkit.kernels.rescale import FACTORS
 from fisherkit.kernels.top_k import (
     EVERYTHING,
     HistogramSelect,
     ThresholdRange,
+    exact_thresholds,
     from_key,
     keys,
     quota,
@@ -44,10 +46,10 @@ def run_fapm(w: np.ndarray, f: np.ndarray, code: str, kept: int, guess: Threshol
     """One tensor through the kernels; the base's side afterwards, and how many were kept."""
     out = w.copy()
     mean = magnitude_sum(out, code, Scratch(max(out.size, 1)))[0] / out.size
-    sides = TensorPair(out, code, f, code, "fapm", mean)
-    part = keep_block(sides, guess, Scratch(out.size))
-    settled = settle_block(sides, [part], [0], kept - part.kept)
-    return out, part.kept + settled.kept
+    pair = TensorPair(out, code, f, code, "fapm", mean)
+    block = keep_block(pair, guess, Scratch(out.size))
+    late = keep_top_candidates(pair, [block], [0], kept - block.counts.kept)
+    return out, block.counts.kept + late.count
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_one_minus_nine_tenths_of_a_thousand_is_a_hundred() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 1000, 5000])
 @pytest.mark.parametrize("kind", ["normal", "ties", "all equal", "with -inf"])
-def test_settle_is_a_stable_sort(count: int, kind: str) -> None:
+def test_top_k_is_a_stable_sort(count: int, kind: str) -> None:
     random = np.random.default_rng(count)
     scores = random.standard_normal(count).astype(np.float32)
     if kind == "ties":
@@ -95,7 +97,7 @@ def test_keys_are_in_the_order_of_the_scores_and_come_back() -> None:
 @pytest.mark.parametrize("start", ["everything", "good", "too high", "too low"])
 @pytest.mark.parametrize("kind", ["normal", "ties", "all equal", "negative", "few"])
 @pytest.mark.parametrize("wanted", [1, 10, 4000, 9999, 10_000])
-def test_tally_finds_the_exact_threshold_whatever_it_starts_from(start: str, kind: str, wanted: int) -> None:
+def test_histograms_find_the_exact_threshold_whatever_they_start_from(start: str, kind: str, wanted: int) -> None:
     random = np.random.default_rng(7)
     scores = random.standard_normal(10_000).astype(np.float32)
     scores = {
@@ -113,21 +115,22 @@ def test_tally_finds_the_exact_threshold_whatever_it_starts_from(start: str, kin
         "too high": ThresholdRange(np.float32(at + 0.5), np.float32(at + 1)),
         "too low": ThresholdRange(np.float32(at - 1), np.float32(at - 0.5)),
     }[start]
-    tally, passes = HistogramSelect(guess, wanted), 0
-    while True:
-        for block in np.array_split(scores, 7):
-            tally.add(tally.count(block))
-        cut = tally.narrow()
+    passes = 0
+
+    def visit(pending: Mapping[str, HistogramSelect]) -> None:
+        nonlocal passes
         passes += 1
-        if cut is not None:
-            break
         assert passes < 8
-    kept = scores > cut.at
-    kept[np.flatnonzero(scores == cut.at)[: cut.ties]] = True
+        for block in np.array_split(scores, 7):
+            pending["all"].show(block)
+
+    threshold = exact_thresholds({"all": HistogramSelect(guess, wanted)}, visit)["all"]
+    kept = scores > threshold.at
+    kept[np.flatnonzero(scores == threshold.at)[: threshold.ties]] = True
     assert (kept == best(scores, wanted)).all()
 
 
-def test_bracket_holds_the_threshold_and_little_else() -> None:
+def test_a_threshold_range_holds_the_threshold_and_little_else() -> None:
     random = np.random.default_rng(0)
     scores = random.standard_normal(1_000_000).astype(np.float32)
     for kept in (100, 100_000, 500_000, 999_900):
@@ -137,7 +140,7 @@ def test_bracket_holds_the_threshold_and_little_else() -> None:
         assert np.count_nonzero((scores >= found.low) & (scores <= found.high)) < 40_000
 
 
-def test_bracket_of_a_small_tensor_is_everything() -> None:
+def test_the_threshold_range_of_a_small_tensor_is_everything() -> None:
     assert threshold_range(np.zeros(1000, np.float32), 10, 2000) == EVERYTHING
 
 
@@ -166,7 +169,7 @@ def test_kept_entries_are_those_of_the_definition(code: str, density: str) -> No
         assert (taken == chosen).mean() > 0.999
 
 
-def test_a_bracket_gives_what_a_full_sort_gives() -> None:
+def test_a_threshold_range_gives_what_a_full_sort_gives() -> None:
     random = np.random.default_rng(4)
     w = narrow(random.standard_normal(100_000).astype(np.float32), "BF16")  # bf16: thousands of ties
     f = narrow(widen(w, "BF16") + np.float32(0.01) * random.standard_normal(100_000).astype(np.float32), "BF16")
@@ -196,12 +199,12 @@ def test_not_finite_entries_stay_the_bases_and_are_counted() -> None:
     w = np.array([1, 2, np.nan, 4, np.inf, 6], np.float32)
     f = np.array([1.5, np.nan, 3, np.inf, np.inf, 6.5], np.float32)
     out = w.copy()
-    part = keep_block(
+    counts = keep_block(
         TensorPair(out, "F32", f, "F32", "magnitude", 1.0), ThresholdRange(np.float32(0.1), np.float32(0.2)), Scratch(6)
-    )
-    assert (part.kept, part.nonfinite, part.zero_deltas) == (2, 4, 0)
+    ).counts
+    assert (counts.kept, counts.nonfinite, counts.zero_deltas) == (2, 4, 0)
     assert np.array_equal(out, np.array([1.5, 2, np.nan, 4, np.inf, 6.5], np.float32), equal_nan=True)
-    assert part.energy == 0.5
+    assert counts.energy == 0.5
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 4096, 4097, 100_001])
@@ -223,7 +226,7 @@ def test_controls_score_as_they_say(metric: str) -> None:
     d = np.array([0.5, 0, 1, 2, 0.25], np.float32)
     out = np.empty(5, np.float32)
     score(metric, w, d, 99.0, out, drawing(0, 1, 2))
-    settle_ends(metric, w, d, out)
+    exclude_ineligible(metric, w, d, out)
     if metric == "relative":
         assert list(out) == [-0.5, -np.inf, -np.inf, -0.5, np.float32(-0.05)]
     if metric == "magnitude":

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from fisherkit.errors import CheckpointError, OptionError
-from fisherkit.kernels import subspace
+from fisherkit.kernels import range_finder, subspace
+from fisherkit.kernels.range_finder import RowBlocks
 from fisherkit.kernels.subspace import (
     Modes,
-    RowBlocks,
     effective_rank,
     energy_held,
     modes_for_energy,
-    project_out,
     top_modes,
 )
 
@@ -99,7 +98,7 @@ def test_a_fisher_like_matrix_in_bfloat16() -> None:
 def test_blocks_of_rows_equal_the_whole(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_spectrum(SPECTRA["exponential"], 500, SIZE).bfloat16()
     whole = top_modes(matrix, RANK)
-    monkeypatch.setattr(subspace, "_BLOCK", entries * 7)
+    monkeypatch.setattr(range_finder, "_BLOCK", entries * 7)
     asked: list[tuple[int, int]] = []
 
     def rows(start: int, stop: int) -> Tensor:
@@ -222,7 +221,7 @@ def test_all_energy_takes_the_whole_numerical_rank(shape: tuple[int, int], rank:
     inner = min(rank or SIZE, *shape)
     matrix = (random(shape[0], inner) @ random(inner, shape[1], seed=1)).float()
     modes = modes_for_energy(matrix, 1.0)
-    assert len(modes.s) == (inner if rank else torch.linalg.matrix_rank(matrix.double(), rtol=subspace.PRECISION))
+    assert len(modes.s) == (inner if rank else torch.linalg.matrix_rank(matrix.double(), rtol=range_finder.PRECISION))
     assert modes.energy == pytest.approx(1)
     # The last mode may hold less than the rounding of a sum; what matters is that the search ends.
     assert len(modes_for_energy(matrix, 1 - 1e-15).s) in (len(modes.s) - 1, len(modes.s))
@@ -246,37 +245,6 @@ def test_energy_held_is_a_share() -> None:
     assert energy_held(torch.tensor([3.0, 4.0]), 10.0) == pytest.approx(0.25)
     assert energy_held(torch.tensor([1.0 + 1e-6]), 1.0) == 1.0
     assert energy_held(torch.zeros(0), 2.0) == 0.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_projected_out_is_gone_and_the_rest_stays(dtype: torch.dtype) -> None:
-    modes = top_modes(random(40, 30).float(), 6)
-    delta = random(40, 30, seed=9).to(dtype)
-    left = torch.eye(40, dtype=torch.float64) - modes.u.double() @ modes.u.double().T
-    right = torch.eye(30, dtype=torch.float64) - modes.v.double() @ modes.v.double().T
-    d = delta.double()
-    for side, expected in (("left", left @ d), ("right", d @ right), ("both", left @ d @ right)):
-        found = project_out(delta, modes.u, modes.v, side)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(project_out(found, modes.u, modes.v, side), found, rtol=0, atol=1e-5)
-    both = project_out(delta, modes.u, modes.v)
-    assert float((modes.u.T @ both).abs().max()) < 1e-5
-    assert float((both @ modes.v).abs().max()) < 1e-5
-
-
-def test_factors_of_a_lora_are_projected_on_their_own_side() -> None:
-    modes = top_modes(random(40, 30).float(), 6)
-    b, a = random(40, 4, seed=1).float(), random(4, 30, seed=2).float()
-    product = project_out(b, modes.u, modes.v, "left") @ project_out(a, modes.u, modes.v, "right")
-    torch.testing.assert_close(product, project_out(b @ a, modes.u, modes.v), rtol=0, atol=1e-4)
-
-
-def test_no_modes_change_nothing_and_all_leave_nothing() -> None:
-    delta = random(20, 30).float()
-    none, full = top_modes(torch.zeros(20, 30), 3), top_modes(random(20, 30, seed=1).float(), 20)
-    assert torch.equal(project_out(delta, none.u, none.v), delta)
-    assert float(project_out(delta, full.u, full.v, "left").abs().max()) < 1e-5
 
 
 def test_the_first_modes_are_a_copy_of_the_largest() -> None:
@@ -307,7 +275,6 @@ def test_values_that_are_not_finite_are_refused_with_their_row(shape: tuple[int,
         (lambda m: modes_for_energy(m, 1.01), "energy must be above 0 and at most 1, not 1.01"),
         (lambda m: modes_for_energy(m, float("nan")), "energy must be above 0 and at most 1, not nan"),
         (lambda m: modes_for_energy(m, 0.5, iterations=-1), "iterations must be at least 0, not -1"),
-        (lambda m: project_out(m, m, m, "top"), "side must be one of both, left, right, not 'top'"),
     ],
 )
 def test_options_out_of_range_are_refused(call: Callable[[Tensor], object], message: str) -> None:

@@ -93,12 +93,14 @@ def fapm(
         _check(out, sparse, report, figure, alone=shares is not None or dry_run, force=force)
         check_apart(_written(sparse, report, figure), (Path(base), Path(tuned)), out)
         from fisherkit.methods.merge import fapm as methods
+        from fisherkit.methods.merge import fapm_preview
 
         say, track = sayer(quiet), console.tracker("fapm", quiet=quiet)
         if dry_run:
-            console.show_facts(methods.plan_fapm(base, tuned, options, say=say), as_json=as_json)
+            console.show_facts(fapm_preview.plan_fapm(base, tuned, options, say=say), as_json=as_json)
         elif shares is not None:
-            _show_sweep(methods.sweep_fapm(base, tuned, shares, options, track=track, say=say), report, as_json=as_json)
+            swept = fapm_preview.sweep_fapm(base, tuned, shares, options, track=track, say=say)
+            _show_sweep(swept, report, as_json=as_json)
         else:
             made = methods.fapm(
                 base,

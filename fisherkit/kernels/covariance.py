@@ -1,4 +1,4 @@
-"""Second moments C = sum_t x_t x_t^T of rows, in full, or as a sketch where they are too large for that.
+"""Uncentered covariances C = sum_t x_t x_t^T of rows, in full, or as a sketch where they are too large for that.
 
 Axes: R rows (tokens), C channels, K columns of a sketch. Tensors in, tensors out: no files, no state. Products and sums
 are float32 whatever the rows are: a product of two bfloat16 or float16 numbers is exact then.
@@ -16,55 +16,61 @@ import torch
 from torch import Tensor
 
 SKETCH_ABOVE = 4096
-"""Channels above which a moment is sketched: from four times SKETCH_RANK on a sketch takes fewer products."""
+"""Channels above which a covariance is sketched: from four times SKETCH_RANK on a sketch takes fewer products."""
 SKETCH_RANK = 1024
 
 # C is symmetric, so blocks below the diagonal are not computed; those on it are taken whole from this size down.
 _LEAF = {"cpu": 128}
 _DEVICE_LEAF = 2048
 _COPY_ROWS = 512
-_CUT = 13  # bits of a float32 that TF32 leaves out
+_DROPPED_BITS = 13  # of a float32, that TF32 leaves out
 
 
 def sketch_rank(size: int) -> int | None:
-    """Columns of the sketch of a moment of so many channels; None where it is kept in full."""
+    """Return the columns of the sketch of a covariance of ``size`` channels; None where it is kept in full."""
     return SKETCH_RANK if size > SKETCH_ABOVE else None
 
 
-def add_second_moment_(moment: Tensor, rows: Tensor) -> None:
-    """moment[C,C] += rows^T rows, on and above the diagonal; ``complete_`` makes up the rest.
+def add_second_moment_(covariance: Tensor, rows: Tensor) -> None:
+    """covariance[C,C] += rows^T rows, on and above the diagonal; ``complete_`` makes up the rest.
 
     Args:
-        moment: float32, changed in place.
+        covariance: [C, C] float32, changed in place.
         rows: [R, C] of any float dtype.
     """
     with _fast_if_exact(rows):
-        _add_upper_(moment, rows.float())
+        _add_upper_(covariance, rows.float())
 
 
-def _add_upper_(moment: Tensor, rows: Tensor) -> None:
-    size = moment.shape[0]
-    if size <= _LEAF.get(moment.device.type, _DEVICE_LEAF):
-        moment.addmm_(rows.mT, rows)
+def _add_upper_(covariance: Tensor, rows: Tensor) -> None:
+    size = covariance.shape[0]
+    if size <= _LEAF.get(covariance.device.type, _DEVICE_LEAF):
+        covariance.addmm_(rows.mT, rows)
         return
     half = size // 2
-    moment[:half, half:].addmm_(rows[:, :half].mT, rows[:, half:])
-    _add_upper_(moment[:half, :half], rows[:, :half])
-    _add_upper_(moment[half:, half:], rows[:, half:])
+    covariance[:half, half:].addmm_(rows[:, :half].mT, rows[:, half:])
+    _add_upper_(covariance[:half, :half], rows[:, :half])
+    _add_upper_(covariance[half:, half:], rows[:, half:])
 
 
-def complete_(moment: Tensor) -> Tensor:
+def complete_(covariance: Tensor) -> Tensor:
     """Copy what lies above the diagonal below it, where add_second_moment_ left it out; returns the same tensor."""
-    for start in range(0, moment.shape[0], _COPY_ROWS):
-        stop = min(start + _COPY_ROWS, moment.shape[0])
-        square = moment[start:stop, start:stop]
+    for start in range(0, covariance.shape[0], _COPY_ROWS):
+        stop = min(start + _COPY_ROWS, covariance.shape[0])
+        square = covariance[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).mT)
-        moment[stop:, start:stop] = moment[start:stop, stop:].mT
-    return moment
+        covariance[stop:, start:stop] = covariance[start:stop, stop:].mT
+    return covariance
 
 
 def random_signs(size: int, rank: int, device: torch.device) -> Tensor:
-    """S [size, rank] of +1 and -1, float32; the same for the same sizes, on every device."""
+    """Return S [size, rank] of +1 and -1, float32; the same for the same sizes, on every device.
+
+    Args:
+        size: channels.
+        rank: columns of the sketch.
+        device: where they are put; they are drawn on the CPU.
+    """
     generator = torch.Generator().manual_seed(size)
     coins = torch.randint(0, 2, (size, rank), generator=generator, dtype=torch.int8)
     return coins.to(device, torch.float32).mul_(2).sub_(1)
@@ -74,7 +80,7 @@ def add_sketch_(sketch: Tensor, rows: Tensor, signs: Tensor) -> None:
     """sketch[C,K] += rows^T (rows signs).
 
     Args:
-        sketch: float32, changed in place.
+        sketch: [C, K] float32, changed in place.
         rows: [R, C] of any float dtype.
         signs: [C, K] from random_signs.
     """
@@ -89,14 +95,21 @@ def add_sketch_(sketch: Tensor, rows: Tensor, signs: Tensor) -> None:
 
 
 def leading_digits(values: Tensor) -> Tensor:
-    """Float32 values cut to the digits that TF32 holds; the rest fits TF32 as well, but for the last two bits."""
-    return (values.view(torch.int32) >> _CUT << _CUT).view(torch.float32)
+    """Return float32 values without the digits that TF32 leaves out.
+
+    What is left out fits TF32 as well, but for the last two bits.
+    """
+    return (values.view(torch.int32) >> _DROPPED_BITS << _DROPPED_BITS).view(torch.float32)
 
 
 def factor_of(sketch: Tensor, signs: Tensor) -> Tensor:
-    """B [C, K] float32 with C ~ B B^T from its sketch: orthogonal columns, longest first, zeros at the end.
+    """Return B [C, K] float32 with C ~ B B^T from its sketch: orthogonal columns, longest first, zeros at the end.
 
     A column's direction is an eigenvector of the approximation and its squared length the eigenvalue.
+
+    Args:
+        sketch: Y = C S [C, K] float32.
+        signs: S [C, K] from random_signs.
     """
     y, s = sketch.double(), signs.double()
     shift = torch.finfo(torch.float32).eps * float(torch.linalg.vector_norm(y))

@@ -1,7 +1,7 @@
-"""How |delta| is spread over |W|, on logarithmic axes, from samples of many tensors: what fapm's figure is drawn from.
+"""Density of |delta| against |W| on logarithmic axes, from samples of many tensors; fapm's figure is drawn from it.
 
 Tensors differ in scale, so each is measured in its own units: x = |W| / mean|W|, and y = |d| / u with u its threshold's
-size. In these units the cut of a metric is one curve for all tensors. Entries with W = 0 or d = 0 have no place here.
+size. In these units the threshold of a metric is one curve for all tensors. Entries with W = 0 or d = 0 are left out.
 """
 
 import math
@@ -20,14 +20,20 @@ LOW, HIGH = -8.0, 8.0
 
 
 def unit(metric: str, mean: float, threshold: float | None) -> float | None:
-    """U for a tensor: what makes the metric's cut the same curve everywhere; None where there is none."""
+    """Return u for a tensor, which makes the metric's threshold the same curve everywhere; None where there is none.
+
+    Args:
+        metric: of fapm.
+        mean: mean of |W|.
+        threshold: the lowest score that was kept; None if nothing was.
+    """
     if not threshold or not math.isfinite(threshold) or metric not in ("fapm", "magnitude", "relative"):
         return None
     return abs(threshold) * (mean if metric == "relative" else 1.0)
 
 
-def cut_curve(metric: str, *, positive: bool) -> list[tuple[float, float]]:
-    """Points (x, y) of the cut, for thresholds above or below zero; empty for metrics without one.
+def threshold_curve(metric: str, *, positive: bool) -> list[tuple[float, float]]:
+    """Return points (x, y) of the threshold, which lies above or below zero; empty for metrics without one.
 
     ``fapm``: ``y (1 - 1/x) = 1`` (or -1); ``magnitude``: ``y = 1``; ``relative``: ``y = x``.
     """
@@ -47,12 +53,11 @@ class DensityMap:
     """Counts per cell [y, x], of all entries and of those kept; samples are scaled up to their tensors.
 
     Attributes:
-        metric: the one whose cut is drawn.
+        metric: the one whose threshold is drawn.
         entries: all entries.
         kept: those that were kept.
         positive: tensors whose threshold lies above zero.
         negative: tensors whose threshold lies below.
-        names: tensors that were added.
     """
 
     metric: str = "fapm"
@@ -60,11 +65,16 @@ class DensityMap:
     kept: NDArray[np.float64] = field(default_factory=lambda: np.zeros((BINS, BINS)))
     positive: int = 0
     negative: int = 0
-    names: set[str] = field(default_factory=set)
 
-    def add(self, name: str, sample: TensorPair, count: int, threshold: float | None, scores: Floats | None) -> None:
-        """Add a tensor of ``count`` entries by a sample of it and the sample's scores, where the metric has any."""
-        self.names.add(name)
+    def add(self, sample: TensorPair, count: int, threshold: float | None, scores: Floats | None) -> None:
+        """Add a tensor by a sample of it.
+
+        Args:
+            sample: some of its entries, spread evenly.
+            count: entries of the whole tensor.
+            threshold: the lowest score that was kept; None if nothing was.
+            scores: [n] float32 of the sample; None for metrics without scores.
+        """
         size = sample.base.size
         w, d = deltas(sample.base, sample.base_code, sample.tuned, sample.tuned_code, Scratch(size))
         x, y = np.abs(w).astype(np.float64), np.abs(d).astype(np.float64)

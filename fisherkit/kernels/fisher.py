@@ -52,13 +52,23 @@ def _add_squared_tile_(tile: Tensor, grad: Tensor) -> None:
 
 
 def add_squared_bias_grads_(fisher: Tensor, grads: Sequence[Tensor]) -> None:
-    """fisher[O] += sum_n (sum_t g_n[t])^2; ``grads`` as in add_squared_linear_grads_, summed in float32."""
+    """fisher[O] += sum_n (sum_t g_n[t])^2, summed in float32.
+
+    Args:
+        fisher: float32 accumulator [O], changed in place.
+        grads: as in add_squared_linear_grads_.
+    """
     for g in grads:
         fisher.add_(g.sum(0, dtype=fisher.dtype).square_())
 
 
 def add_squares_(fisher: Tensor, grad: Tensor) -> None:
-    """Fisher += grad^2 for one sample's gradient of any shape and float dtype, in blocks, float32."""
+    """Fisher += grad^2 for one sample's gradient, block by block in float32.
+
+    Args:
+        fisher: float32 accumulator of any shape, changed in place.
+        grad: of the same shape, any float dtype.
+    """
     into, source = fisher.view(-1), grad.reshape(-1)
     for start in range(0, into.numel(), BLOCK_ENTRIES):
         block = source[start : start + BLOCK_ENTRIES].to(fisher.dtype)

@@ -18,7 +18,7 @@ BINS = 2040
 
 
 def lower_edge(index: int) -> float:
-    """The smallest number that falls into a bin."""
+    """Return the smallest number that falls into a bin."""
     return float(struct.unpack("<f", struct.pack("<I", index << MANTISSA_SHIFT))[0])
 
 
@@ -59,7 +59,7 @@ class Histogram:
         return self._curve[-1][1]
 
     def mass(self, top: float) -> float:
-        """Share of the total that the largest ``top`` (0 to 1) of all entries hold; 0.0 when there is nothing to share.
+        """Return the share of the total that the largest ``top`` (0 to 1) of all entries hold; 0.0 when all are zero.
 
         Zeros count as entries. Inside a bin the entries are taken to be equal, which is off by at most 1/8 of that bin.
         """
@@ -71,12 +71,12 @@ class Histogram:
         return 0.0
 
     def to_json(self) -> list[list[float]]:
-        """``[[bin, count, sum], ...]``."""
+        """Return ``[[bin, count, sum], ...]``."""
         return [list(entry) for entry in self.bins]
 
     @classmethod
     def from_json(cls, rows: Iterable[Iterable[float]]) -> "Histogram":
-        """The inverse of to_json; raises ValueError for rows that to_json would not write."""
+        """Read what to_json wrote; raises ValueError for rows that to_json would not write."""
         bins = tuple((int(index), int(count), float(amount)) for index, count, amount in rows)
         indices = [index for index, _, _ in bins]
         if indices != sorted(set(indices)) or any(not 0 <= i < BINS or n < 1 or s < 0 for i, n, s in bins):

@@ -1,4 +1,4 @@
-"""The loss of one sample, l_n = -log p of its counted tokens, their mean or their sum.
+"""Loss of one sample, l_n = -log p of its counted tokens, their mean or their sum.
 
 Axes: T tokens, V vocabulary. The token at position t is predicted by the logits at t-1.
 """
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def sample_loss(logits: Tensor, labels: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """Negative log-likelihood of the counted tokens, float32 whatever the logits are.
+    """Return the negative log-likelihood of the counted tokens, float32 whatever the logits are.
 
     Args:
         logits: [T, V], any float dtype.
@@ -23,10 +23,15 @@ def sample_loss(logits: Tensor, labels: Tensor, counts: Tensor, reduction: str) 
 
 @torch.no_grad()
 def sample_labels(logits: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """Labels [T] drawn from the model's own distribution at every position (true Fisher, one draw).
+    """Draw labels [T] from the model's own distribution at every position (true Fisher, one draw).
 
     The draw inverts the cumulative distribution at uniforms from a generator on the CPU, so that a sample's labels
     depend on the seed alone and not on the device or on its neighbours.
+
+    Args:
+        logits: [T, V], any float dtype.
+        labels: [T] token ids; the first stays.
+        seed: of the sample.
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(labels) - 1, 1, generator=generator, dtype=torch.float64).to(logits.device)

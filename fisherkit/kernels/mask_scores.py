@@ -36,7 +36,7 @@ _LEAST_RATIO = 1e-6  # where the old task's Fisher is below a millionth of its m
 
 @dataclass(frozen=True)
 class Units:
-    """How a weight is divided.
+    """Division of a weight into units.
 
     Attributes:
         shape: of the weight.
@@ -53,12 +53,12 @@ class Units:
 
     @property
     def flags_shape(self) -> tuple[int, ...]:
-        """The weight's shape without ``over``."""
+        """Shape of the weight without ``over``."""
         return tuple(size for axis, size in enumerate(self.shape) if axis != self.over)
 
     @property
     def count(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return math.prod(self.flags_shape)
 
     @property
@@ -68,7 +68,7 @@ class Units:
 
     @property
     def along_rows(self) -> bool:
-        """Whether a unit is a run of neighbours in memory."""
+        """True if a unit is a run of neighbours in memory."""
         return self.over == len(self.shape) - 1
 
     @property
@@ -78,7 +78,7 @@ class Units:
 
 
 def entry_scores(score: str, f: Floats | None, w: Floats | None) -> Floats:
-    """Scores of a block of entries.
+    """Return the scores of a block of entries.
 
     Args:
         score: one of the above.
@@ -99,38 +99,65 @@ def entry_scores(score: str, f: Floats | None, w: Floats | None) -> Floats:
 
 
 def combined(combine: str, scores: Floats, axis: int) -> Doubles:
-    """Scores [rows, columns] combined over an axis: their ``max``, or for ``sum`` and ``mean`` their sum."""
+    """Combine scores over an axis: their ``max``, or for ``sum`` and ``mean`` their sum.
+
+    Args:
+        combine: ``sum``, ``mean`` or ``max``; the caller divides a mean by the size of a unit.
+        scores: [rows, columns] float32.
+        axis: 0 or 1, the one that goes.
+    """
     if combine == "max":
         return np.asarray(scores.max(axis=axis), np.float64)
     return np.asarray(scores.sum(axis=axis, dtype=np.float64))
 
 
 def joined(combine: str, parts: list[Doubles]) -> Doubles:
-    """What blocks of rows give together, where a unit is a column."""
+    """Combine what blocks of rows give, where a unit is a column.
+
+    Args:
+        combine: as for combined.
+        parts: [columns] float64 of each block of rows.
+    """
     return np.asarray(np.maximum.reduce(parts) if combine == "max" else np.add.reduce(parts))
 
 
 def contrasted(contrast: str, f: Doubles, g: Doubles) -> Doubles:
-    """Scores of two Fishers against each other; both are in units of their own means."""
+    """Score two Fishers against each other; both are in units of their own means.
+
+    Args:
+        contrast: ``ratio``, ``difference`` or ``relu-difference``.
+        f: [n] float64 of the first Fisher.
+        g: [n] float64 of the second.
+    """
     if contrast == "ratio":
         return f / np.maximum(g, _LEAST_RATIO)
     return f - g if contrast == "difference" else np.maximum(f - g, 0)
 
 
 def top(scores: Doubles, wanted: int) -> Flags:
-    """Flags of the ``wanted`` highest scores, ties going to the lower index."""
+    """Return flags [n] of the ``wanted`` highest scores, ties going to the lower index.
+
+    Args:
+        scores: [n] float64.
+        wanted: how many.
+    """
     return top_k_mask(scores, wanted)  # type: ignore[arg-type]  # any floating type will do
 
 
 def coarse_counts(scores: Floats) -> NDArray[np.int64]:
-    """How many scores share the upper half of their bits, which for bfloat16 is all of them; [65536], ascending."""
+    """Count the scores by the upper half of their bits, which for bfloat16 is all of them; [65536], ascending."""
     upper = scores.view(np.uint16)[1::2] if _LITTLE else scores.view(np.uint16)[::2]
     counts = np.bincount(upper, minlength=1 << 16)
     return np.concatenate([counts[:0x7FFF:-1], counts[:0x8000]])  # of negative numbers, higher bits are lower
 
 
 def coarse_range(counts: NDArray[np.int64], wanted: int) -> ThresholdRange:
-    """The scores among which the ``wanted``-th highest is, from the sum of their coarse counts."""
+    """Return the range in which the ``wanted``-th highest score lies, from the sum of the coarse counts.
+
+    Args:
+        counts: [65536], sums of what coarse_counts returned.
+        wanted: at least 1.
+    """
     place = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), wanted))
     if place < 0:
         return EVERYTHING

@@ -1,4 +1,4 @@
-"""How much an entry of a fine-tuned delta deserves to be kept: one float32 per entry, the highest are kept.
+"""Scores of the entries of a fine-tuned delta, one float32 each: the highest are kept.
 
 Flat numpy blocks in, flat numpy blocks out; a block fits the cache of one core. w is the base weight, f the tuned one,
 d = f - w, m the mean of |w| over the whole tensor. All arithmetic is float32. An entry that did not change (d = 0)
@@ -29,7 +29,15 @@ class Scratch:
 
 
 def deltas(w: Stored, w_code: str, f: Stored, f_code: str, scratch: Scratch) -> tuple[Floats, Floats]:
-    """``(w, f - w)`` in float32, in the first two buffers of ``scratch``."""
+    """Return ``(w, f - w)`` in float32 [n], in the first two buffers of ``scratch``.
+
+    Args:
+        w: [n] stored entries of the base.
+        w_code: their safetensors code.
+        f: [n] stored entries of FT.
+        f_code: their safetensors code.
+        scratch: memory of at least n entries.
+    """
     weight, delta = (buffer[: w.size] for buffer in scratch.floats[:2])
     widen(w, w_code, weight)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -60,7 +68,7 @@ _METRICS: Mapping[str, Callable[[Floats, Floats, np.float32, Floats], None]] = {
 
 
 def score(metric: str, w: Floats, d: Floats, mean: float, out: Floats, draw: "Draw | None" = None) -> Floats:
-    """Scores of a block, from **magnitudes** |w| and |d|.
+    """Put the scores of a block into ``out``, from **magnitudes** |w| and |d|, and return them.
 
     - ``fapm``: ``|d| (1 - m/|w|)``, which is ``|d| - m |d|/|w|`` (FAPM, arXiv 2509.08255) without its cancellation.
     - ``relative``: ``-|d|/|w|``, its second term alone; ``magnitude``: ``|d|``, its first.
@@ -70,10 +78,10 @@ def score(metric: str, w: Floats, d: Floats, mean: float, out: Floats, draw: "Dr
 
     Args:
         metric: one of the above.
-        w: |w|.
-        d: |d|.
+        w: [n] float32, |w|.
+        d: [n] float32, |d|.
         mean: m.
-        out: where the scores go.
+        out: [n] float32, where the scores go.
         draw: where ``random`` gets its numbers.
     """
     if metric == "random":
@@ -85,12 +93,18 @@ def score(metric: str, w: Floats, d: Floats, mean: float, out: Floats, draw: "Dr
     return out
 
 
-def settle_ends(metric: str, w: Floats, d: Floats, out: Floats) -> None:
-    """Put entries without a claim to -inf, and scores below float32's range to its lowest number.
+def exclude_ineligible(metric: str, w: Floats, d: Floats, out: Floats) -> None:
+    """Score entries without a claim -inf, and put scores below float32's range to its lowest number.
 
     Needed where a threshold may be negative; above zero these entries are never kept as they are.
+
+    Args:
+        metric: as for score.
+        w: [n] float32, |w|.
+        d: [n] float32, |d|.
+        out: [n] float32 scores, changed in place.
     """
-    finite = np.isfinite(d)  # is false for a NaN or infinity on either side
+    finite = np.isfinite(d)  # false for a NaN or infinity in either checkpoint
     np.maximum(out, LOWEST, out=out)
     out[~finite | (d == 0)] = -np.inf
     if metric in ("fapm", "relative"):
@@ -105,9 +119,16 @@ def _words(numbers: Sequence[int]) -> NDArray[np.uint64]:
 
 
 def drawing(seed: int, stream: int, block: int) -> Draw:
-    """A function that fills an array with uniform numbers in [0, 1): the same for the same seed, stream and block.
+    """Return a function that fills an array with uniform numbers in [0, 1).
+
+    They are the same for the same seed, stream and block.
 
     Streams (a tensor's) and blocks are independent of each other, so threads may take them in any order.
+
+    Args:
+        seed: of the run.
+        stream: of the tensor.
+        block: number of the block in the tensor.
     """
 
     def draw(out: Floats) -> None:

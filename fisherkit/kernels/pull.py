@@ -17,7 +17,7 @@ from fisherkit.floats import Floats
 
 
 def pull_strengths(pull: float, energies: Floats, size: int) -> Floats:
-    """s_j of the module.
+    """Return s_j of the module.
 
     Args:
         pull: of a direction with the mean energy.
@@ -33,5 +33,5 @@ def pull_strengths(pull: float, energies: Floats, size: int) -> Floats:
 
 
 def pulled_share(strengths: Floats) -> Floats:
-    """The share of D q_j that one step at the full rate takes away: s_j / (1 + s_j)."""
+    """Return the share of D q_j that one step at the full rate takes away: s_j / (1 + s_j)."""
     return strengths / (1 + strengths)

@@ -1,4 +1,4 @@
-"""How far two tensors agree on which entries matter: rank correlation, and overlap of the largest entries.
+"""Agreement of two tensors on which entries matter: rank correlation, and overlap of the largest entries.
 
 Both tensors have the same shape and are read flat. Entries are compared by magnitude in float32; what is not finite is
 zero here. Selections are exact, with ties broken by index, and never sort or copy the whole tensor: the bits of a
@@ -15,9 +15,15 @@ _HALF = 16  # bits per counting pass
 
 
 def rank_correlation(a: Tensor, b: Tensor, *, sample: int = 1_000_000, seed: int = 0) -> float:
-    """Spearman's rank correlation of two tensors of one shape; ties share the mean of their ranks.
+    """Return Spearman's rank correlation of two tensors of one shape; ties share the mean of their ranks.
 
     Above ``sample`` entries it is taken on so many positions drawn with ``seed``. NaN when either side is constant.
+
+    Args:
+        a: any shape and dtype.
+        b: of the same shape.
+        sample: how many positions are compared at most.
+        seed: of these positions.
     """
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     if flat_a.numel() > sample:
@@ -32,7 +38,7 @@ def rank_correlation(a: Tensor, b: Tensor, *, sample: int = 1_000_000, seed: int
 
 
 def mean_ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 of a vector, in float64; equal values share the mean of the ranks they take up."""
+    """Return ranks from 0 of a vector [n], in float64; equal values share the mean of the ranks they take up."""
     ordered, order = values.sort()
     group = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
     counts = group.bincount().double()
@@ -41,10 +47,15 @@ def mean_ranks(values: Tensor) -> Tensor:
 
 
 def top_overlap(a: Tensor, b: Tensor, fractions: Sequence[float]) -> list[float]:
-    """For each fraction, the share of a's largest entries that are among b's largest as well; NaN for empty tensors.
+    """Return the share of a's largest entries that are among b's largest too, for each fraction; NaN for empty tensors.
 
     The largest ``round(fraction * n)`` entries, at least one, are taken on both sides; two unrelated tensors overlap by
     the fraction itself.
+
+    Args:
+        a: any shape and dtype.
+        b: of the same shape.
+        fractions: above 0 and at most 1.
     """
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     if not flat_a.numel():
@@ -64,13 +75,13 @@ def _magnitude(block: Tensor) -> Tensor:
 
 
 def _bits(flat: Tensor) -> Iterator[Tensor]:
-    """The bits of the magnitudes as int32, block by block."""
+    """Yield the bits of the magnitudes as int32, block by block."""
     for start in range(0, flat.numel(), _BLOCK):
         yield _magnitude(flat[start : start + _BLOCK]).view(torch.int32)
 
 
 def _count_high(flat: Tensor) -> Tensor:
-    """How many entries have each upper half of bits, as counts[2**16]."""
+    """Count the entries by the upper half of their bits: counts[2**16]."""
     counts = torch.zeros(1 << _HALF, dtype=torch.int64)
     for bits in _bits(flat):
         counts += torch.bincount(bits >> _HALF, minlength=1 << _HALF)
@@ -88,7 +99,7 @@ def _threshold(flat: Tensor, high: Tensor, k: int) -> tuple[int, int]:
 
 
 def _pick(counts: Tensor, k: int) -> tuple[int, int]:
-    """The index at which counting down from the top reaches k, and how many are still wanted at that index."""
+    """Index at which counting down from the top reaches k, and how many are still wanted at that index."""
     reached = counts.flip(0).cumsum(0)
     step = int(torch.searchsorted(reached, k))
     above = int(reached[step - 1]) if step else 0

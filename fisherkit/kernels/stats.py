@@ -20,7 +20,7 @@ _BLOCK_ON_DEVICE = 1 << 24  # few launches on an accelerator
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStats:
-    """What a pass over a tensor found; ``a + b`` describes both parts of a tensor that was read in pieces.
+    """Statistics of a tensor; ``a + b`` describes both parts of a tensor that was read in pieces.
 
     Attributes:
         numel: number of entries.
@@ -58,7 +58,7 @@ class TensorStats:
 
 
 def tensor_stats(tensor: Tensor) -> TensorStats:
-    """Statistics of a tensor of any shape, dtype and device, in constant memory where it is contiguous.
+    """Return the statistics of a tensor of any shape, dtype and device, in constant memory where it is contiguous.
 
     What does not fit a float32 counts as not finite.
     """

@@ -1,7 +1,7 @@
-"""Two sides of a merge: BASE, and what was fine-tuned from it in any of the forms that people keep it in.
+"""A pair of checkpoints: BASE, and what was fine-tuned from it in any of the forms that people keep it in.
 
-The tuned side may be a checkpoint of another layout, a PEFT adapter, or a sparse delta of ours; all of them answer with
-whole tensors in BASE's names and shapes.
+FT may be a checkpoint of another layout, a PEFT adapter, or a sparse delta that fapm wrote; all of them
+answer with whole tensors in BASE's names and shapes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,14 +22,14 @@ from fisherkit.pairs.parallel import BlockPool, BufferPool
 
 
 class Tuned(Protocol):
-    """What was fine-tuned from BASE.
+    """A fine-tune of BASE.
 
     Attributes:
         kind: ``checkpoint``, ``adapter`` or ``delta``.
         names: BASE's tensors that it has values for, in BASE's order.
         dropped: its own tensors that have no place in BASE.
-        notes: what a person should know about how the sides were matched.
-        tied_pairs: heads by name, with the embedding that both sides tie each to and store twice.
+        notes: what a person should know about how the two were matched.
+        tied_pairs: heads by name, with the embedding that both checkpoints tie each to and store twice.
         untied: the output stores a head and an embedding that may differ, so its config must not tie them.
     """
 
@@ -41,11 +41,18 @@ class Tuned(Protocol):
     untied: bool
 
     def code(self, name: str) -> str:
-        """Safetensors code of the values of a tensor."""
+        """Return the safetensors code of the values of a tensor."""
         ...
 
-    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
-        """Its values, flat; ``base`` holds those of BASE. Valid until the next call."""
+    def load(self, name: str, base: Stored, pool: BlockPool, buffers: BufferPool) -> Stored:
+        """Read its values of a tensor, flat; valid until the next call.
+
+        Args:
+            name: one of ``names``.
+            base: BASE's values, flat, which an adapter adds to.
+            pool: threads.
+            buffers: memory to read into.
+        """
         ...
 
     def prefetch(self, name: str) -> None:
@@ -53,7 +60,7 @@ class Tuned(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes when the values do."""
+        """Return a text that changes when the values do."""
         ...
 
 
@@ -69,7 +76,7 @@ class Pair:
 
 @contextmanager
 def open_pair(base: str, tuned: str) -> Iterator[Pair]:
-    """Open and match both sides.
+    """Open and match two checkpoints.
 
     Args:
         base: a checkpoint: folder, file, ``org/name`` or ``org/name@revision``.
@@ -88,24 +95,24 @@ def open_pair(base: str, tuned: str) -> Iterator[Pair]:
     base_index = open_index(base_source.path)
     with ExitStack() as stack:
         reader = stack.enter_context(ArrayReader(base_index))
-        side: Tuned
+        opened: Tuned
         if is_adapter(tuned_source.path):
             adapter = Adapter.open(tuned_source.path, base_index)
             stack.callback(adapter.close)
-            side = _AdapterSide(adapter, reader)
+            opened = _TunedAdapter(adapter, reader)
         elif is_sparse_delta(tuned_source.path):
-            side = _SparseSide(stack.enter_context(SparseDelta(tuned_source.path, base_index)), reader)
+            opened = _TunedDelta(stack.enter_context(SparseDelta(tuned_source.path, base_index)), reader)
         else:
-            side = _CheckpointSide(
+            opened = _TunedCheckpoint(
                 base_source.path,
                 reader,
                 tuned_source.path,
                 stack.enter_context(ArrayReader(open_index(tuned_source.path))),
             )
-        yield Pair(base_source, reader, tuned_source, side)
+        yield Pair(base_source, reader, tuned_source, opened)
 
 
-class _CheckpointSide:
+class _TunedCheckpoint:
     kind = "checkpoint"
 
     def __init__(self, base_path: Path, base: ArrayReader, path: Path, reader: ArrayReader) -> None:
@@ -121,9 +128,9 @@ class _CheckpointSide:
     def code(self, name: str) -> str:
         return self._pairing.code(name)
 
-    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
-        out = memory.take("tuned", base.size, STORED[self.code(name)])
-        team.map(
+    def load(self, name: str, base: Stored, pool: BlockPool, buffers: BufferPool) -> Stored:
+        out = buffers.take("tuned", base.size, STORED[self.code(name)])
+        pool.map(
             lambda start, stop: self._pairing.read_into(name, self._reader, out[start:stop], start), out.size, 1 << 22
         )
         return out
@@ -135,7 +142,7 @@ class _CheckpointSide:
         return self._reader.index.fingerprint()
 
 
-class _AdapterSide:
+class _TunedAdapter:
     kind = "adapter"
 
     def __init__(self, adapter: Adapter, base: ArrayReader) -> None:
@@ -150,7 +157,7 @@ class _AdapterSide:
     def code(self, name: str) -> str:
         return "F32"
 
-    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
+    def load(self, name: str, base: Stored, pool: BlockPool, buffers: BufferPool) -> Stored:
         info = self._base.info(name)
         return self._adapter.apply(name, widen(base, info.dtype).reshape(info.shape)).reshape(-1)
 
@@ -161,7 +168,7 @@ class _AdapterSide:
         return self._adapter.fingerprint()
 
 
-class _SparseSide:
+class _TunedDelta:
     kind = "delta"
 
     def __init__(self, delta: SparseDelta, base: ArrayReader) -> None:
@@ -176,8 +183,8 @@ class _SparseSide:
     def code(self, name: str) -> str:
         return self._base.info(name).dtype
 
-    def load(self, name: str, base: Stored, team: BlockPool, memory: BufferPool) -> Stored:
-        out = memory.take("tuned", base.size, base.dtype)
+    def load(self, name: str, base: Stored, pool: BlockPool, buffers: BufferPool) -> Stored:
+        out = buffers.take("tuned", base.size, base.dtype)
         out[:] = base
         self._delta.apply(name, out)
         return out

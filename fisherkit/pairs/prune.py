@@ -1,4 +1,4 @@
-"""One tensor's delta pruned, both sides in memory: by a quota of its own, or by a threshold shared with others."""
+"""One tensor's delta pruned, in memory: by a quota of its own, or by a threshold that it shares with others."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -10,191 +10,199 @@ from numpy.typing import NDArray
 
 from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.prune import (
-    Part,
-    Settled,
+    BlockResult,
+    DeltaCounts,
+    KeptCandidates,
     TensorPair,
     block_scores,
     keep_block,
+    keep_top_candidates,
     sample_indices,
     sample_scores,
-    settle_block,
 )
-from fisherkit.kernels.prune_scores import BLOCK, drawing
+from fisherkit.kernels.prune_scores import BLOCK, Draw, drawing
 from fisherkit.kernels.rescale import FACTORS
-from fisherkit.kernels.top_k import EVERYTHING, HistogramSelect, Threshold, ThresholdRange, sample_size, threshold_range
-from fisherkit.pairs.parallel import BlockPool, starts
+from fisherkit.kernels.top_k import (
+    EVERYTHING,
+    NOTHING,
+    HistogramSelect,
+    Threshold,
+    ThresholdRange,
+    exact_thresholds,
+    sample_size,
+    threshold_range,
+)
+from fisherkit.pairs.parallel import BlockPool, block_starts
 
 SIGN_SAMPLE = 1 << 12
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a tensor's delta.
+    """Result of pruning a tensor's delta.
 
     Attributes:
-        kept: entries of FT's.
-        zero_deltas: entries that did not change.
-        zero_weights: entries that are zero in the base.
-        nonfinite: entries that are NaN or infinite on a side; the base's.
-        threshold: the lowest score that was kept; None if nothing was.
-        energy: sum of d^2.
-        energy_kept: sum of squares of what is left of d.
+        counts: entries and energies.
+        threshold: the lowest score that was kept; None if nothing was, or nothing is selected.
         ties: entries kept that scored exactly a shared threshold.
-        rounded_away: entries whose rescaled delta is too small for the base's type, so that they stay the base's.
-        indices: flat places of the kept entries, ascending, where they were asked for.
+        indices: [kept] flat places of the kept entries, ascending; None where they were not asked for.
     """
 
-    kept: int
-    zero_deltas: int
-    zero_weights: int
-    nonfinite: int
-    threshold: float | None
-    energy: float
-    energy_kept: float
+    counts: DeltaCounts
+    threshold: float | None = None
     ties: int = 0
-    rounded_away: int = 0
     indices: NDArray[np.int64] | None = None
 
     def row(self) -> dict[str, Any]:
-        """For the report."""
-        share = self.energy_kept / self.energy if self.energy else 0.0
+        """Return what the report says of the tensor."""
+        counts = self.counts
         return {
-            "kept": self.kept,
-            "zero_deltas": self.zero_deltas,
-            "zero_weights": self.zero_weights,
-            "nonfinite": self.nonfinite,
+            "kept": counts.kept,
+            "zero_deltas": counts.zero_deltas,
+            "zero_weights": counts.zero_weights,
+            "nonfinite": counts.nonfinite,
             "threshold": self.threshold,
-            "energy": self.energy,
-            "energy_kept": share,
+            "energy": counts.energy,
+            "energy_kept": counts.energy_kept / counts.energy if counts.energy else 0.0,
         }
 
 
 def stream_of(name: str) -> int:
-    """The random stream of a tensor: by its name, so that neither order nor company matters."""
+    """Return the random stream of a tensor: by its name, so that neither order nor company matters."""
     return zlib.crc32(name.encode())
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """How tensors are pruned.
+    """Settings by which tensors are pruned.
 
     Attributes:
-        team: threads.
+        pool: threads.
         seed: of random scores.
-        write: overwrite the base's side with the result; False only counts.
+        write: overwrite the base's entries with the result; False only counts.
         list_kept: give the places of kept entries.
     """
 
-    team: BlockPool
+    pool: BlockPool
     seed: int = 0
     write: bool = True
     list_kept: bool = False
 
-    def by_quota(self, load: Callable[[], TensorPair], kept: int, stream: int) -> tuple[TensorPair, Outcome]:
+    def by_quota(
+        self, pair: TensorPair, kept: int, stream: int, reload: Callable[[], TensorPair]
+    ) -> tuple[TensorPair, Outcome]:
         """Keep the ``kept`` best entries of a tensor.
 
-        A range from a sample makes one pass do; should the sample have misled, both sides are loaded again and the
-        exact threshold is counted out.
+        A range from a sample makes one pass do. Should the sample have misled, the tensor is loaded again, because its
+        base may have been overwritten, and the exact threshold is found by counting.
+
+        Args:
+            pair: the tensor.
+            kept: how many entries.
+            stream: of the tensor's random numbers.
+            reload: gives the tensor as it was.
+
+        Returns:
+            The tensor, its base pruned, and what became of the delta.
         """
-        sides = load()
-        wanted = sample_size(sides.base.size)
-        guess = (
-            threshold_range(sample_scores(sides, wanted, self.seed, stream), kept, sides.base.size) if kept else NOTHING
-        )
-        parts = self._pass(sides, guess, stream)
-        above, inside = sum(part.kept for part in parts), sum(part.scores.size for part in parts)
+        guess = NOTHING
+        if kept:
+            sample = sample_scores(pair, sample_size(pair.base.size), self.seed, stream)
+            guess = threshold_range(sample, kept, pair.base.size)
+        blocks = self._keep(pair, guess, stream)
+        above, inside = sum(block.counts.kept for block in blocks), sum(block.scores.size for block in blocks)
         if above > kept or (above + inside < kept and guess.low > EVERYTHING.low):
-            sides = load() if self.write else sides
-            return self.by_threshold(sides, self._exact_threshold(sides, kept, stream), stream)
-        settled = settle_block(sides, parts, list(starts(sides.base.size)), kept - above, write=self.write)
-        return sides, _outcome(parts, settled, guess, list_kept=self.list_kept)
+            pair = reload() if self.write else pair
+            return self.by_threshold(pair, self._exact_threshold(pair, kept, stream), stream)
+        return pair, self._complete(pair, blocks, guess, kept - above)
 
-    def by_threshold(self, sides: TensorPair, cut: Threshold, stream: int) -> tuple[TensorPair, Outcome]:
-        """Keep what scores above a cut, and the first ``cut.ties`` of the entries that score just that."""
-        parts = self._pass(sides, cut.threshold_range, stream)
-        settled = settle_block(sides, parts, list(starts(sides.base.size)), cut.ties, write=self.write)
-        return sides, _outcome(parts, settled, cut.threshold_range, list_kept=self.list_kept)
+    def by_threshold(self, pair: TensorPair, threshold: Threshold, stream: int) -> tuple[TensorPair, Outcome]:
+        """Keep what scores above a threshold, and the first ``threshold.ties`` of the entries that score just that.
 
-    def rescaled(self, sides: TensorPair, density: float, columns: int, stream: int) -> tuple[TensorPair, Outcome]:
-        """Thin or shrink a delta by one of the metrics that are no selections; ``columns`` is the length of a row."""
-        step = max(1, BLOCK // columns) * columns
+        Args:
+            pair: the tensor.
+            threshold: exact, over all tensors that share it.
+            stream: of the tensor's random numbers.
+        """
+        blocks = self._keep(pair, threshold.threshold_range, stream)
+        return pair, self._complete(pair, blocks, threshold.threshold_range, threshold.ties)
 
-        def one(start: int, stop: int) -> tuple[int, int, int, int, int, float, float]:
-            part = sides.part(start, stop)
-            w, f = widen(part.base, part.base_code), widen(part.tuned, part.tuned_code)
-            with np.errstate(invalid="ignore", over="ignore"):
-                d = f - w
-            broken = ~np.isfinite(d)
-            d[broken] = 0
-            left = FACTORS[sides.metric](d, density, columns, drawing(self.seed, stream, start // step)) * d
-            rounded = narrow(w + left, part.base_code)
-            changed = widen(rounded, part.base_code) != w
-            if self.write:
-                np.copyto(part.base, rounded, where=changed)
-            bad, kept = int(np.count_nonzero(broken)), int(np.count_nonzero(changed))
-            zeros, lost = int(np.count_nonzero(d == 0)) - bad, int(np.count_nonzero(left)) - kept
-            return kept, zeros, int(np.count_nonzero(w == 0)), bad, lost, _squares(d), _squares(left)
+    def rescaled(self, pair: TensorPair, density: float, columns: int, stream: int) -> tuple[TensorPair, Outcome]:
+        """Thin or shrink a delta by one of the metrics that are no selections; see kernels.rescale.
 
-        parts = self.team.map(one, sides.base.size, step)
-        kept, zeros, zero_weights, bad, lost, energy, left = (sum(column) for column in zip(*parts, strict=True))
-        return sides, Outcome(
-            kept=int(kept),
-            zero_deltas=int(zeros),
-            zero_weights=int(zero_weights),
-            nonfinite=int(bad),
-            threshold=None,
-            energy=energy,
-            energy_kept=left,
-            rounded_away=int(lost),
-        )
+        Args:
+            pair: the tensor.
+            density: p, the share that is kept, or the factor of wise-ft.
+            columns: length of a row.
+            stream: of the tensor's random numbers.
+        """
+        step = max(1, BLOCK // columns) * columns  # whole rows, since DELLA ranks within them
 
-    def _pass(self, sides: TensorPair, guess: ThresholdRange, stream: int) -> list[Part]:
-        def one(start: int, stop: int) -> Part:
+        def one(start: int, stop: int) -> DeltaCounts:
+            draw = drawing(self.seed, stream, start // step)
+            return _rescale_block(pair.part(start, stop), density, columns, draw, write=self.write)
+
+        return pair, Outcome(sum(self.pool.map(one, pair.base.size, step), DeltaCounts()))
+
+    def _keep(self, pair: TensorPair, guess: ThresholdRange, stream: int) -> list[BlockResult]:
+        def one(start: int, stop: int) -> BlockResult:
             return keep_block(
-                sides.part(start, stop),
+                pair.part(start, stop),
                 guess,
-                self.team.scratch,
+                self.pool.scratch,
                 drawing(self.seed, stream, start // BLOCK),
                 write=self.write,
                 list_kept=self.list_kept,
             )
 
-        return self.team.map(one, sides.base.size)
+        return self.pool.map(one, pair.base.size)
 
-    def _exact_threshold(self, sides: TensorPair, kept: int, stream: int) -> Threshold:
-        tally = HistogramSelect(EVERYTHING, kept)
+    def _complete(self, pair: TensorPair, blocks: Sequence[BlockResult], guess: ThresholdRange, wanted: int) -> Outcome:
+        """Keep the ``wanted`` best candidates of all blocks, and sum up."""
+        starts = block_starts(pair.base.size)
+        late = keep_top_candidates(pair, blocks, starts, wanted, write=self.write)
+        counts = sum((block.counts for block in blocks), DeltaCounts())
+        threshold = late.lowest if late.lowest is not None else float(guess.high) if counts.kept else None
+        indices = _all_indices(blocks, starts, late) if self.list_kept else None
+        counts += DeltaCounts(kept=late.count, energy_kept=late.energy)
+        return Outcome(counts, threshold, late.count, indices)
 
-        def one(start: int, stop: int) -> Any:
-            return tally.count(block_scores(sides.part(start, stop), self.team.scratch, self.seed, stream, start))
+    def _exact_threshold(self, pair: TensorPair, kept: int, stream: int) -> Threshold:
+        select = HistogramSelect(EVERYTHING, kept)
 
-        while True:
-            for counted in self.team.map(one, sides.base.size):
-                tally.add(counted)
-            cut = tally.narrow()
-            if cut is not None:
-                return cut
+        def show(start: int, stop: int) -> None:
+            select.show(block_scores(pair.part(start, stop), self.pool.scratch, self.seed, stream, start))
+
+        return exact_thresholds({"": select}, lambda _: self.pool.map(show, pair.base.size))[""]
 
 
-NOTHING = ThresholdRange(np.float32(np.inf), np.float32(np.inf))
-"""Above this there is nothing."""
+def _all_indices(blocks: Sequence[BlockResult], starts: Sequence[int], late: KeptCandidates) -> NDArray[np.int64]:
+    at_sight = zip(blocks, starts, strict=True)
+    listed = [block.kept_indices + start for block, start in at_sight if block.kept_indices is not None]
+    return np.sort(np.concatenate([*listed, late.indices]))
 
 
-def _outcome(parts: Sequence[Part], settled: Settled, guess: ThresholdRange, *, list_kept: bool) -> Outcome:
-    above = sum(part.kept for part in parts)
-    indices = None
-    if list_kept:
-        listed = [part.kept_indices + at * BLOCK for at, part in enumerate(parts) if part.kept_indices is not None]
-        indices = np.sort(np.concatenate([*listed, settled.indices]))
-    return Outcome(
-        kept=above + settled.kept,
-        zero_deltas=sum(part.zero_deltas for part in parts),
-        zero_weights=sum(part.zero_weights for part in parts),
-        nonfinite=sum(part.nonfinite for part in parts),
-        threshold=settled.lowest if settled.lowest is not None else float(guess.high) if above else None,
-        energy=sum(part.energy for part in parts),
-        energy_kept=sum(part.energy_kept for part in parts) + settled.energy_kept,
-        ties=settled.kept,
-        indices=indices,
+def _rescale_block(part: TensorPair, density: float, columns: int, draw: Draw, *, write: bool) -> DeltaCounts:
+    """Multiply the deltas of a block by the metric's factors; an entry whose delta vanishes keeps the base's bits."""
+    w, f = widen(part.base, part.base_code), widen(part.tuned, part.tuned_code)
+    with np.errstate(invalid="ignore", over="ignore"):
+        d = f - w
+    broken = ~np.isfinite(d)
+    d[broken] = 0
+    left = FACTORS[part.metric](d, density, columns, draw) * d
+    rounded = narrow(w + left, part.base_code)
+    changed = widen(rounded, part.base_code) != w
+    if write:
+        np.copyto(part.base, rounded, where=changed)
+    bad, kept = int(np.count_nonzero(broken)), int(np.count_nonzero(changed))
+    return DeltaCounts(
+        kept=kept,
+        zero_deltas=int(np.count_nonzero(d == 0)) - bad,
+        zero_weights=int(np.count_nonzero(w == 0)),
+        nonfinite=bad,
+        rounded_away=int(np.count_nonzero(left)) - kept,
+        energy=_squares(d),
+        energy_kept=_squares(left),
     )
 
 
@@ -203,9 +211,8 @@ def _squares(values: Floats) -> float:
     return float(np.dot(wide, wide))
 
 
-def flipped_signs(sides: TensorPair) -> float:
-    """Share of the entries whose sign changed, from a sample. Unrelated models have half, fine-tunes next to none."""
-    some = sides.take(sample_indices(sides.base.size, SIGN_SAMPLE, 0, 0))
-    return float(
-        np.mean(np.signbit(widen(some.base, some.base_code)) != np.signbit(widen(some.tuned, some.tuned_code)))
-    )
+def flipped_signs(pair: TensorPair) -> float:
+    """Return the share of entries whose sign changed, from a sample: half in unrelated models, next to none in FT."""
+    some = pair.take(sample_indices(pair.base.size, SIGN_SAMPLE, 0, 0))
+    base, tuned = widen(some.base, some.base_code), widen(some.tuned, some.tuned_code)
+    return float(np.mean(np.signbit(base) != np.signbit(tuned)))

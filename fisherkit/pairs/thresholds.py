@@ -1,7 +1,7 @@
 """Exact thresholds over many tensors at once, found by streaming: nothing is sorted, nothing is held but counts.
 
 A *group* is the tensors that share one quota: a layer, or the whole model. A first pass takes the mean and a sample of
-every tensor; then every group's scores are tallied inside the threshold_range that the samples gave, once or twice.
+every tensor; then every group's scores are counted inside the threshold range that the samples gave, once or twice.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,20 +12,30 @@ import numpy as np
 
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune import TensorPair, block_scores, sample_scores
-from fisherkit.kernels.top_k import SAMPLE, Counted, HistogramSelect, Threshold, threshold_range
+from fisherkit.kernels.top_k import (
+    NOTHING,
+    SAMPLE,
+    HistogramSelect,
+    Threshold,
+    exact_thresholds,
+    threshold_range,
+)
 from fisherkit.pairs.reader import Tensors
+from fisherkit.progress import Track
 
 Group = TypeVar("Group", bound=Hashable)
+_Selects = Mapping[tuple[Group, int], HistogramSelect]
+"""By group, and the number of the quota in its list."""
 
 
 @dataclass(frozen=True)
-class Stream(Generic[Group]):
-    """How the tensors of a run are read and scored.
+class ScoredTensors(Generic[Group]):
+    """Tensors of a run, with how they are read and scored.
 
     Attributes:
         names: in order.
-        group: of each name.
-        load: both sides of a tensor; ``mean`` is given from the second pass on.
+        group: the group of each name.
+        load: from a name and its mean magnitude to the tensor; the mean is None in the first pass.
         stream: the random stream of each name.
         seed: of random scores.
     """
@@ -37,72 +47,72 @@ class Stream(Generic[Group]):
     seed: int
 
 
-def find_cuts(
-    tensors: Tensors,
-    stream: Stream[Group],
-    quotas: Mapping[Group, Sequence[int]],
-    track: Callable[[str, int, int], None],
+def find_thresholds(
+    tensors: Tensors, scored: ScoredTensors[Group], quotas: Mapping[Group, Sequence[int]], track: Track
 ) -> tuple[dict[Group, list[Threshold]], dict[str, float]]:
-    """For every group a cut per quota, and the means of the tensors.
+    """Return a threshold per quota for every group, and the means of the tensors.
 
     Args:
         tensors: what is read.
-        stream: how.
-        quotas: numbers of entries to keep, by group; all groups have as many.
+        scored: how.
+        quotas: numbers of entries to keep, by group.
         track: progress in tensors.
     """
-    means, samples = _survey(tensors, stream, track)
-    tallies: dict[Group, list[HistogramSelect | Threshold]] = {}
-    for group, wanted in quotas.items():
-        size = sum(tensors.info(name).numel for name in stream.names if stream.group[name] == group)
-        scores = np.concatenate(samples[group])
-        tallies[group] = [
-            HistogramSelect(threshold_range(scores, kept, size), kept) if kept else _NOTHING for kept in wanted
-        ]
-    while any(isinstance(tally, HistogramSelect) for group in tallies.values() for tally in group):
-        for at, name in enumerate(tensors.walk(stream.names)):
-            track("counting", at, len(stream.names))
-            open_ones = [tally for tally in tallies[stream.group[name]] if isinstance(tally, HistogramSelect)]
-            if open_ones:
-                _count(tensors, stream, name, means[name], open_ones)
-        tallies = {group: [_narrowed(tally) for tally in row] for group, row in tallies.items()}
-    track("counting", len(stream.names), len(stream.names))
-    return {group: [cut for cut in row if isinstance(cut, Threshold)] for group, row in tallies.items()}, means
-
-
-_NOTHING = Threshold(np.float32(np.inf), 0)
-
-
-def _narrowed(tally: HistogramSelect | Threshold) -> HistogramSelect | Threshold:
-    return tally if isinstance(tally, Threshold) else tally.narrow() or tally
+    means, samples = _survey(tensors, scored, track)
+    selects: dict[tuple[Group, int], HistogramSelect] = {}
+    for group, numbers in quotas.items():
+        size = sum(tensors.info(name).numel for name in scored.names if scored.group[name] == group)
+        sample = np.concatenate(samples[group])
+        for at, kept in enumerate(numbers):
+            if kept:
+                selects[group, at] = HistogramSelect(threshold_range(sample, kept, size), kept)
+    found = exact_thresholds(selects, lambda pending: _show_all(tensors, scored, means, pending, track))
+    keep_nothing = Threshold(NOTHING.high, 0)
+    thresholds = {
+        group: [found.get((group, at), keep_nothing) for at in range(len(numbers))] for group, numbers in quotas.items()
+    }
+    return thresholds, means
 
 
 def _survey(
-    tensors: Tensors, stream: Stream[Group], track: Callable[[str, int, int], None]
+    tensors: Tensors, scored: ScoredTensors[Group], track: Track
 ) -> tuple[dict[str, float], dict[Group, list[Floats]]]:
-    """Means, and for every group scores sampled from its tensors in proportion to their sizes."""
+    """Means by name, and for every group scores sampled from its tensors in proportion to their sizes."""
     sizes: dict[Group, int] = {}
-    for name in stream.names:
-        sizes[stream.group[name]] = sizes.get(stream.group[name], 0) + tensors.info(name).numel
+    for name in scored.names:
+        sizes[scored.group[name]] = sizes.get(scored.group[name], 0) + tensors.info(name).numel
     means: dict[str, float] = {}
     samples: dict[Group, list[Floats]] = {group: [] for group in sizes}
-    for at, name in enumerate(tensors.walk(stream.names)):
-        track("surveying", at, len(stream.names))
-        sides = stream.load(name, None)
-        means[name] = sides.mean
-        share = -(-4 * SAMPLE * sides.base.size // max(sizes[stream.group[name]], 1))
-        samples[stream.group[name]].append(sample_scores(sides, share, stream.seed, stream.stream[name]))
-    track("surveying", len(stream.names), len(stream.names))
+    for at, name in enumerate(tensors.walk(scored.names)):
+        track("surveying", at, len(scored.names))
+        pair, group = scored.load(name, None), scored.group[name]
+        means[name] = pair.mean
+        wanted = -(-4 * SAMPLE * pair.base.size // max(sizes[group], 1))
+        samples[group].append(sample_scores(pair, wanted, scored.seed, scored.stream[name]))
+    track("surveying", len(scored.names), len(scored.names))
     return means, samples
 
 
-def _count(tensors: Tensors, stream: Stream[Group], name: str, mean: float, tallies: Sequence[HistogramSelect]) -> None:
-    sides, team = stream.load(name, mean), tensors.team
+def _show_all(
+    tensors: Tensors, scored: ScoredTensors[Group], means: Mapping[str, float], pending: _Selects[Group], track: Track
+) -> None:
+    """Show the scores of every tensor to the pending selects of its group; read no tensor whose group has none."""
+    for at, name in enumerate(tensors.walk(scored.names)):
+        track("counting", at, len(scored.names))
+        selects = [select for (group, _), select in pending.items() if group == scored.group[name]]
+        if selects:
+            _show(tensors, scored, name, means[name], selects)
+    track("counting", len(scored.names), len(scored.names))
 
-    def count(start: int, stop: int) -> list[Counted]:
-        scores = block_scores(sides.part(start, stop), team.scratch, stream.seed, stream.stream[name], start)
-        return [tally.count(scores) for tally in tallies]
 
-    for counted in team.map(count, sides.base.size):
-        for tally, part in zip(tallies, counted, strict=True):
-            tally.add(part)
+def _show(
+    tensors: Tensors, scored: ScoredTensors[Group], name: str, mean: float, selects: Sequence[HistogramSelect]
+) -> None:
+    pair, pool = scored.load(name, mean), tensors.pool
+
+    def show(start: int, stop: int) -> None:
+        scores = block_scores(pair.part(start, stop), pool.scratch, scored.seed, scored.stream[name], start)
+        for select in selects:
+            select.show(scores)
+
+    pool.map(show, pair.base.size)

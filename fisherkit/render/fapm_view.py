@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fisherkit.kernels.density import BINS, HIGH, LOW, DensityMap, cut_curve
+from fisherkit.kernels.density import BINS, HIGH, LOW, DensityMap, threshold_curve
 from fisherkit.methods.merge.fapm_report import FapmReport
 from fisherkit.render import formatting
 
@@ -208,7 +208,7 @@ def curves_of(density: DensityMap, window: Window) -> list[Curve]:
     """The cut inside of the window, apart for thresholds above and below zero; nothing for metrics without one."""
     found: list[Curve] = []
     for tensors, above in ((density.positive, True), (density.negative, False)):
-        points = window.clip(cut_curve(density.metric, positive=above)) if tensors else []
+        points = window.clip(threshold_curve(density.metric, positive=above)) if tensors else []
         if points:
             side = f", whose threshold is {'above' if above else 'below'} 0" if density.metric == "fapm" else ""
             whose = f"{tensors:,} tensor{'s' if tensors != 1 else ''}"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fisherkit.errors import some_names
 from fisherkit.methods.inspect.compare import Overlap
 from fisherkit.methods.inspect.summary import Row, Summary
 
@@ -161,10 +162,10 @@ def warnings(summary: Summary) -> list[str]:
     found = []
     if summary.broken:
         values = f"{summary.total.nonfinite:,} value{'s' if summary.total.nonfinite > 1 else ''}"
-        found.append(f"not finite: {values} in {_tensors(summary.broken)}: {_some(summary.broken)}")
+        found.append(f"not finite: {values} in {_tensors(summary.broken)}: {printable(some_names(summary.broken))}")
     if summary.dead and summary.kind == "fisher":
         reason = "no gradient got there: never routed to, or unused"
-        found.append(f"{_tensors(summary.dead)} zero throughout ({reason}): {_some(summary.dead)}")
+        found.append(f"{_tensors(summary.dead)} zero throughout ({reason}): {printable(some_names(summary.dead))}")
     if summary.comparison and (summary.comparison.only_here or summary.comparison.only_there):
         one, two = summary.comparison.only_here, summary.comparison.only_there
         common = _tensors(list(summary.comparison.tensors))
@@ -174,11 +175,6 @@ def warnings(summary: Summary) -> list[str]:
 
 def _tensors(names: Sequence[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + rest
 
 
 def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -28,12 +28,12 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether ``path`` is a folder that peft saved an adapter to."""
+    """Return whether ``path`` is a folder that peft saved an adapter to."""
     return (Path(path) / CONFIG_NAME).is_file()
 
 
 class Adapter:
-    """What an adapter makes of a base checkpoint. Made by ``open``; any number of threads may ask at once.
+    """An adapter, opened for a base checkpoint; made by ``open``. Any number of threads may ask at once.
 
     Attributes:
         touched: names of the base's tensors that it changes, in the base's order.
@@ -60,6 +60,10 @@ class Adapter:
 
         All its tensors are read once, to see that they are finite.
 
+        Args:
+            folder: as peft saved it.
+            base: the checkpoint that it is put on.
+
         Raises:
             CheckpointError: files missing or damaged; a kind of adapter that peft must merge; a tensor that matches
                 no weight of the base, does not fit it, or holds NaN or infinity.
@@ -85,7 +89,7 @@ class Adapter:
         self.close()
 
     def tuned(self, name: str, base: Floats) -> Floats:
-        """The tuned values of tensor ``name``, as a fresh array of the base's shape.
+        """Return the tuned values of tensor ``name``, as a fresh array of the base's shape.
 
         Args:
             name: the tensor, as the base calls it; one that is not touched comes back as it is.
@@ -97,7 +101,12 @@ class Adapter:
         return self.apply(name, np.array(base, dtype=np.float32, order="C"))
 
     def apply(self, name: str, weight: Floats) -> Floats:
-        """As ``tuned``, but in the array that is given, which is C-contiguous; returns it."""
+        """Change the values of tensor ``name`` in place, and return them; ``weight`` is float32 and C-contiguous.
+
+        Args:
+            name: the tensor, as the base calls it.
+            weight: all its values, changed in place.
+        """
         with np.errstate(over="ignore", invalid="ignore"):
             for update in self._updates.get(name, ()):
                 update.apply(weight, self._factors)

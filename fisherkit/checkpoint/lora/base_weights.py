@@ -1,4 +1,4 @@
-"""Where a base checkpoint holds the weights that an adapter speaks of.
+"""Places of a base checkpoint that hold the weights that an adapter speaks of.
 
 Names are brought to one spelling, so it makes no difference whether experts are fused in the adapter, in the base, in
 both or in neither. Standard library only; reads config.json and no tensor.
@@ -19,7 +19,7 @@ _CONV1D = re.compile(r"(.*)\.(?:attn|crossattention|mlp)\.(?:c_attn|q_attn|c_pro
 
 @dataclass(frozen=True)
 class Place:
-    """Where the base holds a weight.
+    """Place in the base checkpoint that holds a weight.
 
     Attributes:
         name: the tensor.
@@ -33,7 +33,7 @@ class Place:
 
 
 class BaseWeights:
-    """The weights of a base checkpoint, by the spellings of their names.
+    """Weights of a base checkpoint, by the spellings of their names.
 
     Attributes:
         index: the checkpoint.
@@ -50,20 +50,21 @@ class BaseWeights:
         self.tied = self._find_tied()
 
     def find(self, name: str) -> tuple[Place, ...]:
-        """Where weight ``name`` (a spelling) is; two places if it is tied and stored twice, none if it is nowhere."""
+        """Return where weight ``name`` (a spelling) is: two places if it is tied and stored twice, maybe none."""
         names = self.tied if name in self.tied else (name,)
         return tuple(self._places[name] for name in names if name in self._places)
 
     def experts(self, module: str, part: str) -> list[Place]:
-        """Where ``module.0.part.weight``, ``module.1.part.weight``, ... are; empty if there are none."""
+        """Return where ``module.0.part.weight``, ``module.1.part.weight``, ... are; empty if there are none."""
         found: list[Place] = []
         while place := self._places.get(f"{module}.{len(found)}.{part}.weight"):
             found.append(place)
         return found
 
     def is_conv1d(self, name: str) -> bool:
-        """Whether weight ``name`` is one of GPT-2's, stored [in, out]: its query, key and value then lie wide."""
+        """Return whether weight ``name`` is one of GPT-2's, stored [in, out]."""
         match = _CONV1D.fullmatch(name)
+        # Query, key and value are one tensor, three times as wide as high; stored [out, in] it would be high.
         attention = self._places.get(f"{match[1]}.attn.c_attn.weight") if match else None
         return attention is not None and len(attention.shape) == 2 and attention.shape[1] > attention.shape[0]
 

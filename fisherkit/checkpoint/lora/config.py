@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says about a LoRA adapter, and which adapters can be read without peft.
+"""Settings of a LoRA adapter from `adapter_config.json`; refuses what cannot be read without peft.
 
 Only what changes the merged weights is kept. Anything that would make them differ from plain arithmetic on the
 adapter's tensors is refused here, before a tensor is read. Standard library only.
@@ -33,7 +33,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "tr
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The fields of `adapter_config.json` that change the merged weights.
+    """Fields of `adapter_config.json` that change the merged weights.
 
     Attributes:
         path: the file.
@@ -98,7 +98,7 @@ class AdapterConfig:
         )
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product of a module's factors is multiplied with.
+        """Return the factor of the product of a module's factors.
 
         Args:
             module: its name in the model that was trained, or that of the parameter.
@@ -111,7 +111,7 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
     def rank_of(self, module: str) -> float:
-        """The inner size that a module's factors should have; arguments and errors as for scale."""
+        """Return the inner size that a module's factors should have; arguments and errors as for scale."""
         return self._by_pattern(self.rank_pattern, module, self.rank)
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
@@ -127,11 +127,11 @@ class AdapterConfig:
         return None
 
     def is_saved(self, name: str) -> bool:
-        """Whether tensor ``name`` belongs to a module that was trained whole."""
+        """Return whether tensor ``name`` belongs to a module that was trained whole."""
         return any(f".{module}." in f".{name}." for module in self.saved)
 
     def _by_pattern(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """The value of the first pattern that matches the end of the name, from a dot on."""
+        """Value of the first pattern that matches the end of the name, from a dot on."""
         for pattern, value in patterns.items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
@@ -142,7 +142,7 @@ class AdapterConfig:
 
 
 def merge_first(folder: Path) -> str:
-    """How to get a checkpoint out of an adapter that cannot be read here, as the end of a sentence."""
+    """Return the advice for an adapter that cannot be read here, as the end of a sentence."""
     return (
         f"merge it first: from peft import AutoPeftModelForCausalLM as Auto; "
         f"model = Auto.from_pretrained({str(folder)!r}).merge_and_unload(); model.save_pretrained('merged')"

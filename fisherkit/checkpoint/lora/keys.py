@@ -1,4 +1,4 @@
-"""What the tensors of a PEFT adapter file are, read off their keys.
+"""Roles of the tensors of a PEFT adapter file, read off their keys.
 
     base_model.model.<module>.lora_A.weight                     factors [r, in] and [out, r]
     base_model.model.<module>.lora_embedding_A                  factors [r, vocabulary] and [hidden, r]
@@ -55,7 +55,11 @@ class Key:
 
 
 def parse_keys(names: Iterable[str], file: Path) -> list[Key]:
-    """All keys of an adapter file.
+    """Read the role of every key of an adapter file.
+
+    Args:
+        names: the keys.
+        file: where they are, for messages.
 
     Raises:
         CheckpointError: it holds several adapters, or a key of a method that is not known here.

@@ -28,7 +28,7 @@ Group = Mapping[Role, str]
 
 
 class Plan:
-    """The updates that an adapter makes, worked out on construction.
+    """Updates that an adapter makes, worked out on construction.
 
     Attributes:
         updates: by name of the base's tensor; copies of the base come before what is added to them.
@@ -99,7 +99,7 @@ class Plan:
     # Low-rank factors
 
     def _add_module(self, module: str, nested: Mapping[int, Group]) -> None:
-        """The factors of one module: one pair, or one for each of its parameters, the first declared innermost."""
+        """Add the factors of one module: one pair, or one for each of its parameters, the first declared innermost."""
         leaves = [leaf for leaf in self._config.parameters_of(module) if self._has(module, leaf)]
         leaves.sort(key=lambda leaf: list(_PARTS).index(leaf) if leaf in _PARTS else len(_PARTS))
         if not leaves and list(nested) == [0]:
@@ -148,7 +148,7 @@ class Plan:
         wanted = Place(first.name, first.piece, (sum(part[0].shape[0] for part in parts), first.shape[1]))
         shapes = self._shape(a), self._shape(b)
         either = (_made(*shapes, flipped=False) == wanted.shape, _made(*shapes, flipped=True) == wanted.shape)
-        # Where both ways fit: experts that lie [E, in, out] are those that could not be cut into pieces (see aliases).
+        # Where both ways fit: experts that lie [E, in, out] are those that names.spelling could not cut into pieces.
         input_first = self._config.input_first or first.piece.spelling == spelling(own)
         flipped = input_first if all(either) else either[1]
         self._check(b, _made(*shapes, flipped), wanted)
@@ -255,7 +255,7 @@ def _by_module(keys: Sequence[Key]) -> dict[str, dict[int, dict[Role, str]]]:
 
 
 def _slices(stack: Place) -> list[Place]:
-    """The matrices of a tensor of fused experts that is one piece."""
+    """Matrices of a tensor of fused experts that is one piece."""
     experts, rows, columns = stack.shape
     name = stack.piece.spelling
     return [Place(stack.name, Piece(name, expert, 0, rows), (rows, columns)) for expert in range(experts)]

@@ -1,4 +1,4 @@
-"""What an adapter does to one region of one base tensor: arithmetic in float32, equal to what peft merges.
+"""Updates of one region of one base tensor: arithmetic in float32, equal to what peft merges.
 
 A region is a Piece of a tensor: all of it, or rows of one expert. Axes: W is [out, in], or [in, out] where it is
 *flipped* (embeddings, GPT-2's Conv1D, transposed experts); the factors are A [r, in] and B [out, r] either way.
@@ -28,15 +28,15 @@ class Factors:
         return self.reader.info(key).dtype
 
     def stored(self, key: str) -> Stored:
-        """The tensor as it is stored."""
+        """Read the tensor as it is stored."""
         return self.reader.read(key)
 
     def values(self, key: str) -> Floats:
-        """The tensor in float32."""
+        """Read the tensor in float32."""
         return widen(self.stored(key), self.code(key))
 
     def part(self, key: str, piece: Piece) -> Floats:
-        """A piece of the tensor in float32; nothing else is read."""
+        """Read a piece of the tensor in float32, and nothing else of it."""
         info = self.reader.info(key)
         start, count = piece.span(info.shape)
         run = np.empty(count, STORED[info.dtype])
@@ -49,7 +49,7 @@ class Update(Protocol):
 
     @property
     def piece(self) -> Piece:
-        """The region."""
+        """Region that is changed."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Update(Protocol):
 
 
 def region(weight: Floats, piece: Piece) -> Floats:
-    """The part of a tensor that a piece is, as a view."""
+    """Return the part of a tensor that a piece is, as a view."""
     return weight if piece.expert is None else weight[piece.expert, piece.start : piece.stop]
 
 
@@ -94,7 +94,7 @@ class LowRank:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its factors and magnitudes."""
+        """Keys of its factors and magnitudes."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     def apply(self, weight: Floats, factors: Factors) -> None:
@@ -136,7 +136,7 @@ class Whole:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its tensor."""
+        """Key of its tensor."""
         return (self.key,)
 
     def apply(self, weight: Floats, factors: Factors) -> None:
@@ -165,7 +165,7 @@ class Rows:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its tensor."""
+        """Key of its tensor."""
         return (self.key,)
 
     def apply(self, weight: Floats, factors: Factors) -> None:

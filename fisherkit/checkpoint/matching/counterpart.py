@@ -1,4 +1,4 @@
-"""The weights of one file under the names of another: a checkpoint or a second Fisher beside a Fisher.
+"""Weights of one file under the names of another: a checkpoint or a second Fisher beside a Fisher.
 
 Prefixes, shards and dtypes may differ, and experts may be fused on one side only. Values come as float32, in blocks,
 so that nothing is ever in memory as a whole. numpy; knows no methods.
@@ -15,7 +15,7 @@ from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.matching.links import Link, Segment, links
 from fisherkit.checkpoint.matching.view import Side
-from fisherkit.errors import CheckpointError
+from fisherkit.errors import CheckpointError, some_names
 from fisherkit.floats import FLOATING, STORED, Floats, widen
 
 
@@ -42,7 +42,7 @@ class Values:
         self._reader.__exit__(kind, error, at)
 
     def block(self, name: str, start: int, stop: int) -> Floats:
-        """Entries ``start`` to ``stop`` of the flat weight.
+        """Read entries ``start`` to ``stop`` of the flat weight, in float32.
 
         Raises:
             CheckpointError: the file is cut short, or holds a value there that is NaN, infinite, or wrongly negative.
@@ -71,7 +71,7 @@ class Values:
 
 
 class Counterpart(Values):
-    """The same, by the names of another file."""
+    """Reads float32 values of the weights of a file by their names in another."""
 
     def __init__(
         self, index: CheckpointIndex, segments: Mapping[str, Sequence[Segment]], kind: str = "checkpoint"
@@ -81,7 +81,7 @@ class Counterpart(Values):
 
     @classmethod
     def of(cls, ours: CheckpointIndex, theirs: CheckpointIndex, kind: str = "checkpoint") -> Self:
-        """What ``theirs`` has for every weight of ``ours``.
+        """Match every weight of ``ours`` with what ``theirs`` has for it.
 
         Args:
             ours: gives names and shapes.
@@ -97,7 +97,8 @@ class Counterpart(Values):
         absent = [name for name in here.weights if name not in found]
         if absent:
             raise CheckpointError(
-                f"{theirs.path}: has nothing for {_some(absent)} of {ours.path}; the two must be of one model"
+                f"{theirs.path}: has nothing for {len(absent):,} tensor{'s' if len(absent) > 1 else ''} "
+                f"({some_names(absent)}) of {ours.path}; the two must be of one model"
             )
         for name, parts in found.items():
             for link in parts:
@@ -129,9 +130,3 @@ def _check_shape(name: str, link: Link, here: Side, there: Side) -> None:
             f"{name} is {list(ours)} in {here.index.path} and {list(theirs)} in {there.index.path}; "
             "the two must be of one model"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return names[0]
-    return f"{len(names):,} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

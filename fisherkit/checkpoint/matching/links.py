@@ -37,7 +37,12 @@ class Link(NamedTuple):
 
 
 def links(base: Side, tuned: Side) -> dict[str, list[Link]]:
-    """The counterparts of BASE's tensors piece by piece, for tensors all of whose pieces have one."""
+    """Return the counterparts of BASE's tensors piece by piece, for tensors all of whose pieces have one.
+
+    Args:
+        base: gives names.
+        tuned: is searched.
+    """
     _places(base)  # refuses names that mean the same tensor
     theirs = _places(tuned)
     wholes = {spelled(name): name for name in tuned.weights}
@@ -53,7 +58,7 @@ def links(base: Side, tuned: Side) -> dict[str, list[Link]]:
 
 
 def _places(side: Side) -> dict[str, tuple[str, Piece]]:
-    """Where each piece is, by its spelling; raises CheckpointError if there are two of one spelling."""
+    """Place of each piece, by its spelling; raises CheckpointError if there are two of one spelling."""
     places: dict[str, tuple[str, Piece]] = {}
     for name, cut in side.pieces.items():
         for piece in cut:
@@ -65,5 +70,5 @@ def _places(side: Side) -> dict[str, tuple[str, Piece]]:
 
 
 def spelled(name: str) -> str:
-    """As in aliases, and GPT-NeoX's head under the name that it has in memory."""
+    """Return the spelling of a name (see names.spelling), and GPT-NeoX's head under the name that it has in memory."""
     return re.sub(r"^embed_out\.", "lm_head.", spelling(name))

@@ -1,4 +1,4 @@
-"""The rules by which two checkpoints are paired, step by step, as ``pairing`` states them. No torch."""
+"""Rules by which two checkpoints are paired, step by step, as ``pairing`` states them. No torch."""
 
 import math
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fisherkit.checkpoint.matching.links import Link, Segment, links, spelled
 from fisherkit.checkpoint.matching.view import Side, is_vocabulary, same_values
 from fisherkit.checkpoint.names.spelling import Piece
-from fisherkit.errors import CheckpointError
+from fisherkit.errors import CheckpointError, some_names
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Matching:
         self.extra = self._take_out(self.extra, self.tuned, self.base, "BASE has no {}; dropped from FT: {}")
         self._note_constants()
         if self.missing or self.extra:
-            lacks = [f"lacks {_count(self.missing)} of BASE ({_some(self.missing)})"] if self.missing else []
-            has = [f"has {len(self.extra)} that BASE lacks ({_some(self.extra)})"] if self.extra else []
+            lacks = [f"lacks {_count(self.missing)} of BASE ({some_names(self.missing)})"] if self.missing else []
+            has = [f"has {len(self.extra)} that BASE lacks ({some_names(self.extra)})"] if self.extra else []
             advice = f"BASE, {self.base.index.path}, must be the model that it was tuned from"
             if any(".lora_" in name for name in self.extra):
                 advice = "its LoRA factors are not merged; merge_and_unload() it and save that"
@@ -90,10 +90,10 @@ class Matching:
             first = f", and {differing[0]}" if differing else ""
             raise CheckpointError(f"{base} and {tuned} are two different models: {agree}{first}")
         if differing:
-            raise CheckpointError(f"{tuned}: not shaped like {base}: {_some(differing)}")
+            raise CheckpointError(f"{tuned}: not shaped like {base}: {some_names(differing)}")
 
     def _difference(self, name: str, links: Sequence[Link]) -> str | None:
-        """What is wrong with the shapes of a tensor's pieces; None if they agree."""
+        """Describe how the shapes of a tensor's pieces differ; None if they agree."""
         for link in links:
             ours = link.ours.shape_in(self.base.weights[name])
             theirs = link.theirs.shape_in(self.tuned.weights[link.source])
@@ -159,7 +159,7 @@ class Matching:
             self.tied_pairs[head] = embedding
 
     def _take_out(self, names: Sequence[str], side: Side, other: Side, note: str) -> list[str]:
-        """What remains of the names without the parts that the other side may lack."""
+        """Names that remain without the parts that the other side may lack."""
         parts: dict[str | None, list[str]] = defaultdict(list)
         for name in names:
             parts[side.spare_part(name, other)].append(name)
@@ -179,9 +179,9 @@ class Matching:
     def _note_constants(self) -> None:
         ours, theirs = (_constants(side) for side in (self.base, self.tuned))
         if kept := [name for spelled, name in ours.items() if spelled not in theirs]:
-            self.notes.append(f"integers and constants that only BASE stores are kept: {_some(kept)}")
+            self.notes.append(f"integers and constants that only BASE stores are kept: {some_names(kept)}")
         if dropped := [name for spelled, name in theirs.items() if spelled not in ours]:
-            self.notes.append(f"integers and constants that only FT stores are dropped: {_some(dropped)}")
+            self.notes.append(f"integers and constants that only FT stores are dropped: {some_names(dropped)}")
 
 
 def _constants(side: Side) -> dict[str, str]:
@@ -190,7 +190,3 @@ def _constants(side: Side) -> dict[str, str]:
 
 def _count(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Which tensor of BASE is which of FT, for two checkpoints of one model that may be laid out differently.
+"""Pairing of the tensors of BASE and FT, two checkpoints of one model that may be laid out differently.
 
 Shards, prefixes, dtypes and the order of tensors may differ, and experts may be fused on one side and apart on the
 other. A tensor of BASE is then put together from *segments* of tensors of FT, each a contiguous run in both. What is
@@ -30,7 +30,9 @@ from fisherkit.floats import STORED, Stored
 
 @dataclass(frozen=True)
 class Pairing:
-    """What ``pair`` found. Reading is thread-safe; ``reader`` is always an ArrayReader of FT.
+    """Tensors of two checkpoints, paired by ``pair``.
+
+    Reading is thread-safe; ``reader`` is always an ArrayReader of FT.
 
     Attributes:
         base: the checkpoint whose names and shapes are used throughout.
@@ -60,7 +62,7 @@ class Pairing:
         return self.tuned.tensors[self.segments[name][0].source].dtype
 
     def read(self, name: str, reader: ArrayReader) -> Stored:
-        """FT's values of a matched tensor in FT's stored dtype, in BASE's shape, as one fresh array.
+        """Read FT's values of a matched tensor in FT's stored dtype, in BASE's shape, as one fresh array.
 
         Raises:
             CheckpointError: a file is truncated or cannot be read.
@@ -71,7 +73,13 @@ class Pairing:
         return out.reshape(info.shape)
 
     def read_into(self, name: str, reader: ArrayReader, out: Stored, start: int = 0) -> None:
-        """Fill the flat ``out`` with FT's elements of a matched tensor from ``start`` on, in BASE's memory order.
+        """Fill ``out`` with FT's elements of a matched tensor from ``start`` on, in BASE's memory order.
+
+        Args:
+            name: the tensor, as BASE calls it.
+            reader: of FT.
+            out: [n] of FT's stored type.
+            start: first element.
 
         Raises:
             CheckpointError: a file is truncated or cannot be read.

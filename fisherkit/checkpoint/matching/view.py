@@ -46,7 +46,7 @@ class Side:
 
     @classmethod
     def of(cls, index: CheckpointIndex, folder: Path) -> Self:
-        """The checkpoint with the config in ``folder``; raises CheckpointError if it is quantised."""
+        """Read the config in ``folder``; raises CheckpointError if the checkpoint is quantised."""
         config = read_config(folder)
         refuse_quantised(index, config)
         return cls(index, config)
@@ -58,43 +58,47 @@ class Side:
 
     @cached_property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
-        """The pieces of the weights, by name."""
+        """Pieces of the weights, by name."""
         return pieces(self.weights)
 
     @cached_property
     def towers(self) -> frozenset[str]:
-        """The parts beside the text model that weights are stored of."""
+        """Parts beside the text model that weights are stored of."""
         return frozenset(part for name in self.weights if (part := tower(spelling(name))))
 
     @cached_property
     def head(self) -> str | None:
-        """The matrix from hidden states to tokens, where it is stored."""
+        """Name of the matrix from hidden states to tokens, where it is stored."""
         return next((name for name in self.weights if name.endswith(_HEADS) and spelling(name) in _HEADS), None)
 
     @cached_property
     def embedding(self) -> str | None:
-        """The matrix from tokens to hidden states."""
+        """Name of the matrix from tokens to hidden states."""
         found = (name for name in self.weights if _EMBEDDING.search(name) and not tower(spelling(name)))
         return next(found, None)
 
     @property
     def ties(self) -> bool | None:
-        """Whether the config says that head and embedding are one; None where it says nothing."""
+        """True if the config says that head and embedding are one; None where it says nothing."""
         for part in (self.config, self._text_config):
             if isinstance(part.get("tie_word_embeddings"), bool):
                 return bool(part["tie_word_embeddings"])
         return None
 
     def same_ends(self) -> bool:
-        """Whether head and embedding, both stored, hold the same values; read a few MB at a time, until they differ."""
+        """Return whether head and embedding, both stored, hold the same values; read until they differ."""
         assert self.head is not None
         return self.embedding is not None and same_values(self.index, self.head, self.embedding)
 
     def spare_part(self, name: str, other: "Side") -> str | None:
-        """The part a weight belongs to that the other side may lack as a whole; None where it may not.
+        """Return the part a weight belongs to that the other side may lack as a whole; None where it may not.
 
         Parts are towers for images and sound, layers that predict further tokens (``mtp``, or blocks after the last of
         the config), and keys and values of blocks that use another block's.
+
+        Args:
+            name: the weight.
+            other: the checkpoint that may lack it.
         """
         part = tower(spelling(name))
         if part is not None:
@@ -119,18 +123,23 @@ class Side:
 
 
 def is_weight(info: TensorInfo) -> bool:
-    """Whether a tensor is computed with and trained: floating, and no constant that the model could compute itself."""
+    """Return whether a tensor is trained: floating, and no constant that the model could compute itself."""
     is_mask = len(info.shape) == 4 and _CAUSAL_MASK.search(info.name)
     return info.dtype in FLOATING and not is_mask and not _BUFFER.search(info.name)
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has one row per token: an embedding or a head."""
+    """Return whether a tensor has one row per token: an embedding or a head."""
     return spelling(name) in _HEADS or bool(_EMBEDDING.search(name))
 
 
 def same_values(index: CheckpointIndex, one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint are equal in shape and, bit by bit as float32, in values.
+    """Return whether two tensors of a checkpoint are equal in shape and, bit by bit as float32, in values.
+
+    Args:
+        index: the checkpoint.
+        one: name of a floating tensor.
+        other: name of another.
 
     Raises:
         CheckpointError: they cannot be read.

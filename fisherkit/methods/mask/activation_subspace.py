@@ -18,7 +18,7 @@ import torch
 
 from fisherkit.artefacts.covariance_file import CovarianceFile, Which, path_beside
 from fisherkit.engine.model.device import choose_device
-from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.errors import CheckpointError, OptionError, some_names
 from fisherkit.kernels.eigenspace import (
     Directions,
     directions_for_energy,
@@ -26,7 +26,7 @@ from fisherkit.kernels.eigenspace import (
     fewest,
     top_directions,
 )
-from fisherkit.methods.mask.binary import Masked, some
+from fisherkit.methods.mask.binary import Masked
 from fisherkit.methods.mask.scores import MaskInputs
 from fisherkit.methods.mask.subspace import Spool, as_written
 from fisherkit.options import MaskOptions
@@ -39,6 +39,13 @@ def write_activation_subspace(
     out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, track: Track
 ) -> Masked:
     """Find the directions of every matrix that has moments, and write them.
+
+    Args:
+        out: the subspace to make.
+        made_from: the Fisher.
+        options: see MaskOptions.
+        work: work folder, in which it is made.
+        track: progress in weights.
 
     Raises:
         CheckpointError: no moments beside the Fisher, or another model's.
@@ -78,7 +85,7 @@ class CovarianceDirections:
         self._found: dict[str, Directions] = {}
 
     def has(self, name: str) -> bool:
-        """Whether a weight has all the moments that are needed."""
+        """Return whether a weight has all the covariances that are needed."""
         is_matrix = len(self._from.shapes[name]) == 2 and self._from.axes.axes(name) is not None
         return is_matrix and all(self._activations.covariance_of(name, side) for side in self._sides)
 
@@ -106,7 +113,7 @@ class CovarianceDirections:
             raise OptionError(f"--svd-rank {self._options.svd_rank} is above the size of every moment; at most {most}")
 
     def directions(self, name: str) -> dict[Which, Directions]:
-        """Of a weight, by what they are directions of."""
+        """Return the directions of a weight, by what they are directions of."""
         return {side: self._directions(self._moment(name, side)) for side in self._sides}
 
     def _moment(self, name: str, side: Which) -> str:
@@ -133,7 +140,7 @@ class CovarianceDirections:
 
 
 def _parts(found: dict[Which, Directions], made_from: MaskInputs, name: str) -> dict[str, Any]:
-    """What is stored of a weight, by its ending."""
+    """Arrays that are stored of a weight, by the ending of their names."""
     axes = made_from.axes.axes(name)
     assert axes is not None
     rank = max(len(one.values) for one in found.values())
@@ -148,7 +155,7 @@ def _parts(found: dict[Which, Directions], made_from: MaskInputs, name: str) -> 
 
 
 def _figures(found: dict[Which, Directions]) -> dict[str, Any]:
-    """What is told of a weight; means over the sides, and each side where there are two."""
+    """Figures of a weight for the JSON: means over the sides, and each side where there are two."""
     sides = {
         side: {"rank": len(one.values), "energy": one.energy, "effective_rank": one.effective_rank}
         for side, one in found.items()
@@ -163,14 +170,16 @@ def _notes(
 ) -> tuple[str, ...]:
     found = []
     if zero := [name for name in names if name not in details]:
-        found.append(f"nothing ever passed through them, so without directions to protect: {some(zero)}")
+        found.append(f"nothing ever passed through them, so without directions to protect: {some_names(zero)}")
     without = [name for name, shape in made_from.shapes.items() if len(shape) > 1 and name not in names]
     if without:
-        found.append(f"left out, having no moments (no linear layers): {some(without)}")
+        found.append(f"left out, having no moments (no linear layers): {some_names(without)}")
     if options.svd_energy is not None and options.svd_energy < 1:
         short = [name for name, row in details.items() if row["energy"] < options.svd_energy * (1 - 1e-4)]
         if short:
-            found.append(f"the sketch of their moment holds less than --svd-energy {options.svd_energy}: {some(short)}")
+            found.append(
+                f"the sketch of their covariance holds less than --svd-energy {options.svd_energy}: {some_names(short)}"
+            )
     if full := [name for name in details if details[name]["rank"] >= max(made_from.shapes[name])]:
-        found.append(f"all of their directions are protected, so they cannot change: {some(full)}")
+        found.append(f"all of their directions are protected, so they cannot change: {some_names(full)}")
     return tuple(found)

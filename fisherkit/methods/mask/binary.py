@@ -9,6 +9,7 @@ import numpy as np
 
 from fisherkit.artefacts.mask_entry import MaskEntry, pack
 from fisherkit.checkpoint.writer import StreamedWriter
+from fisherkit.errors import some_names
 from fisherkit.floats import Stored
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units
 from fisherkit.kernels.top_k import quota
@@ -21,7 +22,7 @@ from fisherkit.progress import Track
 
 @dataclass(frozen=True)
 class Masked:
-    """What was written, but not yet put in its place.
+    """A mask or subspace that was written, but not yet put in its place.
 
     Attributes:
         writer: holds it; ``finish`` is for the caller.
@@ -43,9 +44,17 @@ class Masked:
 
 
 def write_mask(
-    out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, team: BlockPool, track: Track
+    out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, pool: BlockPool, track: Track
 ) -> Masked:
-    """Rank and write; see methods.masks.
+    """Rank the units of every weight and write the flags; see methods.mask.build.
+
+    Args:
+        out: the mask to make.
+        made_from: the Fisher, and what is scored with it.
+        options: see MaskOptions.
+        work: work folder, in which it is made.
+        pool: threads.
+        track: progress in weights.
 
     Raises:
         CheckpointError: the Fisher holds NaN, infinities, negative values, or nothing but zeros.
@@ -57,7 +66,7 @@ def write_mask(
     plain = {name: MaskEntry(one.shape, one.over, packed) for name, one in units.items()}
     writer = StreamedWriter.create(out, [one.spec(name) for name, one in plain.items()], work=work)
     try:
-        ranking = _Ranking(writer, units, chosen, Scorer(made_from, options, chosen.combine, team), team, track)
+        ranking = _Ranking(writer, units, chosen, Scorer(made_from, options, chosen.combine, pool), pool, track)
         ranking.run(_groups(made_from, chosen.scope))
     except BaseException:
         writer.close()
@@ -80,7 +89,7 @@ def _units(made_from: MaskInputs, name: str, chosen: Selection) -> Units:
 
 
 def _groups(made_from: MaskInputs, scope: str) -> list[list[str]]:
-    """The weights that share a quota, in model order."""
+    """Names of the weights that share a quota, in model order."""
     groups: dict[str, list[str]] = {}
     for name in made_from.shapes:
         key = {"tensor": name, "layer": made_from.places[name].layer_name, "global": ""}[scope]
@@ -97,7 +106,7 @@ class _Ranking:
         units: Mapping[str, Units],
         chosen: Selection,
         scorer: Scorer,
-        team: BlockPool,
+        pool: BlockPool,
         track: Track,
     ) -> None:
         self.scorer = scorer
@@ -108,7 +117,7 @@ class _Ranking:
         self.tied = 0
         self.empty: list[str] = []
         self._writer = writer
-        self._team = team
+        self._pool = pool
         self._track = track
 
     def run(self, groups: Sequence[Sequence[str]]) -> None:
@@ -137,11 +146,10 @@ class _Ranking:
         """Rank entries, whose scores are never held."""
         wanted = self._wanted(names)
         blocks = {name: (self.units[name].numel, self.scorer.block(name)) for name in names}
-        cut = find_threshold(blocks, wanted, self._team) if wanted else None
-        divider = ThresholdMask(cut)
+        threshold_mask = ThresholdMask(find_threshold(blocks, wanted, self._pool) if wanted else None)
         for name, (count, block) in blocks.items():
             selected = 0
-            for part in divider.ranked(count, block, self._team):
+            for part in threshold_mask.ranked(count, block, self._pool):
                 selected += int(np.count_nonzero(part.flags))
                 self.tied += part.tied
                 self._write(name, part.flags, part.start)
@@ -174,7 +182,7 @@ def _notes(ranking: _Ranking) -> tuple[str, ...]:
         expert = all(".experts." in name for name in unreached)
         found.append(
             f"a Fisher of zero is not unimportance but no measurement ({'no token' if expert else 'no gradient'} got "
-            f"there): {some(unreached)}"
+            f"there): {some_names(unreached)}"
         )
     if ranking.tied:
         found.append(
@@ -182,13 +190,9 @@ def _notes(ranking: _Ranking) -> tuple[str, ...]:
         )
     if ranking.empty:
         share = f"{float(ranking.chosen.keep):g}"
-        found.append(f"too small for a share of {share}, so that nothing of them is selected: {some(ranking.empty)}")
+        names = some_names(ranking.empty)
+        found.append(f"too small for a share of {share}, so that nothing of them is selected: {names}")
     single = [name for name, one in ranking.units.items() if one.over is None and len(one.shape) > 1]
     if ranking.chosen.aggregate != "none" and single:
-        found.append(f"ranked entry by entry, being no matrices: {some(single)}")
+        found.append(f"ranked entry by entry, being no matrices: {some_names(single)}")
     return tuple(found)
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names of many, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -12,7 +12,7 @@ abilities: what is high is frozen (``protect top``). In the file 1 = may change.
   Training may move a weight in them, and every step draws it part of the way back, harder where more passes through.
 
 Counts are exact: ``floor(keep * units)`` are the top, ties going to the lower index (and the earlier tensor, in model
-order). What can be scored is told in kernels.units. No mask is promised to protect: make a ``random`` one beside it.
+order). Scores are defined in kernels.mask_scores. No mask is promised to protect: make a ``random`` one beside it.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from fisherkit.progress import Say, Track
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskReport:
-    """What ``mask`` made.
+    """Report of a mask.
 
     Attributes:
         path: the mask.
@@ -128,8 +128,8 @@ def _make(out: Path, made_from: MaskInputs, options: MaskOptions, staging: Path,
         from fisherkit.methods.mask.subspace import write_subspace
 
         return write_subspace(out, made_from, options, staging, track)
-    with BlockPool() as team:
-        return write_mask(out, made_from, options, staging, team, track)
+    with BlockPool() as pool:
+        return write_mask(out, made_from, options, staging, pool, track)
 
 
 def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> None:
@@ -172,7 +172,7 @@ def _direction(options: MaskOptions) -> Direction:
 
 
 def _settings(options: MaskOptions, made_from: MaskInputs) -> dict[str, Any]:
-    """What the result depends on, with presets and defaults filled in."""
+    """Settings that the result depends on, with presets and defaults filled in."""
     common: dict[str, Any] = {"preset": options.preset, "weights": options.weights, "fisher": made_from.path.name}
     if options.is_subspace:
         own: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a mask is made from: a Fisher, and beside it the weights or a second Fisher, as scores by block.
+"""Inputs of a mask: a Fisher, and beside it the weights or a second Fisher, as scores by block.
 
 Names and shapes are the Fisher's, in the order of the model, so that ties fall alike whatever kind of file it is in.
 Nothing is read before it is asked for, and a block at a time then.
@@ -32,7 +32,7 @@ from fisherkit.pairs.ranking import Block, entry_vector, unit_scores
 
 
 class MaskInputs:
-    """The files a mask is made from, open; a context.
+    """Open files that a mask is made from; a context.
 
     Attributes:
         path: the Fisher's.
@@ -82,11 +82,11 @@ class MaskInputs:
         self._stack.__exit__(kind, error, at)
 
     def size(self, name: str) -> int:
-        """Entries of a weight."""
+        """Return the number of entries of a weight."""
         return math.prod(self.shapes[name])
 
     def experts(self, name: str) -> int:
-        """How many experts are fused in a weight; 1 for any other."""
+        """Return how many experts are fused in a weight; 1 for any other."""
         shape = self.shapes[name]
         return shape[0] if len(shape) == 3 and self.axes.axes(name) is not None else 1
 
@@ -94,11 +94,11 @@ class MaskInputs:
 class Scorer:
     """Scores of entries and units, and which experts any gradient reached."""
 
-    def __init__(self, made_from: MaskInputs, options: MaskOptions, combine: str, team: BlockPool) -> None:
+    def __init__(self, made_from: MaskInputs, options: MaskOptions, combine: str, pool: BlockPool) -> None:
         self._from = made_from
         self._options = options
         self._combine = combine
-        self._team = team
+        self._pool = pool
         self._reached: dict[str, Flags] = {}
         self._means = (1.0, 1.0)
 
@@ -112,7 +112,7 @@ class Scorer:
             self._means = self._mean(self._from.fisher), self._mean(self._from.other)
 
     def block(self, name: str) -> Block:
-        """Scores of the entries of a weight."""
+        """Return a function that gives the scores of the entries of a weight."""
         if self._options.score == "random":
             return lambda start, stop: self._drawn(name, start, stop)
         if self._from.other is None:
@@ -120,9 +120,9 @@ class Scorer:
         return lambda start, stop: self._contrasted_entries(name, start, stop)
 
     def vector(self, name: str, units: Units) -> Doubles:
-        """Scores of the units of a weight; two Fishers are contrasted after each was combined."""
+        """Return the scores of the units of a weight; two Fishers are contrasted after each was combined."""
         if self._options.score == "random":
-            parts = self._team.map(lambda a, b: self._drawn(name, a, b), units.count)
+            parts = self._pool.map(lambda a, b: self._drawn(name, a, b), units.count)
             return np.concatenate(parts).astype(np.float64)
         found = self._combined(units, lambda start, stop: self._entries(name, start, stop))
         other = self._from.other
@@ -149,8 +149,8 @@ class Scorer:
 
     def _combined(self, units: Units, block: Block) -> Doubles:
         if units.over is None:
-            return entry_vector(units, block, self._team)
-        return unit_scores(units, self._combine, block, self._team)
+            return entry_vector(units, block, self._pool)
+        return unit_scores(units, self._combine, block, self._pool)
 
     def _entries(self, name: str, start: int, stop: int) -> Floats:
         score, weights = self._options.score, self._from.weights
@@ -185,7 +185,7 @@ class Scorer:
         total, count = 0.0, 0
         for name in self._from.shapes:
             size = self._from.size(name)
-            sums = self._team.map(functools.partial(_block_sum, values, name), size)
+            sums = self._pool.map(functools.partial(_block_sum, values, name), size)
             total, count = total + math.fsum(sums), count + size
         if not total:
             raise CheckpointError(_all_zero(values.path))

@@ -27,11 +27,11 @@ from fisherkit.checkpoint.atomic import disk_errors
 from fisherkit.checkpoint.layout import TensorSpec
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.engine.model.device import choose_device
-from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.errors import CheckpointError, OptionError, some_names
 from fisherkit.floats import Floats
 from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.subspace import Modes, modes_for_energy, top_modes
-from fisherkit.methods.mask.binary import Masked, some
+from fisherkit.methods.mask.binary import Masked
 from fisherkit.methods.mask.scores import MaskInputs
 from fisherkit.options import MaskOptions
 from fisherkit.progress import Track
@@ -39,6 +39,13 @@ from fisherkit.progress import Track
 
 def write_subspace(out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, track: Track) -> Masked:
     """Find the modes of every matrix and write them.
+
+    Args:
+        out: the subspace to make.
+        made_from: the Fisher, and what the basis is made with.
+        options: see MaskOptions.
+        work: work folder, in which it is made.
+        track: progress in weights.
 
     Raises:
         CheckpointError: values that are not finite, or a Fisher of nothing but zeros.
@@ -70,13 +77,13 @@ def as_written(
     unreached: tuple[str, ...],
     notes: tuple[str, ...],
 ) -> Masked:
-    """A subspace that was written, but not yet put in its place: directions of the weights in ``details``."""
+    """Return a subspace that was written, but not yet put in its place: directions of the weights in ``details``."""
     entries = {name: MaskEntry(made_from.shapes[name]) for name in details}
     return Masked(writer, entries, units=None, selected=None, unreached=unreached, notes=notes, details=details)
 
 
 def _stored(made_from: MaskInputs, name: str, options: MaskOptions) -> str:
-    """What is stored of a weight. Left is outputs and right inputs; U is the axis before the last, V the last."""
+    """Parts that are stored: left is outputs, right inputs; U is of the axis before the last, V of the last."""
     axes, side = made_from.axes.axes(name), options.stored_side
     assert axes is not None
     if side == "both":
@@ -85,7 +92,7 @@ def _stored(made_from: MaskInputs, name: str, options: MaskOptions) -> str:
 
 
 class _Basis:
-    """The matrices whose modes are taken."""
+    """Matrices whose modes are taken."""
 
     def __init__(self, made_from: MaskInputs, options: MaskOptions) -> None:
         self._from = made_from
@@ -94,11 +101,11 @@ class _Basis:
 
     @property
     def is_fisher(self) -> bool:
-        """Whether it is zero where the Fisher is, and only there."""
+        """True if it is zero where the Fisher is, and only there."""
         return self._kind in ("fisher", "sqrt-fisher")
 
     def matrices(self, name: str) -> list[torch.Tensor]:
-        """The matrices [a, b] of a weight, float32: one, or one per expert."""
+        """Read the matrices [a, b] of a weight, float32: one, or one per expert."""
         height, width = self._from.shapes[name][-2:]
         return [self._matrix(name, n * height * width, height, width) for n in range(self._from.experts(name))]
 
@@ -146,7 +153,7 @@ def _stacked(found: list[Modes], side: str, shape: Shape) -> Floats:
 
 
 def _figures(found: list[Modes]) -> dict[str, Any]:
-    """What is told of a weight: its modes, the energy that they hold, and over how many the matrix spreads."""
+    """Figures of a weight for the JSON: its modes, the energy they hold, and over how many the matrix spreads."""
     total = sum(modes.frobenius**2 for modes in found)
     return {
         "rank": max(len(modes.s) for modes in found),
@@ -168,11 +175,11 @@ def _check_rank(made_from: MaskInputs, names: list[str], options: MaskOptions) -
 def _notes(made_from: MaskInputs, names: list[str], details: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     found = []
     if zero := [name for name in names if name not in details]:
-        found.append(f"zero throughout, so without directions to protect: {some(zero)}")
+        found.append(f"zero throughout, so without directions to protect: {some_names(zero)}")
     if others := len(made_from.shapes) - len(names):
         found.append(f"left out, being no matrices: {others:,} of the Fisher's {len(made_from.shapes):,} tensors")
     if full := [name for name in details if min(made_from.shapes[name][-2:]) == details[name]["rank"]]:
-        found.append(f"all directions are protected, so that these cannot change: {some(full)}")
+        found.append(f"all directions are protected, so that these cannot change: {some_names(full)}")
     return tuple(found)
 
 
@@ -191,14 +198,24 @@ class Spool:
         self._end = 0
 
     def add(self, name: str, values: Floats) -> None:
-        """Append an array."""
+        """Append an array.
+
+        Args:
+            name: of the tensor in the file.
+            values: float32.
+        """
         with disk_errors(self._path), self._path.open("ab") as file:
             values.tofile(file)
         self._held.append(_Spooled(TensorSpec(name, "F32", values.shape), self._end))
         self._end += values.nbytes
 
     def written(self, out: Path, work: Path) -> StreamedWriter:
-        """Everything that was added, laid out as a file; not yet put in its place."""
+        """Lay out everything that was added as a file; it is not yet put in its place.
+
+        Args:
+            out: the file to make.
+            work: work folder, in which it is made.
+        """
         writer = StreamedWriter.create(out, [one.spec for one in self._held], work=work)
         for one in self._held:
             count = math.prod(one.spec.shape)

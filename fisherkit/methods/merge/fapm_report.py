@@ -1,17 +1,22 @@
-"""What ``fapm`` reports: rows per tensor, their sums, and the table of the model card."""
+"""Report of ``fapm``: rows per tensor, their sums, and the table of the model card."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from fisherkit.errors import CheckpointError
 from fisherkit.kernels.density import DensityMap
+from fisherkit.methods.merge.output import find_warnings, provenance, totals
+from fisherkit.methods.merge.pair_run import Run
+from fisherkit.options import FapmOptions
 from fisherkit.pairs.rewrite import Row
 
 
 @dataclass(frozen=True, kw_only=True)
 class FapmReport:
-    """What ``fapm`` did.
+    """Report of a pruning.
 
     Attributes:
         path: the output; None where only a report was asked for.
@@ -20,11 +25,12 @@ class FapmReport:
         density: share that was to be kept.
         tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept``, ``zero_deltas``, ``zero_weights``,
             ``nonfinite``, ``threshold`` (the lowest score that was kept), ``energy`` (sum of d^2) and ``energy_kept``
-            (the share of it that is left), and ``unrelated`` where about half of the signs changed.
+            (the share of it that is left); ``unrelated`` where about half of the signs changed; and where FT's type
+            is finer than BASE's, how many entries had ``changed``, and how many of them were ``rounded_away``.
         totals: the same over all tensors that took part.
         rules: what happened to the tensors that did not.
         warnings: what a person should know.
-        provenance: sides, options, versions.
+        provenance: checkpoints, options, versions.
         map: densities of |d| against |W| for the figure, where it was asked for.
     """
 
@@ -40,7 +46,7 @@ class FapmReport:
     map: DensityMap | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--report`` and ``--json``."""
+        """Return what ``--report`` and ``--json`` write."""
         return {
             **self.provenance,
             "path": str(self.path) if self.path else None,
@@ -54,12 +60,47 @@ class FapmReport:
         }
 
 
+def make_report(
+    run: Run, options: FapmOptions, share: Fraction, all_rows: Mapping[str, Row], density_map: DensityMap | None = None
+) -> FapmReport:
+    """Return the report of a run; its files are for the caller to name.
+
+    Args:
+        run: the pair.
+        options: of the command.
+        share: of entries that was to be kept.
+        all_rows: by tensor; empty ones do not take part.
+        density_map: for the figure.
+
+    Raises:
+        CheckpointError: nothing changed in any tensor that takes part.
+    """
+    rows = {name: row for name, row in all_rows.items() if row}
+    if all(row["zero_deltas"] == row["weights"] for row in rows.values()):
+        raise CheckpointError(
+            f"{run.request.tuned}: is identical to BASE in all {len(rows)} tensors that take part; there is nothing to "
+            "prune"
+        )
+    return FapmReport(
+        path=run.request.out,
+        files=(),
+        metric=options.metric,
+        density=float(share),
+        tensors=rows,
+        totals=totals(rows, COUNTS),
+        rules=run.chosen.facts(options.rest),
+        warnings=tuple(find_warnings(rows, run.tensors)),
+        provenance=provenance(run.request, run.checkpoints),
+        map=density_map,
+    )
+
+
 COUNTS = ("weights", "kept", "zero_deltas", "zero_weights", "nonfinite")
-"""What is summed over tensors."""
+"""Figures that are summed over tensors."""
 
 
 def facts(report: Mapping[str, Any]) -> dict[str, str]:
-    """Rows of the table in the model card."""
+    """Return the rows of the table in the model card; ``report`` is as_json's."""
     found = report["totals"]
     selects = report["metric"] in ("fapm", "relative", "magnitude", "random")
     theirs = "entries that are the tuned model's" if selects else "entries that differ from the base"

@@ -1,96 +1,103 @@
-"""How many entries a tensor may keep: a quota of its own, or its part of one that several tensors share."""
+"""Quotas that several tensors share, a layer's or the whole model's: their thresholds, and who keeps the ties."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from fisherkit.kernels.prune import TensorPair
 from fisherkit.kernels.top_k import Threshold, quota
-from fisherkit.methods.merge.pair_run import Run
+from fisherkit.methods.merge.pair_run import Run, load_pair
+from fisherkit.methods.merge.tensor_selection import Chosen
 from fisherkit.options import FapmOptions
-from fisherkit.pairs.prune import Outcome, Pruning, stream_of
+from fisherkit.options.merge import Scope
+from fisherkit.pairs.prune import stream_of
+from fisherkit.pairs.reader import Tensors
 from fisherkit.pairs.rewrite import Row
-from fisherkit.pairs.thresholds import Stream, find_cuts
+from fisherkit.pairs.thresholds import ScoredTensors, find_thresholds
 
 
-class Quotas:
-    """The quotas of one run. With a shared one, tensors must come in the order of the checkpoint.
+class SharedThresholds:
+    """Exact thresholds of groups of tensors, and how many entries that score just that may still be kept.
 
-    Attributes:
-        means: mean magnitude of each tensor, where a survey has found it already.
+    These ties are kept in the order of the tensors, as long as the quota lasts; so tensors must come in the order of
+    the checkpoint. Two tensors that BASE and FT both tie stay equal: the second keeps what the first did.
     """
 
-    def __init__(self, run: Run, options: FapmOptions) -> None:
-        self.means: dict[str, float] = {}
-        self._run = run
-        self._options = options
-        self._cuts: dict[str, list[Threshold]] = {}
+    def __init__(
+        self, thresholds: Mapping[str, Threshold], groups: Mapping[str, str], tied_pairs: Mapping[str, str]
+    ) -> None:
+        self._thresholds = thresholds
+        self._groups = groups
+        self._twins = {**tied_pairs, **{body: head for head, body in tied_pairs.items()}}
         self._spent: dict[str, int] = defaultdict(int)
         self._ties_of: dict[str, int] = {}
 
-    def group_sizes(self) -> dict[str, int]:
-        """Entries by group; a group is a tensor, a layer or everything."""
-        sizes: dict[str, int] = defaultdict(int)
-        for name in self._run.chosen.names:
-            group = name if self._options.scope == "tensor" else self._group(name)
-            sizes[group] += self._run.tensors.info(name).numel
-        return sizes
+    def threshold(self, name: str) -> Threshold:
+        """Return the threshold of a tensor, with the ties that it may keep."""
+        group = self._groups[name]
+        threshold = self._thresholds[group]
+        twin = self._twins.get(name)
+        left = threshold.ties - self._spent[group]
+        return Threshold(threshold.at, self._ties_of.get(twin, left) if twin is not None else left)
 
-    def survey(self, shares: Sequence[Fraction]) -> None:
-        """Find the thresholds of shared quotas, one per share; nothing to do where every tensor has its own."""
-        if self._options.scope == "tensor" or not self._options.selects:
-            return
-        names = self._run.chosen.names
-        stream = Stream(
-            names=names,
-            group={name: self._group(name) for name in names},
-            load=lambda name, mean: self._run.sides(name, self._options.metric, mean, selects=True),
-            stream={name: random_stream(self._run, name) for name in names},
-            seed=self._options.seed,
-        )
-        quotas = {group: [quota(share, size) for share in shares] for group, size in self.group_sizes().items()}
-        self._cuts, self.means = find_cuts(self._run.tensors, stream, quotas, self._run.request.track)
-
-    def prune(
-        self, pruning: Pruning, name: str, load: Callable[[], TensorPair], share: Fraction, number: int
-    ) -> tuple[TensorPair, Outcome]:
-        """Prune a tensor by the quota that is its own, or by the threshold of the ``number``-th share surveyed."""
-        if self._options.scope != "tensor":
-            return self._by_shared_cut(pruning, name, load(), number)
-        kept = quota(share, self._run.tensors.info(name).numel)
-        return pruning.by_quota(load, kept, random_stream(self._run, name))
+    def spend(self, name: str, ties: int) -> None:
+        """Count the ties that a tensor has kept; those of its twin are counted already."""
+        if self._twins.get(name) not in self._ties_of:
+            self._spent[self._groups[name]] += ties
+        self._ties_of[name] = ties
 
     def recall(self, rows: Mapping[str, Row]) -> None:
-        """Take from the quotas what tensors have kept in the run that this one goes on with."""
+        """Count what tensors have kept in the run that this one goes on with."""
         for name, row in rows.items():
-            self._count_ties(name, 0, row.get("ties", 0))
-
-    def _group(self, name: str) -> str:
-        return self._run.chosen.places[name].layer_name if self._options.scope == "layer" else ""
-
-    def _by_shared_cut(self, pruning: Pruning, name: str, sides: TensorPair, number: int) -> tuple[TensorPair, Outcome]:
-        """Entries at the threshold itself are kept in the order of tensors, as long as the quota lasts.
-
-        Two tensors that both sides tie stay equal: the second keeps what the first did.
-        """
-        group, twin = f"{number} {self._group(name)}", f"{number} {self._twin(name)}"
-        cut = self._cuts[self._group(name)][number]
-        left = self._ties_of.get(twin, cut.ties - self._spent[group])
-        sides, outcome = pruning.by_threshold(sides, Threshold(cut.at, left), random_stream(self._run, name))
-        self._count_ties(name, number, outcome.ties)
-        return sides, outcome
-
-    def _count_ties(self, name: str, number: int, ties: int) -> None:
-        if f"{number} {self._twin(name)}" not in self._ties_of:
-            self._spent[f"{number} {self._group(name)}"] += ties
-        self._ties_of[f"{number} {name}"] = ties
-
-    def _twin(self, name: str) -> str | None:
-        """The tensor that both sides tie this one to."""
-        tied_pairs = self._run.pair.tuned.tied_pairs
-        return tied_pairs.get(name) or next((head for head, body in tied_pairs.items() if body == name), None)
+            if name in self._groups:
+                self.spend(name, row.get("ties", 0))
 
 
-def random_stream(run: Run, name: str) -> int:
-    """The random stream of a tensor; that of its twin where both sides tie the two."""
-    return stream_of(run.pair.tuned.tied_pairs.get(name, name))
+def find_groups(chosen: Chosen, scope: Scope) -> dict[str, str]:
+    """Return the group that each tensor shares its quota with: itself, its layer, or everything."""
+    if scope == "tensor":
+        return {name: name for name in chosen.names}
+    return {name: chosen.places[name].layer_name if scope == "layer" else "" for name in chosen.names}
+
+
+def group_sizes(tensors: Tensors, groups: Mapping[str, str]) -> dict[str, int]:
+    """Return the number of entries by group."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name, group in groups.items():
+        sizes[group] += tensors.info(name).numel
+    return sizes
+
+
+def survey(
+    run: Run, options: FapmOptions, shares: Sequence[Fraction]
+) -> tuple[list[SharedThresholds], dict[str, float]]:
+    """Read everything, and find the thresholds of shared quotas.
+
+    Args:
+        run: the pair.
+        options: give metric, scope and seed.
+        shares: of entries that are kept.
+
+    Returns:
+        Thresholds by share, and the mean magnitudes of the base's tensors.
+    """
+    groups = find_groups(run.chosen, options.scope)
+    tied_pairs = run.checkpoints.tuned.tied_pairs
+    scored = ScoredTensors(
+        names=run.chosen.names,
+        group=groups,
+        load=lambda name, mean: (
+            load_pair(run.tensors, name, options, metric=options.metric, mean=mean, selects=True).pair
+        ),
+        stream={name: random_stream(name, tied_pairs) for name in run.chosen.names},
+        seed=options.seed,
+    )
+    sizes = group_sizes(run.tensors, groups)
+    quotas = {group: [quota(share, size) for share in shares] for group, size in sizes.items()}
+    found, means = find_thresholds(run.tensors, scored, quotas, run.request.track)
+    by_share = [{group: thresholds[at] for group, thresholds in found.items()} for at in range(len(shares))]
+    return [SharedThresholds(thresholds, groups, tied_pairs) for thresholds in by_share], means
+
+
+def random_stream(name: str, tied_pairs: Mapping[str, str]) -> int:
+    """Return the random stream of a tensor; that of its twin where BASE and FT tie the two."""
+    return stream_of(tied_pairs.get(name, name))

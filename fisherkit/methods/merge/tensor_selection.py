@@ -1,6 +1,6 @@
-"""Which tensors of a pair take part in a command, and what becomes of the others: one rule for fapm and merge.
+"""Choice of the tensors that take part in a command, and of what becomes of the others: one rule for fapm and merge.
 
-- Floating tensors that both sides have take part, if ``--only`` and ``--skip`` let them.
+- Floating tensors that both checkpoints have take part, if ``--only`` and ``--skip`` let them.
 - Those left out are FT's as they are, or BASE's (``--rest``).
 - Integer and boolean tensors, and those that only BASE has, are BASE's. What only FT has is dropped, and named.
 """
@@ -8,6 +8,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fisherkit.checkpoint.names.location import Place, block_prefix, locate
 from fisherkit.errors import OptionError
@@ -17,11 +18,11 @@ from fisherkit.pairs.reader import Tensors, is_floating
 
 @dataclass(frozen=True)
 class Chosen:
-    """The tensors of BASE, by what happens to them.
+    """Tensors of BASE, by what happens to them.
 
     Attributes:
         names: take part.
-        rest: floating, on both sides, left out by --only and --skip.
+        rest: floating, in both checkpoints, left out by --only and --skip.
         integers: of other types; BASE's.
         base_only: FT has none of them; BASE's.
         dropped: names in FT that BASE has no place for.
@@ -35,8 +36,24 @@ class Chosen:
     dropped: tuple[str, ...]
     places: Mapping[str, Place]
 
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    @cached_property
+    def _rest(self) -> frozenset[str]:
+        return frozenset(self.rest)
+
+    def takes_part(self, name: str) -> bool:
+        """Return whether a tensor of BASE takes part."""
+        return name in self._names
+
+    def is_left_out(self, name: str) -> bool:
+        """Return whether a tensor of BASE is left out by --only and --skip."""
+        return name in self._rest
+
     def facts(self, rest: str) -> dict[str, object]:
-        """What was not worked on, and where it comes from; for the report."""
+        """Return what was not worked on and where it comes from, for the report; ``rest`` is the option."""
         return {
             "left_out": {"tensors": list(self.rest), "from": rest},
             "not_floating": {"tensors": list(self.integers), "from": "base"},
@@ -46,12 +63,16 @@ class Chosen:
 
 
 def choose(tensors: Tensors, options: PairOptions) -> Chosen:
-    """Sort the tensors of BASE.
+    """Sort the tensors of BASE by what happens to them.
+
+    Args:
+        tensors: the pair.
+        options: hold --only and --skip.
 
     Raises:
         OptionError: --only and --skip leave nothing, or a pattern of --only is found in no name.
     """
-    index = tensors.pair.base.index
+    index = tensors.checkpoints.base.index
     blocks = block_prefix(index.tensors)
     places = {name: locate(name, blocks) for name in index.tensors}
     both = [name for name in index.tensors if tensors.has_tuned(name)]
@@ -74,7 +95,7 @@ def choose(tensors: Tensors, options: PairOptions) -> Chosen:
         rest=tuple(name for name in floating if name not in taken),
         integers=tuple(name for name in both if not is_floating(tensors.info(name))),
         base_only=tuple(name for name in index.tensors if not tensors.has_tuned(name)),
-        dropped=tensors.pair.tuned.dropped,
+        dropped=tensors.checkpoints.tuned.dropped,
         places=places,
     )
 
