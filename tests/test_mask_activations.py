@@ -251,7 +251,7 @@ def test_missing_and_foreign_moments_are_refused(
     other = measured("llama").with_name("fisher.activations.safetensors")
     with pytest.raises(CheckpointError, match="was measured on other weights than the Fisher"):
         subspace(tmp_path / "fisher.pt", tmp_path / "s.safetensors", activations=other)
-    with pytest.raises(OptionError, match="--svd-rank 49 is above the size of every moment; at most 48"):
+    with pytest.raises(OptionError, match="--svd-rank 49 is above the size of every covariance; at most 48"):
         subspace(measured("llama"), tmp_path / "s.safetensors", svd_rank=49)
     with pytest.raises(OutputError, match="is an input of this command"):
         subspace(measured("llama"), other, force=True)
@@ -262,7 +262,7 @@ def test_experts_are_left_out_and_named(measured: Callable[[str], Path], tmp_pat
     options = MaskOptions(svd_rank=4, basis="activation")
     report = mask(measured("qwen3-moe"), tmp_path / "s.safetensors", options, say=said.append)
     assert report.tensors == 3 * 4
-    assert any("left out, having no moments (no linear layers)" in line for line in said)
+    assert any("left out, having no covariances (no linear layers)" in line for line in said)
 
 
 def test_the_command_line_does_it(measured: Callable[[str], Path], tmp_path: Path) -> None:

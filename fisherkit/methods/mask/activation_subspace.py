@@ -38,7 +38,7 @@ _SIDES: dict[str, tuple[Which, ...]] = {"right": ("input",), "left": ("output",)
 def write_activation_subspace(
     out: Path, made_from: MaskInputs, options: MaskOptions, work: Path, track: Track
 ) -> Masked:
-    """Find the directions of every matrix that has moments, and write them.
+    """Find the directions of every matrix that has covariances, and write them.
 
     Args:
         out: the subspace to make.
@@ -48,14 +48,14 @@ def write_activation_subspace(
         track: progress in weights.
 
     Raises:
-        CheckpointError: no moments beside the Fisher, or another model's.
-        OptionError: a rank that no moment has, or no such device.
+        CheckpointError: no covariances beside the Fisher, or another model's.
+        OptionError: a rank that no covariance has, or no such device.
         OutputError: the disk is full.
     """
     path = options.activations or path_beside(made_from.path)
-    with CovarianceFile(path) as activations:
-        activations.check_model(made_from.provenance, list(made_from.shapes))
-        finder = CovarianceDirections(activations, made_from, options)
+    with CovarianceFile(path) as file:
+        file.check_model(made_from.provenance, list(made_from.shapes))
+        finder = CovarianceDirections(file, made_from, options)
         names = [name for name in made_from.shapes if finder.has(name)]
         finder.prepare(names)
         spool = Spool(work / "directions")
@@ -68,17 +68,17 @@ def write_activation_subspace(
                 details[name] = _figures(found)
             track("finding directions", done, len(names))
     if not details:
-        raise CheckpointError(f"{path}: every moment is zero throughout: there is nothing to protect")
+        raise CheckpointError(f"{path}: every covariance is zero throughout: there is nothing to protect")
     unreached = tuple(name for name in names if name not in details)
     notes = _notes(made_from, names, details, options)
     return as_written(spool.written(out, work), made_from, details, unreached, notes)
 
 
 class CovarianceDirections:
-    """Directions of weights, found once for all weights that share a moment."""
+    """Directions of weights, found once for all weights that share a covariance."""
 
-    def __init__(self, activations: CovarianceFile, made_from: MaskInputs, options: MaskOptions) -> None:
-        self._activations, self._from, self._options = activations, made_from, options
+    def __init__(self, file: CovarianceFile, made_from: MaskInputs, options: MaskOptions) -> None:
+        self._file, self._inputs, self._options = file, made_from, options
         self._sides = _SIDES[options.stored_side]
         self._device = choose_device(options.device)
         self._uses: Counter[str] = Counter()
@@ -86,50 +86,52 @@ class CovarianceDirections:
 
     def has(self, name: str) -> bool:
         """Return whether a weight has all the covariances that are needed."""
-        is_matrix = len(self._from.shapes[name]) == 2 and self._from.axes.axes(name) is not None
-        return is_matrix and all(self._activations.covariance_of(name, side) for side in self._sides)
+        is_matrix = len(self._inputs.shapes[name]) == 2 and self._inputs.axes.axes(name) is not None
+        return is_matrix and all(self._file.covariance_of(name, side) for side in self._sides)
 
     def prepare(self, names: list[str]) -> None:
-        """Hold the weights against their moments, and count who shares which.
+        """Compare the weights with their covariances, and count how many share each.
 
         Raises:
             CheckpointError: sizes that do not fit.
             OptionError: the rank is above every size.
         """
         for name in names:
-            axes = self._from.axes.axes(name)
+            axes = self._inputs.axes.axes(name)
             for side in self._sides:
-                moment = self._moment(name, side)
-                self._uses[moment] += 1
+                covariance = self._covariance_of(name, side)
+                self._uses[covariance] += 1
                 assert axes is not None
-                wanted = self._from.shapes[name][axes.input if side == "input" else axes.output]
-                if self._activations.size(moment) != wanted:
+                wanted = self._inputs.shapes[name][axes.input if side == "input" else axes.output]
+                if self._file.size(covariance) != wanted:
                     raise CheckpointError(
-                        f"{self._activations.path}: {moment} has {self._activations.size(moment)} channels, and the "
+                        f"{self._file.path}: {covariance} has {self._file.size(covariance)} channels, and the "
                         f"{side}s of {name} are {wanted}; it is of another model"
                     )
-        most = max((self._activations.size(moment) for moment in self._uses), default=0)
+        most = max((self._file.size(covariance) for covariance in self._uses), default=0)
         if self._options.svd_rank is not None and self._options.svd_rank > most:
-            raise OptionError(f"--svd-rank {self._options.svd_rank} is above the size of every moment; at most {most}")
+            raise OptionError(
+                f"--svd-rank {self._options.svd_rank} is above the size of every covariance; at most {most}"
+            )
 
     def directions(self, name: str) -> dict[Which, Directions]:
         """Return the directions of a weight, by what they are directions of."""
-        return {side: self._directions(self._moment(name, side)) for side in self._sides}
+        return {side: self._directions(self._covariance_of(name, side)) for side in self._sides}
 
-    def _moment(self, name: str, side: Which) -> str:
-        moment = self._activations.covariance_of(name, side)
-        assert moment is not None
-        return moment
+    def _covariance_of(self, name: str, side: Which) -> str:
+        covariance = self._file.covariance_of(name, side)
+        assert covariance is not None
+        return covariance
 
-    def _directions(self, moment: str) -> Directions:
-        if moment not in self._found:
-            self._found[moment] = self._find(moment)
-        self._uses[moment] -= 1
-        return self._found[moment] if self._uses[moment] else self._found.pop(moment)
+    def _directions(self, covariance: str) -> Directions:
+        if covariance not in self._found:
+            self._found[covariance] = self._find(covariance)
+        self._uses[covariance] -= 1
+        return self._found[covariance] if self._uses[covariance] else self._found.pop(covariance)
 
-    def _find(self, moment: str) -> Directions:
+    def _find(self, covariance: str) -> Directions:
         rank, energy = self._options.svd_rank, self._options.svd_energy
-        read = self._activations.read(moment)
+        read = self._file.read(covariance)
         values = torch.from_numpy(read.values).to(self._device)
         if read.is_factor:
             every = factor_directions(values, read.trace)
@@ -173,7 +175,7 @@ def _notes(
         found.append(f"nothing ever passed through them, so without directions to protect: {some_names(zero)}")
     without = [name for name, shape in made_from.shapes.items() if len(shape) > 1 and name not in names]
     if without:
-        found.append(f"left out, having no moments (no linear layers): {some_names(without)}")
+        found.append(f"left out, having no covariances (no linear layers): {some_names(without)}")
     if options.svd_energy is not None and options.svd_energy < 1:
         short = [name for name, row in details.items() if row["energy"] < options.svd_energy * (1 - 1e-4)]
         if short:

@@ -135,8 +135,8 @@ def _make(out: Path, made_from: MaskInputs, options: MaskOptions, staging: Path,
 def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> None:
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a mask is a .safetensors file with a .json beside it; name it mask.safetensors")
-    moments = (options.activations or path_beside(made_from.path)) if options.reads_activations else None
-    given = (made_from.path, options.against, options.weights, options.delta, moments)
+    covariances = (options.activations or path_beside(made_from.path)) if options.reads_activations else None
+    given = (made_from.path, options.against, options.weights, options.delta, covariances)
     inputs = [Path(path) for path in given if path is not None and Path(path).exists()]
     if out.exists() and any(
         out.resolve() == path.resolve() or path.resolve() in out.resolve().parents for path in inputs

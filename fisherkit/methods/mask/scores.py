@@ -95,7 +95,7 @@ class Scorer:
     """Scores of entries and units, and which experts any gradient reached."""
 
     def __init__(self, made_from: MaskInputs, options: MaskOptions, combine: str, pool: BlockPool) -> None:
-        self._from = made_from
+        self._inputs = made_from
         self._options = options
         self._combine = combine
         self._pool = pool
@@ -108,14 +108,14 @@ class Scorer:
         Raises:
             CheckpointError: values that no Fisher has, or nothing but zeros.
         """
-        if self._from.other is not None:
-            self._means = self._mean(self._from.fisher), self._mean(self._from.other)
+        if self._inputs.other is not None:
+            self._means = self._mean(self._inputs.fisher), self._mean(self._inputs.other)
 
     def block(self, name: str) -> Block:
         """Return a function that gives the scores of the entries of a weight."""
         if self._options.score == "random":
             return lambda start, stop: self._drawn(name, start, stop)
-        if self._from.other is None:
+        if self._inputs.other is None:
             return lambda start, stop: self._entries(name, start, stop)
         return lambda start, stop: self._contrasted_entries(name, start, stop)
 
@@ -125,7 +125,7 @@ class Scorer:
             parts = self._pool.map(lambda a, b: self._drawn(name, a, b), units.count)
             return np.concatenate(parts).astype(np.float64)
         found = self._combined(units, lambda start, stop: self._entries(name, start, stop))
-        other = self._from.other
+        other = self._inputs.other
         if other is None:
             return found
         against = self._combined(units, lambda start, stop: other.block(name, start, stop))
@@ -145,7 +145,7 @@ class Scorer:
     def check_reached(self) -> None:
         """Raise CheckpointError if the Fisher was looked at and every entry was zero."""
         if self._reached and not any(flags.any() for flags in self._reached.values()):
-            raise CheckpointError(_all_zero(self._from.path))
+            raise CheckpointError(_all_zero(self._inputs.path))
 
     def _combined(self, units: Units, block: Block) -> Doubles:
         if units.over is None:
@@ -153,22 +153,22 @@ class Scorer:
         return unit_scores(units, self._combine, block, self._pool)
 
     def _entries(self, name: str, start: int, stop: int) -> Floats:
-        score, weights = self._options.score, self._from.weights
+        score, weights = self._options.score, self._inputs.weights
         f = None if score == "magnitude" else self._fisher(name, start, stop)
         return entry_scores(score, f, None if weights is None else weights.block(name, start, stop))
 
     def _fisher(self, name: str, start: int, stop: int) -> Floats:
-        values = self._from.fisher.block(name, start, stop)
-        known = self._reached.setdefault(name, np.zeros(self._from.experts(name), np.bool_))
-        size = self._from.size(name) // len(known) if len(known) else 0
+        values = self._inputs.fisher.block(name, start, stop)
+        known = self._reached.setdefault(name, np.zeros(self._inputs.experts(name), np.bool_))
+        size = self._inputs.size(name) // len(known) if len(known) else 0
         for expert in range(start // size, -(-stop // size)) if size else ():
             if values[max(0, expert * size - start) : (expert + 1) * size - start].any():
                 known[expert] = True
         return values
 
     def _contrasted_entries(self, name: str, start: int, stop: int) -> Floats:
-        assert self._from.other is not None
-        g = self._from.other.block(name, start, stop).astype(np.float64)
+        assert self._inputs.other is not None
+        g = self._inputs.other.block(name, start, stop).astype(np.float64)
         return self._contrast(self._entries(name, start, stop).astype(np.float64), g).astype(np.float32)
 
     def _contrast(self, f: Doubles, g: Doubles) -> Doubles:
@@ -183,8 +183,8 @@ class Scorer:
 
     def _mean(self, values: Values) -> float:
         total, count = 0.0, 0
-        for name in self._from.shapes:
-            size = self._from.size(name)
+        for name in self._inputs.shapes:
+            size = self._inputs.size(name)
             sums = self._pool.map(functools.partial(_block_sum, values, name), size)
             total, count = total + math.fsum(sums), count + size
         if not total:

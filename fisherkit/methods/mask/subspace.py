@@ -95,7 +95,7 @@ class _Basis:
     """Matrices whose modes are taken."""
 
     def __init__(self, made_from: MaskInputs, options: MaskOptions) -> None:
-        self._from = made_from
+        self._inputs = made_from
         self._kind = options.basis or "fisher"
         self.device = choose_device(options.device)
 
@@ -106,8 +106,8 @@ class _Basis:
 
     def matrices(self, name: str) -> list[torch.Tensor]:
         """Read the matrices [a, b] of a weight, float32: one, or one per expert."""
-        height, width = self._from.shapes[name][-2:]
-        return [self._matrix(name, n * height * width, height, width) for n in range(self._from.experts(name))]
+        height, width = self._inputs.shapes[name][-2:]
+        return [self._matrix(name, n * height * width, height, width) for n in range(self._inputs.experts(name))]
 
     def _matrix(self, name: str, first: int, height: int, width: int) -> torch.Tensor:
         flat = np.empty(height * width, np.float32)
@@ -118,15 +118,15 @@ class _Basis:
 
     def _block(self, name: str, start: int, stop: int) -> Floats:
         if self.is_fisher:
-            f = self._from.fisher.block(name, start, stop)
+            f = self._inputs.fisher.block(name, start, stop)
             return f if self._kind == "fisher" else np.sqrt(f)
-        assert self._from.weights is not None
-        w = self._from.weights.block(name, start, stop)
+        assert self._inputs.weights is not None
+        w = self._inputs.weights.block(name, start, stop)
         if self._kind == "fisher-weight":
-            return np.asarray(np.sqrt(self._from.fisher.block(name, start, stop)) * w)
+            return np.asarray(np.sqrt(self._inputs.fisher.block(name, start, stop)) * w)
         if self._kind == "delta":
-            assert self._from.delta is not None
-            return np.asarray(self._from.delta.block(name, start, stop) - w)
+            assert self._inputs.delta is not None
+            return np.asarray(self._inputs.delta.block(name, start, stop) - w)
         return w
 
 

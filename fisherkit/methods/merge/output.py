@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fisherkit._version import __version__
+from fisherkit.checkpoint.atomic import write_text
 from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card
 from fisherkit.checkpoint.folder.side_files import code_files, copy_side_files, folder_of, output_config, side_files
 from fisherkit.checkpoint.target import MANIFEST
-from fisherkit.errors import OutputError
 from fisherkit.methods.merge.pair_run import Request, Run
 from fisherkit.pairs.pair import Pair
 from fisherkit.pairs.reader import Tensors
@@ -167,8 +167,5 @@ def _is_untied(run: Run) -> bool:
 
 
 def _write(path: Path, text: str) -> str:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    write_text(path, text)
     return path.name
