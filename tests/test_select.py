@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fisherkit.floats import narrow, widen
-from fisherkit.kernels.prune import TensorPair, copy_flagged, keep_block, keep_top_candidates, magnitude_sum
+from fisherkit.kernels.prune import copy_flagged, keep_block, keep_top_candidates
 from fisherkit.kernels.prune_scores import BLOCK, LOWEST, Scratch, drawing, exclude_ineligible, score
 from fisherkit.kernels.rescale import FACTORS
+from fisherkit.kernels.tensor_pair import TensorPair, magnitude_sum
 from fisherkit.kernels.top_k import (
     EVERYTHING,
     HistogramSelect,

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.prune import TensorPair
 from fisherkit.kernels.prune_scores import Scratch, deltas
+from fisherkit.kernels.tensor_pair import TensorPair
 
 BINS = 96
 LOW, HIGH = -8.0, 8.0

@@ -5,75 +5,20 @@
 every entry is bit-identical to that of one checkpoint.
 """
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit.floats import FLOATING, Floats, Stored, narrow, widen
+from fisherkit.floats import Floats, widen
 from fisherkit.kernels.prune_scores import BLOCK, Draw, Flags, Scratch, deltas, drawing, exclude_ineligible, score
+from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair, converted, sample_indices
 from fisherkit.kernels.top_k import ThresholdRange, top_k_mask
 
 SAMPLE_STREAM = -BLOCK
 """Where a sample's random numbers begin: one block before the tensor's own, so that the two streams never meet."""
 _TYPICAL = (1e-30, 1e30)  # sums of squares in float32 that lost nothing worth naming
-
-
-@dataclass(frozen=True)
-class TensorPair:
-    """One tensor of both checkpoints, flat.
-
-    Attributes:
-        base: [n] stored entries of BASE.
-        base_code: their safetensors code, such as ``BF16``.
-        tuned: [n] stored entries of FT.
-        tuned_code: their code.
-        metric: what entries are scored by; see prune_scores.score.
-        mean: mean of |base| over the whole tensor, which ``fapm`` scores by.
-    """
-
-    base: Stored
-    base_code: str
-    tuned: Stored
-    tuned_code: str
-    metric: str = "fapm"
-    mean: float = 0.0
-
-    def part(self, start: int, stop: int) -> "TensorPair":
-        """Entries ``start`` to ``stop`` as views."""
-        return replace(self, base=self.base[start:stop], tuned=self.tuned[start:stop])
-
-    def take(self, indices: NDArray[np.int64]) -> "TensorPair":
-        """Copies of the entries at ``indices``."""
-        return replace(self, base=self.base[indices], tuned=self.tuned[indices])
-
-
-class DeltaCounts(NamedTuple):
-    """Counts and sums of squares over some entries of a delta; ``a + b`` counts both.
-
-    Attributes:
-        kept: entries that are not BASE's any more.
-        zero_deltas: entries that fine-tuning did not change.
-        zero_weights: entries that are zero in BASE.
-        nonfinite: entries that are NaN or infinite in either checkpoint; never kept.
-        rounded_away: entries whose delta is too small for BASE's type, so that they stay BASE's.
-        energy: sum of d^2, d = FT - BASE.
-        energy_kept: sum of squares of what is left of d.
-    """
-
-    kept: int = 0
-    zero_deltas: int = 0
-    zero_weights: int = 0
-    nonfinite: int = 0
-    rounded_away: int = 0
-    energy: float = 0.0
-    energy_kept: float = 0.0
-
-    def __add__(self, other: "DeltaCounts") -> "DeltaCounts":  # type: ignore[override]  # a tuple's would append
-        return DeltaCounts._make(map(operator.add, self, other))
 
 
 @dataclass(frozen=True)
@@ -225,23 +170,6 @@ def sample_scores(pair: TensorPair, wanted: int, seed: int, stream: int) -> Floa
     return block_scores(pair.take(indices), Scratch(indices.size), seed, stream, SAMPLE_STREAM).copy()
 
 
-def sample_indices(count: int, wanted: int, seed: int, stream: int) -> NDArray[np.int64]:
-    """Return one index out of each of ``wanted`` equal stretches of ``count``; all indices where there are no more.
-
-    Args:
-        count: entries of the tensor.
-        wanted: how many indices.
-        seed: of the places within the stretches.
-        stream: of the tensor's random numbers.
-    """
-    if wanted >= count:
-        return np.arange(count, dtype=np.int64)
-    jitter = np.empty(wanted, np.float32)
-    drawing(seed, stream, (1 << 62) + 1)(jitter)
-    edges = np.arange(wanted, dtype=np.float64) * (count / wanted)
-    return np.minimum(edges + jitter * (count / wanted), count - 1).astype(np.int64)
-
-
 def copy_flagged(pair: TensorPair, flags: Flags, scratch: Scratch) -> None:
     """Copy FT's flagged entries over the base's, in the base's type: ``w[flags] = f[flags]``.
 
@@ -261,63 +189,6 @@ def copy_flagged(pair: TensorPair, flags: Flags, scratch: Scratch) -> None:
     np.bitwise_xor(w, f, out=blend)
     np.multiply(blend, flags, out=blend)
     np.bitwise_xor(w, blend, out=w)
-
-
-def converted(stored: Stored, code: str, wanted: str) -> Stored:
-    """Return stored entries in another floating type; themselves where it is the same.
-
-    Args:
-        stored: entries.
-        code: their safetensors code.
-        wanted: the code they should have.
-    """
-    if code == wanted:
-        return stored
-    assert {code, wanted} <= FLOATING, "only floating types are converted"
-    return narrow(widen(stored, code), wanted)
-
-
-def round_to_base(part: TensorPair, out: Stored) -> tuple[int, int]:
-    """Put FT's entries into ``out`` in the base's type; return how many differed, and how many no longer do.
-
-    A delta finer than the base's type is a delta in name only: the output could not hold it.
-
-    Args:
-        part: one block.
-        out: [n] in the base's stored type.
-    """
-    w, f = widen(part.base, part.base_code), widen(part.tuned, part.tuned_code)
-    out[:] = narrow(f, part.base_code)
-    differed = f != w
-    return int(np.count_nonzero(differed)), int(np.count_nonzero(differed & (widen(out, part.base_code) == w)))
-
-
-def magnitude_sum(w: Stored, code: str, scratch: Scratch) -> tuple[float, int]:
-    """Return the sum of the finite |w| of a block, in float64, and how many entries are not finite.
-
-    Args:
-        w: [n] stored entries.
-        code: their safetensors code.
-        scratch: the thread's memory.
-    """
-    values = scratch.floats[0][: w.size]
-    np.abs(widen(w, code, values), out=values)
-    total = float(np.add.reduce(values, dtype=np.float32)) if w.size <= 4096 else _pairwise(values)
-    if np.isfinite(total):
-        return total, 0
-    finite = np.isfinite(values)
-    return float(values[finite].sum(dtype=np.float64)), int(values.size - np.count_nonzero(finite))
-
-
-def _pairwise(values: Floats) -> float:
-    """A float64 sum of float32 sums of short rows: as exact as needed at the speed of float32."""
-    rows = values[: values.size // 256 * 256].reshape(-1, 256).sum(axis=1)
-    return float(rows.sum(dtype=np.float64)) + float(values[rows.size * 256 :].sum(dtype=np.float64))
-
-
-def nonfinite(stored: Stored, code: str) -> NDArray[np.int64]:
-    """Return the indices of the infinities and NaN of a flat stored array."""
-    return np.flatnonzero(~np.isfinite(widen(stored, code)))
 
 
 def _energy(d: Floats) -> float:

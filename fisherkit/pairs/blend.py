@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherkit.floats import Floats, narrow, widen
-from fisherkit.kernels.prune import DeltaCounts, TensorPair, copy_flagged
+from fisherkit.kernels.prune import copy_flagged
 from fisherkit.kernels.prune_scores import BLOCK, Flags, Scratch
+from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.pairs.parallel import BlockPool
 
 _PRODUCT_ROWS = 1024  # rows of a matrix that are multiplied at a time

@@ -11,17 +11,15 @@ from numpy.typing import NDArray
 from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.prune import (
     BlockResult,
-    DeltaCounts,
     KeptCandidates,
-    TensorPair,
     block_scores,
     keep_block,
     keep_top_candidates,
-    sample_indices,
     sample_scores,
 )
 from fisherkit.kernels.prune_scores import BLOCK, Draw, drawing
 from fisherkit.kernels.rescale import FACTORS
+from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair, sample_indices
 from fisherkit.kernels.top_k import (
     EVERYTHING,
     NOTHING,

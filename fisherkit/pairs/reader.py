@@ -9,7 +9,7 @@ from typing import Self
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Stored
-from fisherkit.kernels.prune import TensorPair, magnitude_sum, nonfinite, round_to_base
+from fisherkit.kernels.tensor_pair import TensorPair, magnitude_sum, nonfinite, round_to_base
 from fisherkit.pairs.pair import Pair
 from fisherkit.pairs.parallel import BlockPool, BufferPool
 

@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.prune import TensorPair, block_scores, sample_scores
+from fisherkit.kernels.prune import block_scores, sample_scores
+from fisherkit.kernels.tensor_pair import TensorPair
 from fisherkit.kernels.top_k import (
     NOTHING,
     SAMPLE,

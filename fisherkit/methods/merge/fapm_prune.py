@@ -10,8 +10,9 @@ import numpy as np
 from fisherkit.artefacts.sparse_delta import SparseWriter
 from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap
-from fisherkit.kernels.prune import SAMPLE_STREAM, TensorPair, block_scores, converted, sample_indices
+from fisherkit.kernels.prune import SAMPLE_STREAM, block_scores
 from fisherkit.kernels.prune_scores import Scratch
+from fisherkit.kernels.tensor_pair import TensorPair, converted, sample_indices
 from fisherkit.kernels.top_k import SAMPLE, quota
 from fisherkit.methods.merge.pair_run import Loaded, Run, load_pair, refuse_bad_values, untouched
 from fisherkit.methods.merge.quotas import SharedThresholds, random_stream, survey

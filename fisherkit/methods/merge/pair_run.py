@@ -10,7 +10,7 @@ import numpy as np
 
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Stored, widen
-from fisherkit.kernels.prune import TensorPair, converted
+from fisherkit.kernels.tensor_pair import TensorPair, converted
 from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
 from fisherkit.pairs.pair import Pair, open_pair
