@@ -283,14 +283,46 @@ class TestModelCard:
         ["no", "1.0", "2024-01-01", 'a "b" \\ c', "x: y", "it's", "- a", "ключ", "💾", "\x7f", "*", "{a}", "a\tb"],
     )
     def test_any_text_survives_yaml(self, text: str) -> None:
-        assert parsed(card(base_card=f"---\nlicense: {text}\n---\n"))["license"] == text
+        assert parsed(card(base_card=f"---\nlicense: {json.dumps(text)}\n---\n"))["license"] == text
 
     def test_values_in_lists_are_read_and_unfinished_fronts_are_not(self) -> None:
         assert front_matter("---\nlicense: [mit, 'x']\n---\n") == {"license": ["mit", "x"]}
         assert front_matter("---\nlicense:\n- mit\n- bsd\nother: 1\n---\n") == {"license": ["mit", "bsd"]}
-        assert front_matter("---\r\nlicense: mit\r\n---\r\n") == {"license": ["mit"]}
+        assert front_matter("---\r\nlicense: mit\r\n---\r\n") == {"license": "mit"}
         for text in ("", "# Title\nlicense: mit\n", "---\nlicense: mit\n", "---\nlicense: null\n---\n"):
             assert front_matter(text) == {}
+
+    def test_nested_fields_and_hyphenated_keys_do_not_leak_into_the_one_before(self) -> None:
+        results = "model-index:\n- name: foo\n  results:\n  - task: {type: text-generation}\n"
+        assert front_matter(f"---\nlicense: mit\n{results}pipeline_tag: x\n---\n") == {
+            "license": "mit",
+            "pipeline_tag": "x",
+        }
+        assert front_matter(f"---\n{results}license: mit\n---\n") == {"license": "mit"}
+        assert front_matter("---\nbase-model: a\nlicense:\n  name: mit\n---\n") == {}
+
+    def test_folded_text_is_read_as_text(self) -> None:
+        folded = "---\nlicense: other\nlicense_name: >-\n  my own\n  licence\nlicense_link: LICENSE\n---\n"
+        assert front_matter(folded) == {
+            "license": "other",
+            "license_name": "my own licence",
+            "license_link": "LICENSE",
+        }
+
+    @pytest.mark.parametrize(
+        "front",
+        [
+            "license: x: y",
+            "license: *",
+            "a: [",
+            "- mit",
+            "mit",
+            "license: !!python/name:os.system",
+            "a: " + "[" * 100_000,
+        ],
+    )
+    def test_what_is_no_front_matter_is_carried_as_nothing(self, front: str) -> None:
+        assert front_matter(f"---\n{front}\n---\n") == {}
 
     def test_the_body_has_command_figures_paper_and_the_old_card(self) -> None:
         text = card(base_card=BASE_CARD, tuned_card=TUNED_CARD)

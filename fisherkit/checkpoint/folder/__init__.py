@@ -1,1 +1,1 @@
-"""The files beside the tensors of a model: config, tokenizer, model card; and quantisation, which is refused."""
+"""Files beside the tensors of a model: config, tokenizer, model card; and quantisation, which is refused."""

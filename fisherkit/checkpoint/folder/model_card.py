@@ -1,8 +1,4 @@
-"""The README.md of a model made of two: front matter that the Hub reads, what was done, and the tuned model's own card.
-
-YAML is written and read by hand, since no YAML library is a dependency: written as plain or double-quoted scalars, read
-as far as the few fields go that are carried over. Standard library only.
-"""
+"""README.md of a model made of two: front matter that the Hub reads, what was done, and the tuned model's own card."""
 
 import re
 import shlex
@@ -12,11 +8,9 @@ from pathlib import Path
 from fisherkit.checkpoint.hub import ModelSource
 
 PAPERS: Mapping[str, str] = {"fapm": "https://arxiv.org/abs/2509.08255"}
-"""Where the method is described, by its name."""
+"""Papers that describe a method, by its name."""
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
-_RESERVED = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"))
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _CACHED = re.compile(r"models--(.+)")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -25,7 +19,7 @@ _CARRIED = (*_LICENSE, "pipeline_tag")
 
 
 def public_id(source: ModelSource) -> str:
-    """What to call a model in public: its id on the Hub, or the name of its folder or file; never a path."""
+    """Return what to call a model in public: its id on the Hub, or the name of its folder or file; never a path."""
     for part in source.path.absolute().parts:
         cached = _CACHED.fullmatch(part)
         if cached is not None:
@@ -34,7 +28,7 @@ def public_id(source: ModelSource) -> str:
 
 
 def read_card(folder: Path | None) -> str | None:
-    """The README.md of a model folder; None where there is none, or none that is text."""
+    """Read the README.md of a model folder; None where there is none, or none that is text."""
     try:
         return (folder / "README.md").read_text(encoding="utf-8") if folder is not None else None
     except (OSError, UnicodeDecodeError):
@@ -42,7 +36,7 @@ def read_card(folder: Path | None) -> str | None:
 
 
 def redact(command: Sequence[str]) -> str:
-    """A command line as one would type it, without the tokens of the Hub in it."""
+    """Return a command line as one would type it, without the tokens of the Hub in it."""
     words, secret = [], False
     for word in command:
         shown = _TOKEN.sub("hf_REDACTED", re.sub(r"^(--(?:hf-)?token=).*", r"\1REDACTED", word))
@@ -61,7 +55,7 @@ def model_card(
     base_card: str | None = None,
     tuned_card: str | None = None,
 ) -> str:
-    """The card, in Markdown with YAML front matter.
+    """Return the card, in Markdown with YAML front matter.
 
     The licence is BASE's, or else the tuned model's, as their cards state it; it is never made up. The task
     (``pipeline_tag``) is the tuned model's.
@@ -79,7 +73,7 @@ def model_card(
     ids = [base_id, *([tuned_id] if tuned_id else [])]
     owner = ours if "license" in ours else theirs
     fields = {
-        "library_name": ["transformers"],
+        "library_name": "transformers",
         "base_model": [name for name in ids if _HUB_ID.fullmatch(name)],
         "tags": list(dict.fromkeys(("fisherkit", method, "merge"))),
         **{key: owner[key] for key in _LICENSE if key in owner},
@@ -92,53 +86,38 @@ def model_card(
     return "\n".join(parts)
 
 
-def front_matter(card: str) -> dict[str, list[str]]:
-    """The fields of a card's front matter that are carried over, each as its values; empty where there are none."""
-    found = _FRONT.match(card)
-    fields: dict[str, list[str]] = {}
-    key = ""
-    for line in found[1].splitlines() if found else ():
-        entry = re.match(r"([A-Za-z_]\w*):(?:\s+(.*))?$", line)
-        item = re.match(r"\s*-\s+(.*)$", line)
-        if entry is not None:
-            key = entry[1]
-            fields[key] = _values(entry[2] or "")
-        elif item is not None and key:
-            fields[key] += _values(item[1])
-    return {key: fields[key] for key in _CARRIED if fields.get(key)}
+def front_matter(card: str) -> dict[str, str | list[str]]:
+    """Return the fields of a card's front matter that are carried over; none where it is missing or no YAML."""
+    import yaml  # a tenth of a second that only cards need
+
+    match = _FRONT.match(card)
+    try:
+        # BaseLoader leaves scalars as text (a licence called "no" is no boolean) and makes nothing but text, lists and
+        # mappings. Its faster twin in C crashes on deeply nested brackets instead of raising RecursionError.
+        fields = yaml.load(match[1], Loader=yaml.BaseLoader) if match is not None else None  # noqa: S506
+    except (yaml.YAMLError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        return {}
+    known = {key: _words(fields.get(key)) for key in _CARRIED}
+    return {key: words if len(words) > 1 else words[0] for key, words in known.items() if words}
 
 
-def _values(text: str) -> list[str]:
-    """A scalar, or a list in brackets; without quotes and comments."""
-    text = text.strip()
-    if text.startswith("["):
-        return [value for part in text.strip("[]").split(",") for value in _values(part)]
-    quoted = re.match(r"""(["'])(.*?)\1\s*(?:#.*)?$""", text)
-    plain = quoted[2] if quoted else re.sub(r"(?:^|\s)#.*$", "", text).strip()
-    return [plain] if plain and plain not in ("|", ">", "null", "~") else []
+def _words(value: object) -> list[str]:
+    """Return a scalar or a list of scalars as words; none for null and for what is nested."""
+    parts = value if isinstance(value, list) else [value]
+    words = [part for part in parts if isinstance(part, str) and part not in ("", "null", "~")]
+    # JSON, which is YAML too, escapes a character beyond the first 65,536 as two surrogates: make them one character.
+    return [word.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for word in words]
 
 
-def _front(fields: Mapping[str, Sequence[str]]) -> str:
-    lines = ["---"]
-    for key, values in fields.items():
-        if key in ("base_model", "tags") or len(values) > 1:
-            lines += [f"{key}:", *(f"- {_scalar(value)}" for value in values)] if values else []
-        else:
-            lines.append(f"{key}: {_scalar(values[0])}")
-    return "\n".join([*lines, "---", ""])
+def _front(fields: Mapping[str, object]) -> str:
+    """Write fields as front matter, without those that are empty."""
+    import yaml
 
-
-def _scalar(text: str) -> str:
-    """One line of YAML that reads back as this text."""
-    if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
-        return text
-    return '"' + "".join(map(_escaped, _text(text))) + '"'
-
-
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return "\\" + char
-    return char if char.isprintable() else f"\\U{ord(char):08x}"
+    known = {key: value for key, value in fields.items() if value}
+    text = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return f"---\n{text}---\n"
 
 
 def _body(method: str, base_id: str, tuned_id: str | None, command: str, facts: Mapping[str, str]) -> str:
@@ -161,12 +140,12 @@ def _body(method: str, base_id: str, tuned_id: str | None, command: str, facts: 
 
 
 def _text(text: str) -> str:
-    """Text that UTF-8 can hold: a byte of a file name or an argument that is no text becomes a question mark."""
+    """Return text that UTF-8 can hold: a byte of a file name or an argument that is no text becomes "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _inline(text: str) -> str:
-    """A name inside of a line of Markdown."""
+    """Return a name as it stands inside of a line of Markdown."""
     return " ".join(_text(text).split()).replace("`", "'")
 
 

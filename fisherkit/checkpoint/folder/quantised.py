@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantised weights or their scales: they cannot be computed with as they lie there.
+"""Detection of quantised checkpoints, whose weights cannot be computed with as they lie there.
 
 Standard library only. Schemes known by their tensors: FP8 (DeepSeek, Qwen), GPTQ, AWQ, bitsandbytes in 4 and 8 bits,
 compressed-tensors, HQQ, MXFP4 (gpt-oss).
@@ -26,7 +26,7 @@ _ENDINGS = ("_blocks", "_scales")  # MXFP4: gate_up_proj_blocks beside gate_up_p
 
 
 def quantised_tensor(index: CheckpointIndex) -> TensorInfo | None:
-    """The first tensor of the checkpoint that is a quantised weight or a scale of one."""
+    """Return the first tensor of the checkpoint that is a quantised weight or a scale of one."""
     return next((info for info in index.tensors.values() if _is_quantised(info)), None)
 
 
@@ -39,10 +39,10 @@ def refuse_quantised(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
     """
     scheme = next((part["quantization_config"] for part in _parts(config) if part.get("quantization_config")), None)
     method = f" ({scheme.get('quant_method', 'unnamed')})" if isinstance(scheme, Mapping) else ""
-    found = quantised_tensor(index)
-    if found is not None:
+    tensor = quantised_tensor(index)
+    if tensor is not None:
         raise CheckpointError(
-            f"{found.file}: {found.name} ({found.dtype}): the checkpoint is quantised{method}; {DEQUANTISE}"
+            f"{tensor.file}: {tensor.name} ({tensor.dtype}): the checkpoint is quantised{method}; {DEQUANTISE}"
         )
     if scheme is not None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What lies around the weights of a model: which of it belongs into a model made of two, and from which side.
+"""Files around the weights of a model: which of them belong into a model made of two, and from which side.
 
 Config, tokenizer, chat template and the rest come from the tuned side, and from BASE where the tuned side has none.
 What is copied is decided by a list of what is not, since a list of what is would miss the file formats to come.
@@ -31,11 +31,7 @@ _NEVER_FOLDERS = (
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 _TOKENIZERS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *(
-        "*.tiktoken",
-        "tekken.json",
-        "sentencepiece*.model",
-    ),
+    *("*.tiktoken", "tekken.json", "sentencepiece*.model"),
 )
 _TIE = "tie_word_embeddings"
 
@@ -55,7 +51,7 @@ class SideFile:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """The config.json of the output.
+    """Contents of the output's config.json.
 
     Attributes:
         values: what goes into it; None where neither side has one.
@@ -67,7 +63,7 @@ class OutputConfig:
 
 
 def folder_of(checkpoint: Path) -> Path | None:
-    """The model folder of a checkpoint: itself, or the folder around a single file; None where that is no model folder.
+    """Return a checkpoint's model folder: itself, or the folder around a file; None where that is no model folder.
 
     A model folder has a config.json, or what a tokenizer or an adapter is known by. Files beside a lone tensor file
     have nothing to do with it.
@@ -78,7 +74,7 @@ def folder_of(checkpoint: Path) -> Path | None:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint, as it is; empty where there is none.
+    """Read the config.json of a checkpoint, as it is; empty where there is none.
 
     Raises:
         CheckpointError: it is not a JSON object, or cannot be read.
@@ -89,7 +85,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def side_files(base: Path, tuned: Path | None, *, from_tuned: bool = True) -> list[SideFile]:
-    """What to copy beside the weights, sorted by path. Never weights, their indexes, training state, config or README.
+    """List what to copy beside the weights, by path. Never weights, indexes, training state, config or README.
 
     A tokenizer is taken whole from one side, since files of two do not fit each other. A chat template is taken from
     BASE only if the tuned side has none, in a file or in its tokenizer's config. Python code comes from the side whose
@@ -115,7 +111,7 @@ def side_files(base: Path, tuned: Path | None, *, from_tuned: bool = True) -> li
 
 
 def code_files(files: Sequence[SideFile]) -> tuple[str, ...]:
-    """The Python files among them: code that runs where the model is loaded with trust_remote_code."""
+    """Return the Python files among them: code that runs where the model is loaded with trust_remote_code."""
     return tuple(file.path.as_posix() for file in files if file.path.suffix == ".py")
 
 
@@ -137,7 +133,7 @@ def copy_side_files(files: Sequence[SideFile], into: Path) -> tuple[str, ...]:
 
 
 def output_config(base: Path, tuned: Path | None, *, untied: bool = False) -> OutputConfig:
-    """The config of a model that has BASE's layout and dtypes.
+    """Return the config of a model that has BASE's layout and dtypes.
 
     The tuned side's where it is the same model (equal model_type and architectures), since a fine-tune may have
     changed settings; otherwise BASE's. Dtypes and the tying of embeddings are BASE's in either case.
@@ -173,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _own_config(tuned: Path) -> dict[str, Any]:
-    """The tuned side's config; none for an adapter, whose folder may hold one of whatever was trained."""
+    """Read the tuned side's config; none for an adapter, whose folder may hold one of whatever was trained."""
     folder = folder_of(tuned)
     return {} if folder is not None and (folder / "adapter_config.json").is_file() else read_config(tuned)
 
@@ -187,16 +183,12 @@ def _described(config: Mapping[str, Any]) -> str:
 
 
 def _as_stored(chosen: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``chosen`` with BASE's dtype and tying, in its parts too; sorted, as transformers writes configs."""
+    """Return ``chosen`` with BASE's dtype and tying, in its parts too; sorted, as transformers writes configs."""
     values = {key: value for key, value in chosen.items() if key not in ("dtype", "torch_dtype", _TIE)}
     dtype = base.get("dtype", base.get("torch_dtype"))
     if dtype is not None:
-        key = (
-            "torch_dtype"
-            if "torch_dtype" in (chosen if chosen.keys() & {"dtype", "torch_dtype"} else base)
-            else "dtype"
-        )
-        values[key] = dtype
+        named_by = chosen if chosen.keys() & {"dtype", "torch_dtype"} else base
+        values["torch_dtype" if "torch_dtype" in named_by else "dtype"] = dtype
     if _TIE in base:
         values[_TIE] = base[_TIE]
     for name, part in chosen.items():
@@ -221,7 +213,7 @@ def _files(checkpoint: Path) -> dict[Path, Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files to copy. Links to files are followed (the hub's cache is made of them), links to folders are not."""
+    """List files to copy. Links to files are followed (the hub's cache is made of them), links to folders are not."""
     for entry in sorted(folder.iterdir()):
         if entry.is_file() and not _named(entry, _NEVER_FILES):
             yield entry
@@ -230,7 +222,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_model(folder: Path) -> bool:
-    """Another checkpoint inside of this one."""
+    """Tell if a folder is another checkpoint inside of this one."""
     marks = ("config.json", "adapter_config.json", *_WEIGHTS)
     return any(_named(entry, marks) for entry in folder.iterdir())
 
@@ -244,7 +236,7 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
 
 
 def _has_template(files: Mapping[Path, Path]) -> bool:
-    """Whether a side has a chat template, in a file of its own or in the tokenizer's config."""
+    """Tell if a side has a chat template, in a file of its own or in the tokenizer's config."""
     config = files.get(Path("tokenizer_config.json"))
     return any(_matches(path, _TEMPLATES) for path in files) or (
         config is not None and bool(_read_json(config).get("chat_template"))
