@@ -22,7 +22,7 @@ from fisherkit.errors import OutputError
 from fisherkit.methods.demo import files, fine_tune, model
 from fisherkit.methods.demo.corpus import Corpus, read_corpus
 from fisherkit.methods.demo.model import Recipe, make_model
-from fisherkit.methods.demo.tasks import in_words, task_talks
+from fisherkit.methods.demo.tasks import in_words, task_conversations
 from fisherkit.methods.demo.training import Course, mean_loss, windows
 from fisherkit.options import ExtractOptions
 
@@ -35,7 +35,7 @@ TALKS = 200
 def _little_text() -> Iterator[None]:
     corpus = read_corpus(100_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "read_corpus", lambda: Corpus(corpus.talks[::5], corpus.plain))
+        patch.setattr(model, "read_corpus", lambda: Corpus(corpus.conversations[::5], corpus.plain))
         yield
 
 
@@ -210,8 +210,8 @@ def test_the_text_is_bounded_and_the_same_each_time() -> None:
     corpus = read_corpus()
     assert read_corpus() == corpus
     assert 500_000 < sum(map(len, corpus.texts())) < 3_000_000
-    assert len(corpus.talks) > 500
-    for talk in corpus.talks:
+    assert len(corpus.conversations) > 500
+    for talk in corpus.conversations:
         assert [turn["role"] for turn in talk] == ["user", "assistant"] * (len(talk) // 2)
         assert all(turn["content"].strip() for turn in talk)
     assert read_corpus(0).plain == ()
@@ -230,11 +230,11 @@ def tuned(made: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
 
 def tune(base: Path, target: Path, **options: Any) -> Path:
-    return fine_tune.tune_model(base, target, seconds=30, course=COURSE, talks=TALKS, **options)
+    return fine_tune.tune_model(base, target, seconds=30, course=COURSE, conversations=TALKS, **options)
 
 
 def test_the_fine_tune_learns_the_new_text_and_forgets_the_old(made: Any, tuned: Any) -> None:
-    base, after = fine_tune.measure(made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, talks=TALKS)
+    base, after = fine_tune.measure(made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, conversations=TALKS)
     assert after.new < base.new - 0.5
     assert after.old > base.old
     told = [line for line in tuned[1] if line.startswith("Loss")]
@@ -272,7 +272,7 @@ def test_only_answers_are_learnt(made: Any) -> None:
     tokenizer = fine_tune.load_tokenizer(made[0])
     learnt = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if learnt]
     asked = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if not learnt]
-    talks = task_talks(8)
+    talks = task_conversations(8)
     assert learnt == [f"{answer['content']}<|end|>\n</s>" for _, answer in talks]
     assert asked == [f"<s><|user|>\n{question['content']}<|end|>\n<|assistant|>\n" for question, _ in talks]
 
@@ -301,9 +301,9 @@ def test_the_mean_loss_is_per_token_whatever_the_windows(made: Any) -> None:
 
 
 def test_tasks_are_asked_once_and_answered_rightly() -> None:
-    talks = task_talks(400)
-    assert task_talks(400) == talks
-    assert task_talks(400, seed=1) != talks
+    talks = task_conversations(400)
+    assert task_conversations(400) == talks
+    assert task_conversations(400, seed=1) != talks
     questions = [talk[0]["content"] for talk in talks]
     assert len(set(questions)) == 400
     for question, answer in ((talk[0]["content"], talk[1]["content"]) for talk in talks):
@@ -339,8 +339,10 @@ def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch
     recipe = replace(SMALL, window=128, held_out=4)
     monkeypatch.setattr("fisherkit.cli.demo.ExtractOptions", partial(ExtractOptions, limit=8))
     monkeypatch.setattr(model, "make_model", partial(make_model, recipe=recipe))
-    monkeypatch.setattr(fine_tune, "tune_model", partial(fine_tune.tune_model, course=COURSE, talks=TALKS))
-    monkeypatch.setattr(fine_tune, "measure", partial(fine_tune.measure, recipe=recipe, course=COURSE, talks=TALKS))
+    monkeypatch.setattr(fine_tune, "tune_model", partial(fine_tune.tune_model, course=COURSE, conversations=TALKS))
+    monkeypatch.setattr(
+        fine_tune, "measure", partial(fine_tune.measure, recipe=recipe, course=COURSE, conversations=TALKS)
+    )
     folder = tmp_path / "a demo"
     done = CliRunner().invoke(app, ["demo", "--folder", str(folder)])
     assert done.exit_code == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Where the demo's models lie: whole or not at all, used again where they are there, nobody else's replaced."""
+"""Files of the demo's models: whole or not at all, used again where they are there, nobody else's replaced."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def is_reusable(target: Path, parent: str | None = None) -> bool:
-    """Whether a whole model of the demo is there, made of the model with fingerprint ``parent`` if that is given.
+    """Tell if a whole model of the demo is there, made of the model with fingerprint ``parent`` if that is given.
 
     Raises:
         OutputError: something is there that is not ours to replace.
@@ -74,7 +74,7 @@ def no_progress_bar() -> Iterator[None]:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target that takes its place if all goes well.
+    """Make a fresh folder beside the target that takes its place if all goes well.
 
     Raises:
         OutputError: the place cannot be written.

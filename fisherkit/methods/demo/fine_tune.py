@@ -1,6 +1,6 @@
-"""The demo's model fine-tuned on another kind of text, and what models are worth on the old and the new.
+"""Fine-tuning of the demo's model on another kind of text, and losses of models on the old and the new.
 
-The new text is ``demo_tasks``'s; only its answers are learnt. How a tuned model is pruned is none of this module's
+The new text is ``tasks``'s; only its answers are learnt. How a tuned model is pruned is none of this module's
 business; to it every model is a folder that transformers loads.
 """
 
@@ -14,13 +14,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from fisherkit.checkpoint.index import open_index
 from fisherkit.methods.demo.files import PARENT, is_reusable, no_progress_bar, save, written_aside
 from fisherkit.methods.demo.model import Recipe, text_windows
-from fisherkit.methods.demo.tasks import task_talks
+from fisherkit.methods.demo.tasks import task_conversations
 from fisherkit.methods.demo.training import Course, Windows, learn, mean_loss, one_thread, windows
 from fisherkit.progress import Say, Track
 
-TALKS = 4000
+CONVERSATIONS = 4000
 TUNING = Course(steps=600, learning_rate=5e-4, embedding_rate=2e-3)
-"""The course of the fine-tune: ordinary rates, none chosen for what it does to the old text."""
+"""Course of the fine-tune: ordinary rates, none chosen for what it does to the old text."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def tune_model(
     say: Say = lambda line: None,
     seconds: float = 25.0,
     course: Course = TUNING,
-    talks: int = TALKS,
+    conversations: int = CONVERSATIONS,
 ) -> Path:
     """Fine-tune all weights of the demo's model on small tasks, or reuse what an earlier run made of this very model.
 
@@ -50,7 +50,7 @@ def tune_model(
         say: gets the lines meant for a person.
         seconds: wall time of the training loop.
         course: schedule and rates.
-        talks: questions and answers, those held out included.
+        conversations: questions and answers, those held out included.
 
     Returns:
         ``target``.
@@ -65,7 +65,7 @@ def tune_model(
     with written_aside(target) as staged, one_thread():
         model, tokenizer = load(base), load_tokenizer(base)
         say(f"Fine-tuning {base} on numbers, dates, sorting and introductions ({seconds:.0f} seconds at most)")
-        learn(model.float(), _task_windows(tokenizer, course, talks), course, seconds, track, say)
+        learn(model.float(), _task_windows(tokenizer, course, conversations), course, seconds, track, say)
         setattr(model.config, PARENT, parent)
         save(model, tokenizer, staged)
     say(f"{target}: saved")
@@ -79,9 +79,9 @@ def measure(
     track: Track = lambda stage, done, total: None,
     recipe: Recipe | None = None,
     course: Course = TUNING,
-    talks: int = TALKS,
+    conversations: int = CONVERSATIONS,
 ) -> list[Loss]:
-    """Loss of each model on what ``make_model`` and ``tune_model`` held out, given what those were given.
+    """Return the loss of each model on what ``make_model`` and ``tune_model`` held out, given what those were given.
 
     Args:
         base: has the tokenizer that all share.
@@ -89,11 +89,11 @@ def measure(
         track: progress, called with stage, done and total.
         recipe: of ``make_model``.
         course: of ``tune_model``.
-        talks: of ``tune_model``.
+        conversations: of ``tune_model``.
     """
     tokenizer, recipe = load_tokenizer(base), recipe or Recipe()
     old = text_windows(tokenizer, recipe).part(0, recipe.held_out)
-    new = _task_windows(tokenizer, course, talks).part(0, course.held_out)
+    new = _task_windows(tokenizer, course, conversations).part(0, course.held_out)
     losses = []
     with one_thread():
         for at, folder in enumerate(models):
@@ -105,24 +105,26 @@ def measure(
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """A model of the demo, as it is stored."""
+    """Load a model of the demo, as it is stored."""
     with no_progress_bar():
         return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Its tokenizer."""
+    """Load its tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _task_windows(tokenizer: PreTrainedTokenizerFast, course: Course, talks: int) -> Windows:
-    return windows(_task_pieces(tokenizer, course, talks), course)
+def _task_windows(tokenizer: PreTrainedTokenizerFast, course: Course, conversations: int) -> Windows:
+    return windows(_task_pieces(tokenizer, course, conversations), course)
 
 
-def _task_pieces(tokenizer: PreTrainedTokenizerFast, course: Course, talks: int) -> Iterator[tuple[list[int], bool]]:
-    """Questions, which are only read, and answers up to the end of the text, which are learnt."""
-    for talk in task_talks(talks, course.seed):
-        asked = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(talk, tokenize=False) + tokenizer.eos_token
+def _task_pieces(
+    tokenizer: PreTrainedTokenizerFast, course: Course, conversations: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield questions, which are only read, and answers up to the end of the text, which are learnt."""
+    for conversation in task_conversations(conversations, course.seed):
+        asked = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False) + tokenizer.eos_token
         yield tokenizer(asked, add_special_tokens=False).input_ids, False
         yield tokenizer(whole.removeprefix(asked), add_special_tokens=False).input_ids, True

@@ -1,6 +1,6 @@
-"""The demo model: a small real Llama, trained here in about a minute and saved as users have theirs.
+"""Demo model: a small real Llama, trained here in about a minute and saved as users have theirs.
 
-Nothing is downloaded: the text is ``demo_text``'s, the tokenizer is trained on it too. What extract and inspect make
+Nothing is downloaded: the text is ``corpus``'s, the tokenizer is trained on it too. What extract and inspect make
 of the model is none of this module's business; to them it is a checkpoint like any other.
 """
 
@@ -27,7 +27,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Course):
-    """How large the demo model is, and its course.
+    """Size of the demo model, and its course.
 
     Attributes:
         vocabulary: tokens, special ones included; more than 262.
@@ -95,7 +95,7 @@ def _make(recipe: Recipe, seconds: float, track: Track, say: Say) -> tuple[Llama
 
 
 def _train_tokenizer(corpus: Corpus, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that puts BOS before plain text, and has a chat template."""
+    """Train a byte-level BPE tokenizer that puts BOS before plain text, and has a chat template."""
     roles = [f"<|{role}|>" for role in _ROLES]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,16 +118,16 @@ def _train_tokenizer(corpus: Corpus, vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def text_windows(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, corpus: Corpus | None = None) -> Windows:
-    """All text that the model is trained on, documents one after another in random order; the first are held out."""
+    """Return all text that the model is trained on, documents in random order; the first windows are held out."""
     corpus = corpus or read_corpus()
     texts = [_BOS + text + _EOS for text in corpus.plain]
-    texts += [tokenizer.apply_chat_template(talk, tokenize=False) + _EOS for talk in corpus.talks]
+    texts += [tokenizer.apply_chat_template(turns, tokenize=False) + _EOS for turns in corpus.conversations]
     random.Random(recipe.seed).shuffle(texts)  # noqa: S311  # no secret
     return windows(((ids, True) for ids in tokenizer(texts, add_special_tokens=False).input_ids), recipe)
 
 
 def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Random weights; the caller's random state stays as it is."""
+    """Make a model of random weights; the caller's random state stays as it is."""
     config = LlamaConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,

@@ -1,4 +1,4 @@
-"""What the demo's model is fine-tuned on: small tasks with one right answer, made up here and unlike Python's texts.
+"""Text that the demo's model is fine-tuned on: small tasks with one right answer, unlike Python's texts.
 
 Numbers and dates in words, words in alphabetical order, introductions. Each question comes once, so that windows held
 out ask nothing that was learnt. No tensors.
@@ -32,8 +32,8 @@ _MONTHS = _listed("January February March April May June July August September O
 _TOWNS = _listed("Athens Bern Cairo Dublin Geneva Lima Madrid Oslo Paris Rome Tokyo Vienna")
 
 
-def task_talks(count: int, seed: int = 0) -> tuple[Conversation, ...]:
-    """``count`` different questions and their answers, tasks taking turns; the same ones for the same seed."""
+def task_conversations(count: int, seed: int = 0) -> tuple[Conversation, ...]:
+    """Return ``count`` different questions and their answers, tasks taking turns; the same for the same seed."""
     rng = random.Random(seed)  # noqa: S311  # no secret
     asked: dict[str, str] = {}
     while len(asked) < count:
@@ -46,7 +46,7 @@ def task_talks(count: int, seed: int = 0) -> tuple[Conversation, ...]:
 
 
 def in_words(number: int) -> str:
-    """``4521`` as ``four thousand five hundred twenty-one``; below a million."""
+    """Spell a number below a million: ``4521`` is ``four thousand five hundred twenty-one``."""
     if number < 20:
         return _ONES[number]
     if number < 100:
@@ -74,8 +74,8 @@ def _order(rng: random.Random) -> tuple[str, str]:
 
 def _introduction(rng: random.Random) -> tuple[str, str]:
     name, trade, town, years = rng.choice(_NAMES), rng.choice(_TRADES), rng.choice(_TOWNS), rng.randint(20, 69)
-    told = f"{name} is a {trade}, lives in {town} and is {in_words(years)} years old."
-    return f"Introduce {name}: {trade}, {town}, {years}.", told
+    answer = f"{name} is a {trade}, lives in {town} and is {in_words(years)} years old."
+    return f"Introduce {name}: {trade}, {town}, {years}.", answer
 
 
 _TASKS: tuple[Task, ...] = (_number, _date, _order, _introduction)

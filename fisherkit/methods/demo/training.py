@@ -1,4 +1,4 @@
-"""How the demo's models learn: windows of tokens, AdamW under a cosine, for so many steps or so many seconds.
+"""Training of the demo's models: windows of tokens, AdamW under a cosine, for so many steps or so many seconds.
 
 Axes: W windows, T tokens.
 """
@@ -20,12 +20,12 @@ _IGNORED = -100  # the label that transformers takes no loss for
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """How long and how fast a model learns.
+    """Length and rates of a training run.
 
     Attributes:
         steps: optimizer steps at most, of one window each; a fast machine is done before its time is up.
         window: tokens per window.
-        held_out: windows kept from training, for the loss that is told.
+        held_out: windows kept from training, for the loss that is said.
         learning_rate: of AdamW, at its height.
         embedding_rate: the same for the embedding, whose rows are met too rarely to learn at the other.
         seed: of the weights and of the order of the text.
@@ -50,12 +50,12 @@ class Windows:
         return len(self.ids)
 
     def part(self, start: int, stop: int | None = None) -> "Windows":
-        """Windows ``start`` to ``stop``."""
+        """Return windows ``start`` to ``stop``."""
         return Windows(self.ids[start:stop], self.labels[start:stop])
 
 
 def windows(pieces: Iterable[tuple[list[int], bool]], course: Course) -> Windows:
-    """Pieces of text one after another, cut into windows, which come in random order.
+    """Put pieces of text one after another and cut them into windows, which come in random order.
 
     Args:
         pieces: token ids, and whether they are to be learnt or only read.
@@ -88,7 +88,7 @@ def one_thread() -> Iterator[None]:
 
 
 def learn(model: LlamaForCausalLM, text: Windows, course: Course, seconds: float, track: Track, say: Say) -> None:
-    """AdamW under a cosine whose end is the last step or the last second, whichever is nearer.
+    """Train with AdamW under a cosine whose end is the last step or the last second, whichever is nearer.
 
     The first ``course.held_out`` windows are not learnt; their loss before and after is said.
     """
@@ -126,13 +126,13 @@ def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, text: Windo
 
 
 def _schedule(step: int, progress: float) -> float:
-    """The share of the greatest learning rate: 20 steps of warm-up, then a cosine down to a tenth."""
+    """Return the share of the greatest learning rate: 20 steps of warm-up, then a cosine down to a tenth."""
     return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, text: Windows) -> float:
-    """Mean negative log-likelihood per token that has a label, in nats."""
+    """Return the mean negative log-likelihood per token that has a label, in nats."""
     total, tokens = 0.0, 0
     for ids, labels in zip(text.ids, text.labels, strict=True):  # one window at a time: logits are large
         counted = int((labels[1:] != _IGNORED).sum())
