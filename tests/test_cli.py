@@ -49,7 +49,7 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
         f"sys.argv = ['fisherkit', *{arguments!r}]\n"
         "import fisherkit.__main__ as m\n"
         "try:\n    m.main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'tqdm', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The commands. Each turns its options into a dataclass, calls one function of the library, and shows what it returns.
+"""Commands. Each turns its options into a dataclass, calls one function of the library, and shows what it returns.
 
 torch, transformers and the methods that need them are imported inside the commands: ``--help`` is instant. The order
 of the imports below is that of the commands in the help.

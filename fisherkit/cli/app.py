@@ -1,12 +1,17 @@
-"""The application that every command registers with, and the options that several share."""
+"""Application that every command registers with, and the options that several share."""
 
+import re
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fisherkit._version import __version__
 from fisherkit.cli import console
+from fisherkit.errors import OptionError
+from fisherkit.options.checks import not_a_choice
+from fisherkit.progress import Say
 
 app = typer.Typer(
     name="fisherkit",
@@ -27,13 +32,34 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no rema
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 
 
+# Click and typer put it like this in every version since typer 0.19; the parameter's type is another in each.
+_REFUSED = re.compile(r"""(?P<quote>['"])(?P<given>.*)(?P=quote) is not (?:one of )?(?P<choices>'.*')""", re.DOTALL)
+
+
+class Command(TyperCommand):
+    """A command that refuses a wrong choice in one line, like every other mistake, and guesses at what was meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; exit with 2 for a word that is none of an option's choices."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            match = _REFUSED.search(error.message)
+            if match is None or error.param is None:
+                raise
+            option = max(error.param.opts, key=len).removeprefix("--")
+            choices = re.findall("'([^']*)'", match["choices"])
+            console.say(f"Error: {console.one_line(not_a_choice(option, match['given'], choices))}")
+            raise typer.Exit(OptionError.exit_code) from None
+
+
 def run(command: Callable[[], object], *, debug: bool, hint: str = "") -> None:
     """Run a command to its exit code; what goes wrong becomes one line."""
     raise typer.Exit(console.guard(command, debug=debug, hint=hint))
 
 
-def sayer(quiet: bool) -> Callable[[str], None]:
-    """Where remarks for people go."""
+def sayer(quiet: bool) -> Say:
+    """Return the function that remarks for people go to."""
     return console.say if not quiet else lambda line: None
 
 

@@ -1,4 +1,4 @@
-"""The terminal: what goes to which stream, progress, and errors in one line.
+"""Output on the terminal: what goes to which stream, progress, and errors in one line.
 
 Data goes to stdout, words for people to stderr. Tables are for eyes alone: what is not a terminal gets rows of full
 names and exact numbers. How a table looks is the business of ``fisherkit.render.terminal``.
@@ -9,17 +9,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from rich.console import Console
-from tqdm import tqdm
 
-from fisherkit.errors import FisherkitError, OptionError
-from fisherkit.methods.inspect.records import FORMATS, Record, render
-from fisherkit.methods.inspect.summary import Summary
+from fisherkit.errors import FisherkitError
+from fisherkit.options.checks import one_of
+from fisherkit.options.inspect import Form
 from fisherkit.progress import Track
-from fisherkit.render import formatting, terminal
+from fisherkit.render import formatting
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from fisherkit.methods.inspect.records import Record
+    from fisherkit.methods.inspect.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
 _PAUSE = 2.0  # seconds between two lines of progress
@@ -30,22 +35,23 @@ def say(text: str) -> None:
     _write(sys.stderr, text + "\n")
 
 
-def show(summary: Summary, form: str = "auto") -> None:
+def show(summary: "Summary", form: Form = "auto") -> None:
     """Print a summary on stdout as ``table``, ``tsv``, ``csv``, ``json`` or ``jsonl``, and its warnings for people.
 
     ``auto`` is a table on a terminal and TSV anywhere else. Raises OptionError for any other name.
     """
-    if form not in ("auto", "table", *FORMATS):
-        raise OptionError(f"--format must be one of auto, table, {', '.join(FORMATS)}, not {form!r}")
+    one_of("format", form, Form)
+    from fisherkit.methods.inspect.records import render
+    from fisherkit.render import summary_text, terminal
+
     if form == "auto":
         form = "table" if sys.stdout.isatty() else "tsv"
     for note in summary.notes:
         say(f"note: {formatting.printable(note)}")
     if form == "table":
-        _never_fail(sys.stdout)
-        terminal.draw(summary, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+        terminal.draw(summary, _screen())
         return
-    for warning in formatting.warnings(summary):
+    for warning in summary_text.warnings(summary):
         say(f"warning: {warning}")
     _write(sys.stdout, render(summary.records(), summary.columns, form))
 
@@ -64,12 +70,15 @@ def show_facts(facts: Mapping[str, object], *, as_json: bool = False) -> None:
         _write(sys.stdout, f"{name}\t{value if isinstance(value, str) else json.dumps(value)}\n")
 
 
-def show_rows(rows: Sequence[Record], columns: Sequence[str]) -> None:
+def show_rows(rows: "Sequence[Record]", columns: Sequence[str]) -> None:
     """Print rows on stdout: a table on a terminal, TSV with exact numbers anywhere else."""
     if sys.stdout.isatty():
-        _never_fail(sys.stdout)
-        terminal.draw_rows(rows, columns, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+        from fisherkit.render import terminal
+
+        terminal.draw_rows(rows, columns, _screen())
     else:
+        from fisherkit.methods.inspect.records import render
+
         _write(sys.stdout, render(rows, columns, "tsv"))
 
 
@@ -80,6 +89,14 @@ def say_kept(totals: Mapping[str, Any], *, selects: bool, quiet: bool = False) -
         share, left = f"({totals['density']:.2%})", f"{totals['energy_kept']:.1%} of the squared delta"
         done = f"kept {counted} {share}, {left}" if selects else f"{counted} {share} differ from BASE's; {left}"
         say(f"{done}; {totals['zero_deltas']:,} had not changed")
+
+
+def _screen() -> "Console":
+    """Return stdout as rich draws on it; names in square brackets or between colons stay as they are."""
+    from rich.console import Console
+
+    _never_fail(sys.stdout)
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -120,6 +137,8 @@ class _Bars:
         if self._bar is None or stage != self._stage:
             self._close()
             self._stage = stage
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 total=total, desc=f"{self._label}: {stage}", file=sys.stderr, leave=False, dynamic_ncols=True
             )
@@ -185,8 +204,8 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
 
 
 def explain(error: Exception) -> str:
-    """What went wrong, in one line."""
-    text = formatting.printable(" ".join(str(error).split()))
+    """Say in one line what went wrong."""
+    text = one_line(str(error))
     if isinstance(error, FisherkitError):
         return text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
@@ -195,6 +214,11 @@ def explain(error: Exception) -> str:
         where = f"{formatting.printable(str(error.filename))}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
     return f"unexpected {type(error).__name__}: {text[:200]}; run again with --debug for the whole story"
+
+
+def one_line(text: str) -> str:
+    """Return the text as one line without anything that a terminal might obey."""
+    return formatting.printable(" ".join(text.split()))
 
 
 def _forget_stdout() -> None:

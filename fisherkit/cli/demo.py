@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli import console
-from fisherkit.cli.app import Debug, Quiet, app, run, sayer
+from fisherkit.cli.app import Command, Debug, Quiet, app, run, sayer
 from fisherkit.methods.inspect.records import Record
-from fisherkit.options import ExtractOptions, FapmOptions
+from fisherkit.options import ExtractOptions, FapmOptions, Metric
 from fisherkit.progress import Say
 
-METRICS = ("fapm", "magnitude", "random")
+METRICS: tuple[Metric, ...] = ("fapm", "magnitude", "random")
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where its files go.")] = Path("demo"),
     quiet: Quiet = False,
@@ -74,7 +74,7 @@ def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> 
     say("One seed of a toy: it shows what the commands do, not which metric is best.")
 
 
-def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: bool, again: bool) -> Path:
+def _fapm(base: Path, tuned: Path, out: Path, metric: Metric, say: Say, *, quiet: bool, again: bool) -> Path:
     """Run fapm by a metric, with a figure where that is fapm's own."""
     from fisherkit.methods.merge import fapm
     from fisherkit.render import files
@@ -87,7 +87,7 @@ def _fapm(base: Path, tuned: Path, out: Path, metric: str, say: Say, *, quiet: b
         base,
         tuned,
         out,
-        FapmOptions(metric=metric, force=again),  # type: ignore[arg-type]  # one of METRICS
+        FapmOptions(metric=metric, force=again),
         figure=figure is not None,
         command=command,
         track=console.tracker("fapm", quiet=quiet),

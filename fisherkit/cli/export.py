@@ -6,14 +6,17 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli import console
-from fisherkit.cli.app import OUTPUT, Debug, Force, app, run
+from fisherkit.cli.app import OUTPUT, Command, Debug, Force, app, run
 from fisherkit.options import ExportOptions
+from fisherkit.options.mask import ExportTarget
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
-    mask: Annotated[Path, typer.Argument(help="A mask, or a layer_importance.json where layers are enough.")],
-    to: Annotated[str, typer.Option("--to", help="peft-shira, axolotl, llamafactory, or mergekit.")],
+    mask: Annotated[
+        Path, typer.Argument(metavar="MASK", help="A mask, or a layer_importance.json where layers are enough.")
+    ],
+    to: Annotated[ExportTarget, typer.Option("--to", help="The tool that takes it.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write a file; stdout otherwise.", rich_help_panel=OUTPUT)
     ] = None,
@@ -33,13 +36,7 @@ def export(
     def command() -> None:
         from fisherkit.methods.export import configs as exports
 
-        options = ExportOptions(
-            to=to,  # type: ignore[arg-type]  # checked by the dataclass
-            learning_rate=learning_rate,
-            base=base,
-            tuned=tuned,
-            force=force,
-        )
+        options = ExportOptions(to=to, learning_rate=learning_rate, base=base, tuned=tuned, force=force)
         if out is None:
             console.show_text(exports.export(mask, options))
             return

@@ -8,17 +8,23 @@ from typing import Annotated, Any
 import typer
 
 from fisherkit.cli import console
-from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.app import MACHINE, OUTPUT, Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
+from fisherkit.options import extract as choices
 
 PROMPTS, MEASURE = "What is read", "What is measured"
 
 
-@app.command()
+@app.command(cls=Command)
 def extract(
-    model: Annotated[str, typer.Argument(help="A checkpoint: folder, file, org/name or org/name@revision.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint: folder, file, org/name or org/name@revision.")
+    ],
     prompts: Annotated[
-        str, typer.Argument(help="txt, jsonl, json, csv, tsv, parquet, a hub data set, - for stdin, or builtin.")
+        str,
+        typer.Argument(
+            metavar="PROMPTS", help="txt, jsonl, json, csv, tsv, parquet, a hub data set, - for stdin, or builtin."
+        ),
     ] = "builtin",
     out: Annotated[
         Path, typer.Option("--out", "-o", help=".pt, .safetensors, or no suffix for a folder.", rich_help_panel=OUTPUT)
@@ -31,16 +37,17 @@ def extract(
         int, typer.Option(help="Tokens per sample; longer ones are cut on the right.", rich_help_panel=PROMPTS)
     ] = 256,
     chat_template: Annotated[
-        str, typer.Option(help="auto (when the tokenizer has one), on, off.", rich_help_panel=PROMPTS)
+        choices.ChatTemplate,
+        typer.Option(help="Use the tokenizer's; auto: when it has one.", rich_help_panel=PROMPTS),
     ] = "auto",
     chat_template_kwargs: Annotated[
         str, typer.Option(help="JSON passed to the template.", rich_help_panel=PROMPTS)
     ] = "{}",
     loss: Annotated[
-        str,
+        choices.Loss,
         typer.Option(
-            help="Tokens that count: all, completion (the answer), assistant (all its turns); auto is completion "
-            "where the set has answers.",
+            help="Tokens that count: all, the answer (completion), all its turns (assistant); auto is completion "
+            "where the set has answers, else all.",
             rich_help_panel=PROMPTS,
         ),
     ] = "auto",
@@ -54,16 +61,17 @@ def extract(
     ] = "matrices",
     layers: Annotated[str | None, typer.Option(help="Only these, such as 0-7,12.", rich_help_panel=MEASURE)] = None,
     labels: Annotated[
-        str,
-        typer.Option(help="data (empirical Fisher) or sampled from the model (true Fisher).", rich_help_panel=MEASURE),
+        choices.Labels,
+        typer.Option(help="The data's (empirical Fisher), or the model's own (true Fisher).", rich_help_panel=MEASURE),
     ] = "data",
     reduction: Annotated[
-        str, typer.Option(help="A sample's loss is the mean or the sum over its tokens.", rich_help_panel=MEASURE)
+        choices.Reduction,
+        typer.Option(help="A sample's loss is this over its tokens.", rich_help_panel=MEASURE),
     ] = "mean",
     statistics: Annotated[
-        str,
+        choices.Statistics,
         typer.Option(
-            help="fisher, or activations: beside it E[x x^T] of every matrix's inputs and of its output gradients, "
+            help="activations: beside the Fisher, E\\[x x^T] of every matrix's inputs and of its output gradients, "
             "for mask --basis activation.",
             rich_help_panel=MEASURE,
         ),
@@ -76,12 +84,13 @@ def extract(
         int, typer.Option(help="Padded tokens per batch; never changes the result.", rich_help_panel=MACHINE)
     ] = 1024,
     dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=MACHINE)
+        choices.DType,
+        typer.Option(help="What is computed in; auto is the checkpoint's own.", rich_help_panel=MACHINE),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=MACHINE)] = "auto",
     engine: Annotated[
-        str,
-        typer.Option(help="stream (group by group), resident (whole model in memory), auto.", rich_help_panel=MACHINE),
+        choices.Engine,
+        typer.Option(help="stream: group by group; resident: the whole model in memory.", rich_help_panel=MACHINE),
     ] = "auto",
     resume: Resume = False,
     trust_remote_code: Annotated[
@@ -91,7 +100,8 @@ def extract(
         ),
     ] = False,
     store: Annotated[
-        str, typer.Option(help="bf16, or fp32 for parts to be combined.", rich_help_panel=OUTPUT)
+        choices.Store,
+        typer.Option(help="Of the file; fp32 for parts to be combined.", rich_help_panel=OUTPUT),
     ] = "bf16",
     max_shard_size: Annotated[
         str, typer.Option(help="Largest shard of a folder, such as 5GB.", rich_help_panel=OUTPUT)
@@ -113,25 +123,25 @@ def extract(
     def command() -> None:
         options = ExtractOptions(
             field=field,
-            limit=limit or None,
+            limit=limit,
             max_length=max_length,
-            chat_template=chat_template,  # type: ignore[arg-type]  # checked by the dataclass
+            chat_template=chat_template,
             chat_template_kwargs=parse_json("chat-template-kwargs", chat_template_kwargs),
-            loss=loss,  # type: ignore[arg-type]
+            loss=loss,
             targets=targets,
             layers=parse_layers(layers) if layers is not None else None,
-            labels=labels,  # type: ignore[arg-type]
-            reduction=reduction,  # type: ignore[arg-type]
-            statistics=statistics,  # type: ignore[arg-type]
+            labels=labels,
+            reduction=reduction,
+            statistics=statistics,
             seed=seed,
             group_size=group_size,
             batch_tokens=batch_tokens,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             device=device,
-            engine=engine,  # type: ignore[arg-type]
+            engine=engine,
             resume=resume,
             trust_remote_code=trust_remote_code,
-            store=store,  # type: ignore[arg-type]
+            store=store,
             shard_bytes=parse_bytes("max-shard-size", max_shard_size),
             force=force,
         )

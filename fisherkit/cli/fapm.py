@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fisherkit.checkpoint.target import check_apart
-from fisherkit.cli import console
-from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
-from fisherkit.cli.shared import Base, Nan, Only, Rest, Seed, ShardSize, Skip, hint, shard_bytes, typed
+from fisherkit.cli import console, shared
+from fisherkit.cli.app import OUTPUT, Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Seed, ShardSize, Skip, Tuned
 from fisherkit.errors import OptionError
-from fisherkit.options import FapmOptions, parse_shares
+from fisherkit.options import FapmOptions, Metric, parse_shares
+from fisherkit.options.merge import Scope
 
 if TYPE_CHECKING:
     from fisherkit.methods.merge.fapm_report import FapmReport
@@ -20,25 +21,18 @@ if TYPE_CHECKING:
 KEEP = "What is kept"
 
 
-@app.command()
+@app.command(cls=Command)
 def fapm(
     base: Base,
-    tuned: Annotated[
-        str, typer.Argument(metavar="FT", help="What was made of it: a checkpoint, a PEFT adapter, or a sparse delta.")
-    ],
-    out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
+    tuned: Tuned,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder to make.")] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="Share of entries that goes back to BASE: 0.9; 0.1 for adapters.", rich_help_panel=KEEP),
     ] = None,
     density: Annotated[float | None, typer.Option(help="The same, as the share kept.", rich_help_panel=KEEP)] = None,
-    metric: Annotated[
-        str,
-        typer.Option(help="fapm, relative, magnitude, random, or wise-ft, dare, della.", rich_help_panel=KEEP),
-    ] = "fapm",
-    scope: Annotated[
-        str, typer.Option(help="The quota holds per tensor, per layer, or global.", rich_help_panel=KEEP)
-    ] = "tensor",
+    metric: Annotated[Metric, typer.Option(help="By what entries are kept.", rich_help_panel=KEEP)] = "fapm",
+    scope: Annotated[Scope, typer.Option(help="What the quota holds for.", rich_help_panel=KEEP)] = "tensor",
     only: Only = None,
     skip: Skip = None,
     rest: Rest = "tuned",
@@ -50,9 +44,7 @@ def fapm(
         Path | None,
         typer.Option(help="Also write the kept entries alone; merge applies them.", rich_help_panel=OUTPUT),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write figures per tensor, .json.", rich_help_panel=OUTPUT)
-    ] = None,
+    report: Report = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw what was kept: .html, .svg or .png.", rich_help_panel=OUTPUT)
     ] = None,
@@ -76,16 +68,18 @@ def fapm(
         options = FapmOptions(
             sparsity=sparsity,
             density=density,
-            metric=metric,  # type: ignore[arg-type]  # checked by the dataclass
-            scope=scope,  # type: ignore[arg-type]
-            only=tuple(only or ()),
-            skip=tuple(skip or ()),
-            rest=rest,  # type: ignore[arg-type]
-            nan=nan,  # type: ignore[arg-type]
+            metric=metric,
+            scope=scope,
             seed=seed,
-            resume=resume,
-            shard_bytes=shard_bytes(max_shard_size),
-            force=force,
+            **shared.pair_options(
+                only=only,
+                skip=skip,
+                rest=rest,
+                nan=nan,
+                max_shard_size=max_shard_size,
+                resume=resume,
+                force=force,
+            ),
         )
         shares = parse_shares("sweep", sweep) if sweep is not None else None
         if dry_run and (shares is not None or report is not None):
@@ -109,15 +103,19 @@ def fapm(
                 options,
                 sparse=sparse,
                 figure=figure is not None,
-                command=typed(),
+                command=shared.typed(),
                 track=track,
                 say=say,
             )
-            _write(made, report, figure)
-            console.say_kept(made.totals, selects=options.selects, quiet=quiet)
-            typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out or sparse or report or figure))
+            shared.write_report(made, report)
+            if figure is not None:
+                from fisherkit.render import files
 
-    run(command, debug=debug, hint=hint(out))
+                files.write_pruning(made, figure)
+            console.say_kept(made.totals, selects=options.selects, quiet=quiet)
+            shared.show_made(made, out or sparse or report or figure, as_json=as_json)
+
+    run(command, debug=debug, hint=shared.hint(out))
 
 
 def _check(
@@ -137,19 +135,9 @@ def _check(
 
 
 def _written(sparse: Path | None, report: Path | None, figure: Path | None) -> list[Path]:
-    """The files beside OUT."""
+    """Return the files beside OUT."""
     beside = sparse.with_suffix(".json") if sparse is not None else None
     return [path for path in (sparse, beside, report, figure) if path is not None]
-
-
-def _write(made: "FapmReport", report: Path | None, figure: Path | None) -> None:
-    from fisherkit.checkpoint.atomic import write_json
-    from fisherkit.render import files
-
-    if report is not None:
-        write_json(report, made.as_json())
-    if figure is not None:
-        files.write_pruning(made, figure)
 
 
 def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:

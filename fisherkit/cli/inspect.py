@@ -6,19 +6,18 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli import console
-from fisherkit.cli.app import Debug, Force, Json, Quiet, app, run
+from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, app, run
+from fisherkit.options.inspect import By, Form
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A Fisher, mask, checkpoint, or layer_importance.json.")],
-    other: Annotated[Path | None, typer.Argument(help="A second one, to compare.")] = None,
-    by: Annotated[str, typer.Option(help="A row per layer, module or tensor.")] = "layer",
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher, mask, checkpoint, or layer_importance.json.")],
+    other: Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second one, to compare.")] = None,
+    by: Annotated[By, typer.Option(help="A row for each of them.")] = "layer",
     sort: Annotated[str | None, typer.Option(help="Column, largest first; -COLUMN smallest first.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="auto (table on a terminal, else tsv), table, tsv, csv, json, jsonl.")
-    ] = "auto",
+    form: Annotated[Form, typer.Option("--format", help="auto: a table on a terminal, tsv elsewhere.")] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write a report: .html, .svg, .png, .csv or .json.")
     ] = None,
@@ -35,14 +34,13 @@ def inspect(
     def command() -> None:
         from fisherkit.methods.inspect import summary
 
-        found = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet))  # type: ignore[arg-type]
-        found = found.sorted(sort, top)
+        view = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet)).sorted(sort, top)
         if out is None:
-            console.show(found, "json" if as_json else form)
+            console.show(view, "json" if as_json else form)
             return
         from fisherkit.render import files
 
-        files.write_figure(found, out, force=force)
+        files.write_figure(view, out, force=force)
         typer.echo(str(out))
 
     run(command, debug=debug)

@@ -7,33 +7,35 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli import console
-from fisherkit.cli.app import MACHINE, OUTPUT, Debug, Force, Json, Quiet, app, run, sayer
+from fisherkit.cli.app import MACHINE, OUTPUT, Command, Debug, Force, Json, Quiet, app, run, sayer
 from fisherkit.options import MaskOptions
+from fisherkit.options import mask as choices
+from fisherkit.options.merge import Scope, Side
 
 WHICH, SCORES, SUBSPACE = "Which entries may change", "What is ranked", "Protected directions instead"
 
 
-@app.command()
+@app.command(cls=Command)
 def mask(
-    fisher: Annotated[Path, typer.Argument(help="A Fisher that extract wrote: .safetensors, a folder, or .pt.")],
+    fisher: Annotated[
+        Path, typer.Argument(metavar="FISHER", help="A Fisher that extract wrote: .safetensors, a folder, or .pt.")
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A .safetensors file; a .json goes beside it.", rich_help_panel=OUTPUT)
     ] = Path("mask.safetensors"),
     train: Annotated[
-        str | None,
-        typer.Option(help="top: what ranks highest may change, all else is frozen (new task).", rich_help_panel=WHICH),
+        choices.Top | None,
+        typer.Option(help="What ranks highest may change, all else is frozen (new task).", rich_help_panel=WHICH),
     ] = None,
     protect: Annotated[
-        str | None,
-        typer.Option(
-            help="top: what ranks highest is frozen, all else may change (old ability).", rich_help_panel=WHICH
-        ),
+        choices.Top | None,
+        typer.Option(help="What ranks highest is frozen, all else may change (old ability).", rich_help_panel=WHICH),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Share that is the top; 0.3 unless a preset says.", rich_help_panel=WHICH)
     ] = None,
     aggregate: Annotated[
-        str | None,
+        choices.Aggregate | None,
         typer.Option(
             help="Rank output rows by scores combined over their input, columns by those over their output, or entries "
             "(none); input unless a preset says.",
@@ -41,14 +43,14 @@ def mask(
         ),
     ] = None,
     combine: Annotated[
-        str | None, typer.Option(help="How scores are combined: sum (default), mean, max.", rich_help_panel=WHICH)
+        choices.Combine | None, typer.Option(help="How scores are combined; sum by default.", rich_help_panel=WHICH)
     ] = None,
     scope: Annotated[
-        str | None,
-        typer.Option(help="Take the top of every tensor (default), every layer, or global.", rich_help_panel=WHICH),
+        Scope | None,
+        typer.Option(help="Take the top of every tensor (default), every layer, or all.", rich_help_panel=WHICH),
     ] = None,
     preset: Annotated[
-        str | None,
+        choices.Preset | None,
         typer.Option(
             help="fggm (rows, 0.3 of every tensor, train), fish (entries, 0.005 global, train), ssu (columns, 0.5 of "
             "every tensor, protect), shield (a soft subspace: activation, energy 0.99, pull 0.2); other options win.",
@@ -56,9 +58,9 @@ def mask(
         ),
     ] = None,
     score: Annotated[
-        str,
+        choices.MaskScore,
         typer.Option(
-            help="fisher, magnitude (|W|), fisher-weight (F W^2), gallop (sqrt F / |W|), or random, the control.",
+            help="magnitude is |W|, fisher-weight F W^2, gallop sqrt F / |W|; random is the control.",
             rich_help_panel=SCORES,
         ),
     ] = "fisher",
@@ -69,11 +71,8 @@ def mask(
         Path | None, typer.Option(help="A second Fisher: rank by how far the first exceeds it.", rich_help_panel=SCORES)
     ] = None,
     contrast: Annotated[
-        str | None,
-        typer.Option(
-            help="How: ratio (default), difference, relu-difference; each Fisher by its own mean.",
-            rich_help_panel=SCORES,
-        ),
+        choices.Contrast | None,
+        typer.Option(help="How: ratio by default; each Fisher by its own mean.", rich_help_panel=SCORES),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random scores.", rich_help_panel=SCORES)] = 0,
     svd_rank: Annotated[
@@ -91,10 +90,10 @@ def mask(
         ),
     ] = None,
     basis: Annotated[
-        str | None,
+        choices.Basis | None,
         typer.Option(
-            help="Modes of fisher (default), sqrt-fisher, weight, fisher-weight (sqrt F W), delta (FT - W), activation "
-            "(what goes into each layer), or kron (that, and the gradients at what comes out).",
+            help="Modes of the Fisher (default), its root, the weight, sqrt F W (fisher-weight), FT - W (delta), "
+            "what goes into each layer (activation), or that and the gradients at what comes out (kron).",
             rich_help_panel=SUBSPACE,
         ),
     ] = None,
@@ -109,7 +108,7 @@ def mask(
         ),
     ] = None,
     side: Annotated[
-        str | None,
+        Side | None,
         typer.Option(
             help="Store modes of outputs (left), inputs (right; what activation has), or both (default).",
             rich_help_panel=SUBSPACE,
@@ -130,25 +129,25 @@ def mask(
 
     def command() -> None:
         options = MaskOptions(
-            train=train,  # type: ignore[arg-type]  # checked by the dataclass
-            protect=protect,  # type: ignore[arg-type]
+            train=train,
+            protect=protect,
             keep=keep,
-            aggregate=aggregate,  # type: ignore[arg-type]
-            combine=combine,  # type: ignore[arg-type]
-            scope=scope,  # type: ignore[arg-type]
-            preset=preset,  # type: ignore[arg-type]
-            score=score,  # type: ignore[arg-type]
+            aggregate=aggregate,
+            combine=combine,
+            scope=scope,
+            preset=preset,
+            score=score,
             weights=weights,
             against=against,
-            contrast=contrast,  # type: ignore[arg-type]
+            contrast=contrast,
             seed=seed,
             svd_rank=svd_rank,
             svd_energy=svd_energy,
             pull=pull,
-            basis=basis,  # type: ignore[arg-type]
+            basis=basis,
             delta=delta,
             activations=activations,
-            side=side,  # type: ignore[arg-type]
+            side=side,
             device=device,
             force=force,
         )

@@ -1,33 +1,30 @@
 """``fisherkit merge``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fisherkit.checkpoint.target import check_apart
-from fisherkit.cli import console
-from fisherkit.cli.app import OUTPUT, Debug, Force, Json, Quiet, Resume, app, run, sayer
-from fisherkit.cli.shared import Base, Nan, Only, Rest, ShardSize, Skip, hint, shard_bytes, typed
-from fisherkit.options import MergeOptions
+from fisherkit.cli import console, shared
+from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, ShardSize, Skip, Tuned
+from fisherkit.options import MergeOptions, Side
 
 HOW = "What is done to the delta"
 
 
-@app.command()
+@app.command(cls=Command)
 def merge(
     base: Base,
-    tuned: Annotated[
-        str, typer.Argument(metavar="FT", help="What was made of it: a checkpoint, a PEFT adapter, or a sparse delta.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    tuned: Tuned,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     mask: Annotated[Path | None, typer.Option(help="Take FT only where it allows change.", rich_help_panel=HOW)] = None,
     subspace: Annotated[
         Path | None, typer.Option(help="Remove what lies in its directions.", rich_help_panel=HOW)
     ] = None,
     side: Annotated[
-        str, typer.Option(help="Directions of outputs (left), inputs (right), both.", rich_help_panel=HOW)
+        Side, typer.Option(help="Directions of outputs (left), of inputs (right), or both.", rich_help_panel=HOW)
     ] = "both",
     layer_scale: Annotated[
         Path | None,
@@ -46,9 +43,7 @@ def merge(
     nan: Nan = "refuse",
     resume: Resume = False,
     max_shard_size: ShardSize = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write figures per tensor, .json.", rich_help_panel=OUTPUT)
-    ] = None,
+    report: Report = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -63,18 +58,20 @@ def merge(
         options = MergeOptions(
             mask=mask,
             subspace=subspace,
-            side=side,  # type: ignore[arg-type]  # checked by the dataclass
+            side=side,
             layer_scale=layer_scale,
             power=power,
             floor=floor,
             alpha=alpha,
-            only=tuple(only or ()),
-            skip=tuple(skip or ()),
-            rest=rest,  # type: ignore[arg-type]
-            nan=nan,  # type: ignore[arg-type]
-            resume=resume,
-            shard_bytes=shard_bytes(max_shard_size),
-            force=force,
+            **shared.pair_options(
+                only=only,
+                skip=skip,
+                rest=rest,
+                nan=nan,
+                max_shard_size=max_shard_size,
+                resume=resume,
+                force=force,
+            ),
         )
         if report is not None:
             from fisherkit.render.files import check_report
@@ -83,7 +80,6 @@ def merge(
             given = [path for path in (mask, subspace, layer_scale) if path is not None]
             beside = [path.with_suffix(".json") for path in given]
             check_apart((report,), (Path(base), Path(tuned), Path(tuned).with_suffix(".json"), *given, *beside), out)
-        from fisherkit.checkpoint.atomic import write_json
         from fisherkit.methods.merge import merge as methods
 
         made = methods.merge(
@@ -91,13 +87,12 @@ def merge(
             tuned,
             out,
             options,
-            command=typed(),
+            command=shared.typed(),
             track=console.tracker("merge", quiet=quiet),
             say=sayer(quiet),
         )
-        if report is not None:
-            write_json(report, made.as_json())
+        shared.write_report(made, report)
         console.say_kept(made.totals, selects=False, quiet=quiet)
-        typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(out))
+        shared.show_made(made, out, as_json=as_json)
 
-    run(command, debug=debug, hint=hint(out))
+    run(command, debug=debug, hint=shared.hint(out))

@@ -1,18 +1,24 @@
 """Options that ``fapm`` and ``merge`` share."""
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 
 from fisherkit.cli.app import MACHINE, OUTPUT
+from fisherkit.options import merge as choices
 from fisherkit.options import parse_bytes
 
 WHICH = "Which tensors"
 
 Base = Annotated[
-    str, typer.Argument(help="The model that was fine-tuned: folder, file, org/name or org/name@revision.")
+    str,
+    typer.Argument(metavar="BASE", help="The model that was fine-tuned: folder, file, org/name or org/name@revision."),
+]
+Tuned = Annotated[
+    str, typer.Argument(metavar="FT", help="What was made of it: a checkpoint, a PEFT adapter, or a sparse delta.")
 ]
 Only = Annotated[
     list[str] | None,
@@ -21,25 +27,63 @@ Only = Annotated[
 Skip = Annotated[
     list[str] | None, typer.Option(help="Leave out tensors whose name matches this.", rich_help_panel=WHICH)
 ]
-Rest = Annotated[str, typer.Option(help="Tensors left out are FT's (tuned) or BASE's (base).", rich_help_panel=WHICH)]
-Nan = Annotated[str, typer.Option(help="NaN and infinities: refuse, or keep-base.", rich_help_panel=WHICH)]
+Rest = Annotated[choices.Rest, typer.Option(help="Whose the tensors left out are.", rich_help_panel=WHICH)]
+Nan = Annotated[choices.OnNan, typer.Option(help="What is done about NaN and infinities.", rich_help_panel=WHICH)]
 Seed = Annotated[int, typer.Option(help="Of what is random.", rich_help_panel=MACHINE)]
 ShardSize = Annotated[
     str | None,
     typer.Option("--max-shard-size", help="Bytes, such as 5GB; shards like BASE's otherwise.", rich_help_panel=OUTPUT),
 ]
+Report = Annotated[Path | None, typer.Option(help="Write figures per tensor, .json.", rich_help_panel=OUTPUT)]
 
 
-def shard_bytes(text: str | None) -> int | None:
-    """The option as a number of bytes."""
-    return parse_bytes("max-shard-size", text) if text is not None else None
+def pair_options(
+    *,
+    only: list[str] | None,
+    skip: list[str] | None,
+    rest: choices.Rest,
+    nan: choices.OnNan,
+    max_shard_size: str | None,
+    resume: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """Return what both commands take as keywords of PairOptions, from which their own options derive."""
+    return {
+        "only": tuple(only or ()),
+        "skip": tuple(skip or ()),
+        "rest": rest,
+        "nan": nan,
+        "shard_bytes": parse_bytes("max-shard-size", max_shard_size) if max_shard_size is not None else None,
+        "resume": resume,
+        "force": force,
+    }
+
+
+class _Made(Protocol):
+    """A report of what was made."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+
+
+def write_report(made: _Made, report: Path | None) -> None:
+    """Write the figures per tensor, where they were asked for."""
+    if report is not None:
+        from fisherkit.checkpoint.atomic import write_json
+
+        write_json(report, made.as_json())
+
+
+def show_made(made: _Made, path: Path | None, *, as_json: bool) -> None:
+    """Print the path of what was made on stdout, or the whole report as JSON."""
+    typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(path))
 
 
 def hint(out: Path | None) -> str:
-    """What to say to a person who interrupted the command."""
+    """Return what a person who interrupted the command should know."""
     return f"What is finished is in {out}.partial; --resume goes on with it." if out is not None else ""
 
 
 def typed() -> list[str]:
-    """The command line for the model card: as it was typed, but for what makes no other output of it."""
+    """Return the command line for the model card: as it was typed, but for what makes no other output of it."""
     return ["fisherkit", *(word for word in sys.argv[1:] if word not in ("--resume", "--force"))]

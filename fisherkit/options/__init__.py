@@ -1,4 +1,4 @@
-"""What a caller may choose, as frozen dataclasses that check themselves.
+"""Options of every command, as frozen dataclasses that check themselves.
 
 Standard library only: building options must not import torch.
 """

@@ -1,8 +1,10 @@
-"""What the value of an option must be (OptionError otherwise), and texts of the command line as values."""
+"""Checks of option values, which raise OptionError, and parsers of what is typed on the command line."""
 
 import json
 import numbers
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
@@ -11,19 +13,26 @@ from fisherkit.errors import OptionError
 
 
 def one_of(option: str, value: str, kind: Any) -> None:
-    """One of the words of a Literal."""
+    """Check that a value is one of the words of a Literal."""
     if value not in get_args(kind):
-        raise OptionError(f"--{option} must be one of {', '.join(get_args(kind))}, not {value!r}")
+        raise OptionError(not_a_choice(option, value, get_args(kind)))
+
+
+def not_a_choice(option: str, given: str, choices: Sequence[str]) -> str:
+    """Say in one line what an option takes, and which of the choices a typo was probably meant to be."""
+    similar = get_close_matches(str(given), choices, n=1)
+    guess = f"; did you mean {similar[0]}?" if similar else ""
+    return f"--{option} must be one of {', '.join(choices)}, not {str(given)!r}{guess}"
 
 
 def at_least(option: str, value: int | None, least: int) -> None:
-    """Not given, or not below ``least``."""
+    """Check that a value is not given, or not below ``least``."""
     if value is not None and value < least:
         raise OptionError(f"--{option} must be at least {least}, not {value}")
 
 
 def as_paths(options: object, *names: str) -> None:
-    """Take strings for paths, as everything else in the library does."""
+    """Turn strings in the named fields into paths, which everything else in the library takes too."""
     for name in names:
         value = getattr(options, name)
         if isinstance(value, str):
@@ -31,25 +40,25 @@ def as_paths(options: object, *names: str) -> None:
 
 
 def check_share(option: str, value: float | None) -> None:
-    """Not given, or from 0 to 1."""
+    """Check that a share is not given, or lies from 0 to 1."""
     if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
         raise OptionError(f"--{option} must lie between 0 and 1, not {value}")
 
 
 def check_pull(pull: float) -> None:
-    """Above 0 and below a million."""
+    """Check that a pull lies above 0 and below a million."""
     if isinstance(pull, bool) or not (isinstance(pull, numbers.Real) and 0 < pull < 1e6):
         raise OptionError(f"--pull must lie above 0 and below 1000000, not {pull}")
 
 
 def check_device(device: str) -> None:
-    """A device by torch's name, or auto."""
+    """Check that a device is called as torch calls it, or auto."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", device):
         raise OptionError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
 
 
 def check_patterns(option: str, patterns: tuple[str, ...]) -> None:
-    """Regular expressions that compile."""
+    """Check that regular expressions compile."""
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -58,12 +67,12 @@ def check_patterns(option: str, patterns: tuple[str, ...]) -> None:
 
 
 def exact_share(value: float) -> Fraction:
-    """What a person means by a decimal: 0.9 is nine tenths, not the nearest binary number."""
+    """Return the fraction that a person means by a decimal: 0.9 is nine tenths, not the nearest binary number."""
     return Fraction(repr(value))
 
 
 def parse_shares(option: str, text: str) -> tuple[float, ...]:
-    """``"0.5,0.9"`` -> ``(0.5, 0.9)``; raises OptionError for anything outside of 0 to 1."""
+    """Parse shares: ``"0.5,0.9"`` is ``(0.5, 0.9)``. Raises OptionError for anything outside of 0 to 1."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -74,7 +83,7 @@ def parse_shares(option: str, text: str) -> tuple[float, ...]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"0-7,12"`` -> ``(0, 1, ..., 7, 12)``; raises OptionError for anything else."""
+    """Parse layer numbers: ``"0-7,12"`` is ``(0, 1, ..., 7, 12)``. Raises OptionError for anything else."""
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -85,7 +94,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """``"5GB"`` -> 5,000,000,000; ``"5GiB"`` -> 5 * 2**30; a plain number is bytes. Raises OptionError otherwise."""
+    """Parse a size in bytes: ``"5GB"`` is 5 * 10**9, ``"5GiB"`` 5 * 2**30, ``"5"`` 5. Raises OptionError otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise OptionError(f"--{option} takes bytes such as 5GB or 500MiB, not {text!r}")
@@ -94,7 +103,7 @@ def parse_bytes(option: str, text: str) -> int:
 
 
 def parse_json(option: str, text: str) -> dict[str, Any]:
-    """A JSON object given as an option. Raises OptionError for anything else."""
+    """Parse a JSON object given as an option. Raises OptionError for anything else."""
     try:
         value = json.loads(text)
     except ValueError:

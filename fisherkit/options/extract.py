@@ -11,19 +11,22 @@ Loss = Literal["auto", "all", "completion", "assistant"]
 Labels = Literal["data", "sampled"]
 Reduction = Literal["mean", "sum"]
 Engine = Literal["auto", "stream", "resident"]
-Store = Literal["bf16", "fp32"]
+Store = Literal["bf16", "fp32", "bfloat16", "float32"]
 Statistics = Literal["fisher", "activations"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 ChatTemplate = Literal["auto", "on", "off"]
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_STORES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """How a prompt set becomes token ids with marks on the tokens that count in the loss.
+    """Options that turn a prompt set into token ids, with marks on the tokens that count in the loss.
 
     Attributes:
         field: the column to read, or None to detect it from the first row.
-        limit: use the first so many rows; None for all.
+        limit: use the first so many rows; 0 or None for all (None after construction).
         max_length: truncate samples on the right to so many tokens.
         chat_template: ``auto`` uses the tokenizer's template when it has one.
         chat_template_kwargs: extra variables for the template, e.g. ``{"enable_thinking": False}``.
@@ -38,7 +41,9 @@ class PromptOptions:
     loss: Loss = "auto"
 
     def __post_init__(self) -> None:
-        at_least("limit", self.limit, 1)
+        at_least("limit", self.limit, 0)
+        if self.limit == 0:
+            object.__setattr__(self, "limit", None)
         at_least("max-length", self.max_length, 2)
         one_of("chat-template", self.chat_template, ChatTemplate)
         one_of("loss", self.loss, Loss)
@@ -46,12 +51,13 @@ class PromptOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractOptions(PromptOptions):
-    """What ``extract`` measures and how; the fields of PromptOptions come first.
+    """Options of ``extract``; the fields of PromptOptions come first.
 
     Attributes:
         group_size: decoder blocks whose weights and accumulators are resident at a time; lowered when they do not fit.
         batch_tokens: padded tokens per batch (samples of similar length share one); never changes the result.
-        dtype: what the model computes in; ``auto`` is the checkpoint's own. Accumulators are always float32.
+        dtype: what the model computes in; ``auto`` is the checkpoint's own, ``bf16`` is short for ``bfloat16``, and
+            so on (the long name after construction). Accumulators are always float32.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         labels: ``data`` (empirical Fisher) or ``sampled`` from the model's own distribution (true Fisher, one draw).
         reduction: the loss of a sample is the ``mean`` or the ``sum`` over its loss tokens.
@@ -59,7 +65,7 @@ class ExtractOptions(PromptOptions):
         layers: block numbers to measure, or None for all.
         engine: ``stream`` (block by block), ``resident`` (whole model), or ``auto``.
         resume: continue what a killed run left in ``<out>.partial/``.
-        store: dtype of the file, ``bf16`` or ``fp32``.
+        store: dtype of the file, ``bf16`` or ``fp32`` (``bfloat16`` and ``float32`` become these).
         statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
             the gradients at what comes out.
         seed: seed of sampled labels.
@@ -100,6 +106,8 @@ class ExtractOptions(PromptOptions):
             ("statistics", self.statistics, Statistics),
         ):
             one_of(option, value, kind)
+        object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
+        object.__setattr__(self, "store", _STORES.get(self.store, self.store))
         check_device(self.device)
         try:
             re.compile(self.targets)

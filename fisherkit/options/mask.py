@@ -22,7 +22,7 @@ ExportTarget = Literal["peft-shira", "axolotl", "llamafactory", "mergekit"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """How ``mask`` selects, with presets and defaults filled in.
+    """Selection of a binary mask, with presets and defaults filled in.
 
     Attributes:
         direction: whether the top may change (``train``) or is what may not (``protect``).
@@ -52,7 +52,7 @@ SHIELD: tuple[Basis, float, float] = ("activation", 0.99, 0.2)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskOptions:
-    """What ``mask`` makes of a Fisher: a binary mask, or with ``svd_rank`` or ``svd_energy`` a subspace.
+    """Options of ``mask``, which makes a binary mask, or with ``svd_rank`` or ``svd_energy`` a subspace.
 
     Attributes:
         train: ``top``: what scores highest may change, all else is frozen (a Fisher of the *new* task).
@@ -130,22 +130,22 @@ class MaskOptions:
 
     @property
     def is_subspace(self) -> bool:
-        """Whether directions are protected, not entries."""
+        """True where directions are protected, not entries."""
         return self.svd_rank is not None or self.svd_energy is not None
 
     @property
     def reads_activations(self) -> bool:
-        """Whether the basis is one of activations."""
+        """True where the basis is one of activations."""
         return self.basis in ("activation", "kron")
 
     @property
     def stored_side(self) -> Side:
-        """Which modes are stored."""
+        """Return which modes are stored."""
         return self.side or ("right" if self.basis == "activation" else "both")
 
     @property
     def selection(self) -> Selection:
-        """How a binary mask selects."""
+        """Return how a binary mask selects."""
         direction, keep, aggregate, scope = PRESETS.get(self.preset or "", ("train", 0.3, "input", "tensor"))
         if self.train or self.protect:
             direction = "train" if self.train else "protect"
@@ -228,7 +228,7 @@ class MaskOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What ``export`` writes for other tools.
+    """Options of ``export``, which writes for other tools.
 
     Attributes:
         to: the tool.

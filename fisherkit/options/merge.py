@@ -17,7 +17,7 @@ Side = Literal["both", "left", "right"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """What every command shares that makes a checkpoint from BASE and FT.
+    """Options of every command that makes a checkpoint from BASE and FT.
 
     Attributes:
         only: take part in it only tensors whose checkpoint name one of these regular expressions is found in;
@@ -51,7 +51,7 @@ class PairOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FapmOptions(PairOptions):
-    """How ``fapm`` prunes a delta; the fields of PairOptions come first.
+    """Options of ``fapm``, which prunes a delta; the fields of PairOptions come first.
 
     Attributes:
         sparsity: share of the entries that go back to the base; None for 0.9, or 0.1 where FT is an adapter.
@@ -78,11 +78,11 @@ class FapmOptions(PairOptions):
 
     @property
     def selects(self) -> bool:
-        """Whether the metric keeps entries as they are; the others rescale or interpolate."""
+        """True where the metric keeps entries as they are; the others rescale or interpolate."""
         return self.metric in ("fapm", "relative", "magnitude", "random")
 
     def kept_share(self, default_sparsity: float) -> Fraction:
-        """The share of entries that is kept, exactly."""
+        """Return the share of entries that is kept, exactly."""
         if self.density is not None:
             return exact_share(self.density)
         return 1 - exact_share(default_sparsity if self.sparsity is None else self.sparsity)
@@ -90,7 +90,7 @@ class FapmOptions(PairOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions(PairOptions):
-    """What ``merge`` does to a delta, in this order; the fields of PairOptions come first.
+    """Options of ``merge``, applied to a delta in this order; the fields of PairOptions come first.
 
     Attributes:
         mask: a mask file; entries that may not change stay the base's.

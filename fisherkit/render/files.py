@@ -14,7 +14,7 @@ from fisherkit.checkpoint.atomic import write_bytes
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.methods.inspect.records import Record, Value, render
 from fisherkit.methods.inspect.summary import Summary
-from fisherkit.render import formatting, svg, svg_summary
+from fisherkit.render import formatting, summary_text, svg, svg_summary
 
 if TYPE_CHECKING:
     from fisherkit.methods.merge.fapm_report import FapmReport
@@ -114,9 +114,9 @@ def page(summary: Summary) -> str:
     """One self-contained HTML page."""
     sections = [
         f'<p class="dim">{_safe(summary.path)}</p>',
-        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in formatting.warnings(summary)),
+        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in summary_text.warnings(summary)),
         *(f'<p class="dim">{_safe(note)}</p>' for note in summary.notes),
-        *(f"<p>{_safe(sentence)}</p>" for sentence in formatting.sentences(summary)),
+        *(f"<p>{_safe(sentence)}</p>" for sentence in summary_text.sentences(summary)),
         f"<h2>Where it lies</h2><figure>{svg_summary.layers(summary).standalone()}</figure>",
         f"<h2>How concentrated it is</h2><figure>{svg_summary.mass_curve(summary).standalone()}</figure>"
         if summary.mass()
@@ -124,7 +124,7 @@ def page(summary: Summary) -> str:
         f"<h2>By {summary.by}</h2>{_rows_table(summary.columns, summary.records())}",
         f"<h2>How it was made</h2>{_made_table(summary.provenance)}" if summary.provenance else "",
     ]
-    return _page(formatting.headline(summary), sections)
+    return _page(summary_text.headline(summary), sections)
 
 
 def pruning_page(report: "FapmReport") -> str:

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fisherkit.methods.inspect.summary import Summary
-from fisherkit.render import formatting
+from fisherkit.render import formatting, summary_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ def summary_png(summary: Summary) -> bytes:
     height = max(4.0, 1.6 + 0.17 * len(summary.layers))
     figure = Figure(figsize=(13, height), layout="constrained")
     heat, bars, curve = figure.subplots(1, 3, width_ratios=(2, 1.5, 1.5))
-    figure.suptitle(formatting.headline(summary))
+    figure.suptitle(summary_text.headline(summary))
     if summary.heat.means:
         levels = [
             [summary.heat.level(layer, module) for module in summary.heat.modules] for layer in summary.heat.layers
@@ -38,7 +38,7 @@ def summary_png(summary: Summary) -> bytes:
         heat.set_title(title)
     else:
         heat.set_axis_off()
-    labels = [formatting.row_label(row, "layer") for row in summary.layers]
+    labels = [summary_text.row_label(row, "layer") for row in summary.layers]
     _draw_bars(bars, labels, [row.share for row in summary.layers])
     bars.set_title("share of the total")
     tops = [10 ** (-4 + step / 30) for step in range(121)]

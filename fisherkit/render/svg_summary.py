@@ -2,8 +2,8 @@
 
 import math
 
-from fisherkit.methods.inspect.summary import MASS_POINTS, HeatMap, Row, Summary
-from fisherkit.render import formatting, svg
+from fisherkit.methods.inspect.summary import MASS_POINTS, HeatMap, Summary, SummaryRow
+from fisherkit.render import formatting, summary_text, svg
 from fisherkit.render.svg import Cell, Drawing, Legend, Line
 
 _CURVE = (420, 220)
@@ -13,7 +13,7 @@ _CURVE_FROM = 1e-4
 def picture(summary: Summary) -> str:
     """A whole ``.svg`` file: headline, heat map and bars, mass curve."""
     return svg.picture(
-        formatting.headline(summary), [layers(summary)] + ([mass_curve(summary)] if summary.mass() else [])
+        summary_text.headline(summary), [layers(summary)] + ([mass_curve(summary)] if summary.mass() else [])
     )
 
 
@@ -37,9 +37,9 @@ def layers(summary: Summary) -> Drawing:
     )
 
 
-def _line(row: Row, heat: HeatMap) -> Line:
+def _line(row: SummaryRow, heat: HeatMap) -> Line:
     return Line(
-        label=formatting.row_label(row, "layer"),
+        label=summary_text.row_label(row, "layer"),
         name=row.name,
         layer=row.layer,
         value=row.mean if heat.linear else row.share,

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherkit.methods.inspect.records import Record
-from fisherkit.methods.inspect.summary import HeatMap, Row, Summary
-from fisherkit.render import formatting
+from fisherkit.methods.inspect.summary import HeatMap, Summary, SummaryRow
+from fisherkit.render import formatting, summary_text
 
 _MOST_CELL, _LEAST_CELL = 8, 2
 _BAR_LEAST = 6
@@ -52,18 +52,18 @@ _ASCII = _Marks("#", " .:*#", "-")
 def draw(summary: Summary, console: Console) -> None:
     """Print the whole view of a summary."""
     marks = _marks(console)
-    console.print(Text(formatting.headline(summary), style="bold"))
+    console.print(Text(summary_text.headline(summary), style="bold"))
     if summary.provenance:
         console.print(Text(_made(summary), style="dim"))
     console.print()
     console.print(_table(summary, marks, console.width))
-    for sentence in formatting.sentences(summary):
+    for sentence in summary_text.sentences(summary):
         console.print(Text(f"\n{sentence}"))
     if len(summary.heat.means) > 1:
         console.print()
         for line in _heat_map(summary.heat, marks, console.width, coloured=_has_colour(console)):
             console.print(line, soft_wrap=isinstance(line, Text))  # a map is for the terminal to wrap
-    for warning in formatting.warnings(summary):
+    for warning in summary_text.warnings(summary):
         console.print(Text(f"\nwarning: {warning}", style="bold red"))
 
 
@@ -108,7 +108,9 @@ def _made(summary: Summary) -> str:
 
 
 def _table(summary: Summary, marks: _Marks, width: int) -> Table:
-    labels = [Text(formatting.row_label(row, summary.by), style="red" if row.nonfinite else "") for row in summary.rows]
+    labels = [
+        Text(summary_text.row_label(row, summary.by), style="red" if row.nonfinite else "") for row in summary.rows
+    ]
     columns = _columns(summary)
     named = max([len(summary.by), *(label.cell_len for label in labels)]) + 2
     for heading in _DISPENSABLE:
@@ -157,11 +159,11 @@ def _level(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _share(row: Row) -> float | None:
+def _share(row: SummaryRow) -> float | None:
     return row.share if row.share == row.share else None
 
 
-def _agreement(summary: Summary, row: Row, name: str) -> str:
+def _agreement(summary: Summary, row: SummaryRow, name: str) -> str:
     value = summary.value(row, name)
     return f"{value:.3f}" if isinstance(value, float) else "-"
 

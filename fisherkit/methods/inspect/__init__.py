@@ -1,1 +1,1 @@
-"""``inspect``: what is in a file, summed by layer, module or tensor; and how two files compare."""
+"""``inspect``: the contents of a file, summed by layer, module or tensor; and how two files compare."""

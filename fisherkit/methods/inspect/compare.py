@@ -30,7 +30,7 @@ TOP = (0.1, 0.3)
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two tensors agree; NaN where that is undefined (a constant tensor has no ranks).
+    """Agreement of two tensors; NaN where it is undefined (a constant tensor has no ranks).
 
     Attributes:
         weights: entries compared.
@@ -49,7 +49,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which entries two masks let change.
+    """Entries that two masks let change.
 
     Attributes:
         weights: entries compared.
@@ -67,13 +67,13 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        """What both let change over what either does; NaN where neither lets anything."""
+        """Entries that both let change over those that either does; NaN where neither lets any."""
         either = self.here + self.there - self.both
         return self.both / either if either else math.nan
 
     @property
     def chance(self) -> float:
-        """The same for two unrelated masks of these densities."""
+        """Jaccard overlap of two unrelated masks of these densities."""
         both = self.here * self.there / self.weights if self.weights else 0.0
         either = self.here + self.there - both
         return both / either if either else math.nan
@@ -81,7 +81,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the other file agrees.
+    """Agreement of another file, tensor by tensor.
 
     Attributes:
         path: the other file.
@@ -97,7 +97,7 @@ class Comparison:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is known of a row."""
+        """Columns that a row has of the comparison."""
         return Overlap.COLUMNS if isinstance(next(iter(self.tensors.values())), Overlap) else Agreement.COLUMNS
 
 
@@ -127,20 +127,20 @@ def compare(source: Source, other: Path, track: Track | None = None) -> Comparis
 
 
 def mean_agreement(comparison: Comparison, names: Sequence[str]) -> Agreement | Overlap | None:
-    """The mean over the named tensors, weighted by size, or for masks the counts; None when none was compared."""
+    """Average over the named tensors, weighted by size, or add up counts for masks; None when none was compared."""
     compared = [comparison.tensors[name] for name in names if name in comparison.tensors]
     masks = [one for one in compared if isinstance(one, Overlap)]
-    found = [one for one in compared if isinstance(one, Agreement)]
+    ranked = [one for one in compared if isinstance(one, Agreement)]
     if masks:
         counts = [[one.weights, one.here, one.there, one.both] for one in masks]
         return Overlap(*map(sum, zip(*counts, strict=True)))
-    if not found:
+    if not ranked:
         return None
-    return Agreement(sum(one.weights for one in found), *(_mean(found, column) for column in Agreement.COLUMNS))
+    return Agreement(sum(one.weights for one in ranked), *(_mean(ranked, column) for column in Agreement.COLUMNS))
 
 
-def _mean(found: Sequence[Agreement], column: str) -> float:
-    known = [one for one in found if not math.isnan(getattr(one, column))]
+def _mean(ranked: Sequence[Agreement], column: str) -> float:
+    known = [one for one in ranked if not math.isnan(getattr(one, column))]
     weights = sum(one.weights for one in known)
     return math.fsum(one.weights * getattr(one, column) for one in known) / weights if weights else math.nan
 
@@ -174,13 +174,13 @@ def _compare_masks(path: Path, other: Path, track: Track | None) -> Comparison:
             raise OptionError(f"{other}: is a {there.kind}; a mask is compared with a mask")
         shapes = [{name: file.shape(name) for name in file.names} for file in (here, there)]
         common = _common(shapes[0], shapes[1], path, other)
-        found: dict[str, Overlap] = {}
+        overlaps: dict[str, Overlap] = {}
         for done, name in enumerate(common, start=1):
             shape = here.shape(name) or there.shape(name)
-            found[name] = _overlap(here.read(name, shape), there.read(name, shape), shape)
+            overlaps[name] = _overlap(here.read(name, shape), there.read(name, shape), shape)
             if track is not None:
                 track("comparing", done, len(common))
-    return Comparison(other, found, len(here.names) - len(common), len(there.names) - len(common))
+    return Comparison(other, overlaps, len(here.names) - len(common), len(there.names) - len(common))
 
 
 def _overlap(here: "Flags", there: "Flags", shape: Shape | None) -> Overlap:

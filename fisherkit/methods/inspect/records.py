@@ -20,7 +20,7 @@ _ESCAPES = str.maketrans({chr(code): f"\\x{code:02x}" for code in (*range(32), 1
 
 
 def render(records: Sequence[Record], columns: Sequence[str], form: str) -> str:
-    """The records as text that ends with a newline; ``form`` is one of FORMATS, anything else raises OptionError.
+    """Return the records as text that ends with a newline; ``form`` is one of FORMATS, else OptionError is raised.
 
     TSV and CSV start with a line of column names, also when there are no records. JSON is one array, a record a line.
     """
@@ -40,7 +40,7 @@ def render(records: Sequence[Record], columns: Sequence[str], form: str) -> str:
 
 
 def finite(value: Value) -> Value:
-    """The value itself, or None for infinities and NaN, which JSON does not have."""
+    """Return the value itself, or None for infinities and NaN, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

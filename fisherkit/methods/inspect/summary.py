@@ -1,4 +1,4 @@
-"""What is in a Fisher, a mask or a checkpoint: rows per layer, module or tensor, a heat map, and where the mass lies.
+"""Summary of a Fisher, a mask or a checkpoint: rows per layer, module or tensor, a heat map, and where the mass lies.
 
 This module adds up; ``methods.sources`` reads, ``methods.compare`` sets two files against each other, and showing the
 result is the business of ``render``. No torch is imported where a file has its statistics beside it.
@@ -10,16 +10,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 from fisherkit.artefacts.statistics import Entry, Kind, Source, read_source
 from fisherkit.errors import OptionError
 from fisherkit.kernels.histogram import Histogram
 from fisherkit.methods.inspect.compare import Agreement, Comparison, Overlap, compare, mean_agreement
 from fisherkit.methods.inspect.records import Value, finite
+from fisherkit.options.checks import one_of
+from fisherkit.options.inspect import By
 from fisherkit.progress import Track
 
-By = Literal["layer", "module", "tensor"]
 Key = TypeVar("Key", bound=Hashable)
 
 MASS_POINTS = (0.01, 0.1, 0.3)
@@ -33,7 +34,7 @@ _FIGURES = ("tensors", "weights", "sum", "mean", "share", "max", "zeros", "nonfi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SummaryRow:
     """Some tensors together. Figures are of magnitudes; NaN or None where they cannot be known.
 
     Attributes:
@@ -92,14 +93,14 @@ class HeatMap:
 
     @cached_property
     def bounds(self) -> tuple[float, float] | None:
-        """The ends of the scale: 0 and 1, or the smallest and largest positive mean; None when there is none."""
+        """Ends of the scale: 0 and 1, or the smallest and largest positive mean; None when there is none."""
         if self.linear:
             return 0.0, 1.0
         positive = [mean for mean in self.means.values() if mean > 0 and math.isfinite(mean)]
         return (min(positive), max(positive)) if positive else None
 
     def level(self, layer: int, module: str) -> float | None:
-        """Where a mean lies between the bounds, 0 to 1; None where it is missing or not positive."""
+        """Return where a mean lies between the bounds, 0 to 1; None where it is missing or not positive."""
         mean = self.means.get((layer, module), math.nan)
         if self.bounds is None or not (mean > 0 and math.isfinite(mean)):
             return None
@@ -111,7 +112,7 @@ class HeatMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What ``inspect`` found.
+    """Everything that ``inspect`` shows.
 
     Attributes:
         kind: ``fisher``, ``mask``, ``subspace``, ``checkpoint`` or ``importance`` (a ``layer_importance.json``).
@@ -134,9 +135,9 @@ class Summary:
     path: Path
     by: By
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    layers: tuple[Row, ...]
-    total: Row
+    rows: tuple[SummaryRow, ...]
+    layers: tuple[SummaryRow, ...]
+    total: SummaryRow
     heat: HeatMap
     histogram: Histogram
     dead: tuple[str, ...]
@@ -153,8 +154,8 @@ class Summary:
         known = self.histogram.total > 0 and self.kind not in ("mask", "subspace")
         return tuple((top, self.histogram.mass(top)) for top in MASS_POINTS) if known else ()
 
-    def value(self, row: Row, column: str) -> Value:
-        """What a row has in a column; None for what is unknown or not finite."""
+    def value(self, row: SummaryRow, column: str) -> Value:
+        """Return what a row has in a column; None for what is unknown or not finite."""
         if column == self.by:
             return row.name
         if self.comparison is not None and column in self.comparison.columns:
@@ -162,11 +163,11 @@ class Summary:
         return finite(getattr(row, "mean" if column in ("density", "energy") else column))
 
     def records(self) -> list[dict[str, Value]]:
-        """The rows as plain dictionaries, fit for JSON."""
+        """Return the rows as plain dictionaries, fit for JSON."""
         return [{column: self.value(row, column) for column in self.columns} for row in self.rows]
 
     def sorted(self, column: str | None = None, top: int | None = None) -> "Summary":
-        """The same summary with its rows sorted by a column, largest first, and cut to the first ``top``.
+        """Return the same summary with its rows sorted by a column, largest first, and cut to the first ``top``.
 
         A leading ``-`` puts the smallest first. Rows without a value come last. Raises OptionError for a column that
         is not there, and for a ``top`` below 1.
@@ -176,7 +177,7 @@ class Summary:
         rows = self.rows if column is None else self._order(column)
         return replace(self, rows=tuple(rows[:top]))
 
-    def _order(self, column: str) -> Sequence[Row]:
+    def _order(self, column: str) -> Sequence[SummaryRow]:
         name, ascending = column.removeprefix("-"), column.startswith("-")
         if name not in self.columns:
             raise OptionError(f"--sort {column}: no such column; there are {', '.join(self.columns)}")
@@ -202,8 +203,7 @@ def inspect(
         CheckpointError: a file that cannot be read, or two files without a common tensor.
         OptionError: an unknown ``by``, or a comparison of files that hold no numbers per weight.
     """
-    if by not in get_args(By):
-        raise OptionError(f"--by must be one of {', '.join(get_args(By))}, not {by!r}")
+    one_of("by", by, By)
     source = read_source(Path(path), track)
     if source.kind == "importance" and by != "layer":
         raise OptionError(f"{path} holds layers only: --by {by} needs the Fisher itself")
@@ -256,13 +256,13 @@ def _grouped(entries: Sequence[Entry], key: Callable[[Entry], Key]) -> dict[Key,
 
 def _rows(
     entries: Sequence[Entry], key: Callable[[Entry], str], total: float, comparison: Comparison | None
-) -> tuple[Row, ...]:
+) -> tuple[SummaryRow, ...]:
     return tuple(_row(name, group, total, comparison) for name, group in _grouped(entries, key).items())
 
 
-def _row(name: str, entries: Sequence[Entry], total: float, comparison: Comparison | None) -> Row:
+def _row(name: str, entries: Sequence[Entry], total: float, comparison: Comparison | None) -> SummaryRow:
     added, weights = math.fsum(entry.sum for entry in entries), sum(entry.weights for entry in entries)
-    return Row(
+    return SummaryRow(
         name=name,
         layer=entries[0].layer if entries else None,
         tensors=len(entries),
