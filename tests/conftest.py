@@ -1,6 +1,7 @@
 """What several test files share: checkpoints and prompt sets that are made once, offline."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
+import fork_server
 import pairs
 import tiny
 import transformers
@@ -18,6 +20,14 @@ from fisherkit.training import optimizer_hooks
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One process that has imported torch serves all workers of a session; see fork_server."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="fisherkit")  # socket paths must be short
+        server = fork_server.start(Path(folder.name))
+        config.add_cleanup(lambda: (server.communicate(), folder.cleanup()))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The command line: data on stdout, people on stderr, one line for what is wrong, and codes that scripts can trust."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,19 +8,9 @@ from pathlib import Path
 
 import pytest
 import transformers
+from pairs import fisherkit, one_line
 
 Checkpoint = Callable[[str], Path]
-
-
-def fisherkit(*arguments: object, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fisherkit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        check=False,
-        env={**os.environ, "COLUMNS": "120", **environment},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +19,6 @@ def fisher(checkpoint: Checkpoint, prompts: Path, tmp_path_factory: pytest.TempP
     done = fisherkit("extract", checkpoint("llama"), prompts, "-o", out)
     assert done.returncode == 0, done.stderr
     return out
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error line of a failed command, after checking its form."""
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, done.stderr
-    return errors[0]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["inspect", "--help"], ["--version"]])

@@ -106,7 +106,7 @@ def test_help_has_an_example_that_names_the_command(command: str) -> None:
 def test_no_run_brings_in_torch(arguments: list[str], pair: Pair, tmp_path: Path) -> None:
     command, *rest = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
     watch = "import atexit; atexit.register(lambda: print('HEAVY', {'torch', 'transformers'} & set(sys.modules)))"
-    done = fisherkit(command, *pair, *rest, "--quiet", first=watch, cwd=tmp_path)
+    done = fisherkit(command, *pair, *rest, "--quiet", first=watch, cwd=tmp_path, fresh=True)
     assert worked(done).endswith("HEAVY set()\n")
     assert done.stderr == ""
 

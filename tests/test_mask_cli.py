@@ -1,7 +1,6 @@
 """``mask``, ``export`` and ``inspect`` of masks at the command line."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mask_oracle import fisher_arrays, read_masks, write
+from pairs import fisherkit
 from safetensors.numpy import save_file
 
 from fisherkit import MaskOptions, inspect, mask
 from fisherkit.errors import CheckpointError, OptionError
-
-
-def fisherkit(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fisherkit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        check=False,
-        env={**os.environ, "COLUMNS": "120"},
-    )
 
 
 @pytest.fixture

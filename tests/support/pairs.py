@@ -1,7 +1,6 @@
 """A small base and what was fine-tuned from it, on disk as users have them; and the command line run on such pairs."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fork_server
 import pytest
 import safetensors.torch
 import tiny
@@ -137,17 +137,18 @@ def is_whole(folder: Path) -> bool:
 # The command line
 
 
-def fisherkit(*arguments: object, first: str = "", cwd: Path | None = None, **environment: str) -> Done:
+def fisherkit(
+    *arguments: object,
+    first: str = "",
+    stdin: str | None = None,
+    cwd: Path | None = None,
+    fresh: bool = False,
+    **environment: str,
+) -> Done:
     """Run a command in a process of its own, after the lines ``first``; what it prints is kept apart."""
-    start = ["-c", _AFTER.format(first)] if first else ["-m", "fisherkit"]
-    return subprocess.run(
-        [sys.executable, *start, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "OMP_NUM_THREADS": "1", **environment},
-    )
+    words = ["-c", _AFTER.format(first)] if first else ["-m", "fisherkit"]
+    env = {"COLUMNS": "120", **environment}
+    return fork_server.run([*words, *map(str, arguments)], stdin=stdin, cwd=cwd, env=env, fresh=fresh)
 
 
 def cli(*arguments: object) -> Done:
