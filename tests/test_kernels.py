@@ -21,15 +21,12 @@ def oracle(inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("shape", [(7, 9), (1, 1), (8, 6), (13, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_squares_are_per_sample_whatever_the_tiles(
-    tile: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tile: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(kernels, "TILE_ROWS", tile[0])
-    monkeypatch.setattr(kernels, "TILE_COLUMNS", tile[1])
-    monkeypatch.setattr(kernels, "SQUARE_ROWS", 2)
     inputs = [random(t, shape[1], seed=t, dtype=dtype) for t in (5, 1, 12)]
     grads = [random(t, shape[0], seed=50 + t, dtype=dtype) for t in (5, 1, 12)]
     found = torch.full(shape, 2.0)
-    kernels.add_squared_linear_grads_(found, inputs, grads)
+    kernels.add_squared_linear_grads_(found, inputs, grads, tile=tile, square_rows=2)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.double(), 2.0 + oracle(inputs, grads), rtol=tolerance, atol=tolerance)
 
@@ -60,11 +57,10 @@ def test_bias_is_the_sum_over_tokens_squared() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 4, 5)])
-def test_squares_of_any_shape_and_block(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK_ENTRIES", 7)
+def test_squares_of_any_shape_and_block(shape: tuple[int, ...]) -> None:
     grad = random(*shape, dtype=torch.bfloat16)
     found = torch.ones(shape)
-    kernels.add_squares_(found, grad)
+    kernels.add_squares_(found, grad, block_entries=7)
     torch.testing.assert_close(found, 1 + grad.float() ** 2)
 
 

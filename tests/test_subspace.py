@@ -95,17 +95,16 @@ def test_a_fisher_like_matrix_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("entries", [1, 1000, 1 << 20])
-def test_blocks_of_rows_equal_the_whole(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_equal_the_whole(entries: int) -> None:
     matrix = with_spectrum(SPECTRA["exponential"], 500, SIZE).bfloat16()
     whole = top_modes(matrix, RANK)
-    monkeypatch.setattr(range_finder, "_BLOCK", entries * 7)
     asked: list[tuple[int, int]] = []
 
     def rows(start: int, stop: int) -> Tensor:
         asked.append((start, stop))
         return matrix[start:stop]
 
-    parts = top_modes(RowBlocks((500, SIZE), rows), RANK)
+    parts = top_modes(RowBlocks((500, SIZE), rows, entries=entries * 7), RANK)
     step = max(1, entries * 7 // SIZE)
     assert asked[: len(range(0, 500, step))] == [(at, min(at + step, 500)) for at in range(0, 500, step)]
     assert largest_angle(parts.u, whole.u) < 1e-4

@@ -233,7 +233,7 @@ def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> So
     stats: dict[str, TensorStats] = {}
     with Reader(index) as reader:
         for done, info in enumerate(index.tensors.values(), start=1):
-            stats[info.name] = _measure(reader, info)
+            stats[info.name] = measure(reader, info)
             if track is not None:
                 track("reading", done, len(index.tensors))
     total = sum(stats.values(), TensorStats())
@@ -250,13 +250,13 @@ def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> So
     )
 
 
-def _measure(reader: "Reader", info: TensorInfo) -> "TensorStats":
-    """Statistics of one tensor, read in rows so that memory stays constant."""
+def measure(reader: "Reader", info: TensorInfo, *, rows_bytes: int = _ROWS_BYTES) -> "TensorStats":
+    """Statistics of one tensor, read ``rows_bytes`` at a time so that memory stays constant."""
     from fisherkit.kernels.stats import TensorStats, tensor_stats
 
-    if info.nbytes <= _ROWS_BYTES:
+    if info.nbytes <= rows_bytes:
         return tensor_stats(reader.read(info.name))
-    rows = max(1, _ROWS_BYTES * info.shape[0] // info.nbytes)
+    rows = max(1, rows_bytes * info.shape[0] // info.nbytes)
     pieces = (
         reader.read_rows(info.name, start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows)
     )

@@ -22,30 +22,39 @@ DEVICE_TILE_ROWS, DEVICE_TILE_COLUMNS = 8192, 8192
 BLOCK_ENTRIES = 1 << 20
 
 
-def add_squared_linear_grads_(fisher: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def add_squared_linear_grads_(
+    fisher: Tensor,
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    tile: tuple[int, int] | None = None,
+    square_rows: int = SQUARE_ROWS,
+) -> None:
     """fisher[O,I] += sum_n (dl_n/dW)^2 with dl_n/dW = sum_t g_n[t] x_n[t]^T (arXiv 1612.00796).
 
     Args:
         fisher: float32 accumulator [O, I], changed in place.
         inputs: per sample the layer's input x_n [T_n, I].
         grads: per sample the gradient g_n [T_n, O] of its loss at the layer's output, same dtype as the input.
+        tile: rows and columns of the gradient that are made at a time; None for what is fast on the device.
+        square_rows: rows of a bf16 tile that are widened at a time, on a CPU.
     """
-    rows, columns = _tile(fisher)
+    rows, columns = map(min, tile or _tile(fisher.device), fisher.shape)
     product = torch.empty(rows * columns, dtype=inputs[0].dtype, device=fisher.device)
     for top in range(0, fisher.shape[0], rows):
         for left in range(0, fisher.shape[1], columns):
-            tile = fisher[top : top + rows, left : left + columns]
-            grad = product[: tile.numel()].view(tile.shape)
+            part = fisher[top : top + rows, left : left + columns]
+            grad = product[: part.numel()].view(part.shape)
             for x, g in zip(inputs, grads, strict=True):
                 torch.mm(g[:, top : top + rows].mT, x[:, left : left + columns], out=grad)
-                _add_squared_tile_(tile, grad)
+                _add_squared_tile_(part, grad, square_rows)
 
 
-def _add_squared_tile_(tile: Tensor, grad: Tensor) -> None:
+def _add_squared_tile_(tile: Tensor, grad: Tensor, square_rows: int) -> None:
     if grad.dtype == tile.dtype:
         tile.addcmul_(grad, grad)
         return
-    step = SQUARE_ROWS if tile.device.type == "cpu" else tile.shape[0]
+    step = square_rows if tile.device.type == "cpu" else tile.shape[0]
     for part, source in zip(tile.split(step), grad.split(step), strict=True):  # type: ignore[no-untyped-call]
         exact = source.to(tile.dtype)
         part.addcmul_(exact, exact)
@@ -62,21 +71,19 @@ def add_squared_bias_grads_(fisher: Tensor, grads: Sequence[Tensor]) -> None:
         fisher.add_(g.sum(0, dtype=fisher.dtype).square_())
 
 
-def add_squares_(fisher: Tensor, grad: Tensor) -> None:
+def add_squares_(fisher: Tensor, grad: Tensor, *, block_entries: int = BLOCK_ENTRIES) -> None:
     """Fisher += grad^2 for one sample's gradient, block by block in float32.
 
     Args:
         fisher: float32 accumulator of any shape, changed in place.
         grad: of the same shape, any float dtype.
+        block_entries: entries that are widened and squared at a time.
     """
     into, source = fisher.view(-1), grad.reshape(-1)
-    for start in range(0, into.numel(), BLOCK_ENTRIES):
-        block = source[start : start + BLOCK_ENTRIES].to(fisher.dtype)
-        into[start : start + BLOCK_ENTRIES].addcmul_(block, block)
+    for start in range(0, into.numel(), block_entries):
+        block = source[start : start + block_entries].to(fisher.dtype)
+        into[start : start + block_entries].addcmul_(block, block)
 
 
-def _tile(fisher: Tensor) -> tuple[int, int]:
-    rows, columns = (
-        (TILE_ROWS, TILE_COLUMNS) if fisher.device.type == "cpu" else (DEVICE_TILE_ROWS, DEVICE_TILE_COLUMNS)
-    )
-    return min(rows, fisher.shape[0]), min(columns, fisher.shape[1])
+def _tile(device: torch.device) -> tuple[int, int]:
+    return (TILE_ROWS, TILE_COLUMNS) if device.type == "cpu" else (DEVICE_TILE_ROWS, DEVICE_TILE_COLUMNS)

@@ -45,11 +45,13 @@ class RowBlocks:
         shape: (O, I).
         rows: ``rows(start, stop)`` gives the rows of that range, [stop - start, I], of any real dtype.
         device: where the rows are.
+        entries: how many are made or read at a time, in whole rows; None for what is fast on the device.
     """
 
     shape: tuple[int, int]
     rows: Callable[[int, int], Tensor]
     device: torch.device = _CPU
+    entries: int | None = None
 
     @classmethod
     def of(cls, matrix: "Tensor | RowBlocks") -> "RowBlocks":
@@ -62,7 +64,7 @@ class RowBlocks:
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ranges of rows, with these rows in float32."""
         height, width = self.shape
-        entries = _BLOCK if self.device.type == "cpu" else _BLOCK_ON_DEVICE
+        entries = self.entries or (_BLOCK if self.device.type == "cpu" else _BLOCK_ON_DEVICE)
         step = max(1, entries // max(1, width))
         for start in range(0, height, step):
             stop = min(start + step, height)
