@@ -289,7 +289,7 @@ def test_dry_run_knows_the_bytes(
 
 
 def test_targets_without_linear_layers_are_refused(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="none of the targets is the weight of a linear layer"):
+    with pytest.raises(OptionError, match=r"targets.*linear layer"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt", targets="norm")
 
 
@@ -305,7 +305,7 @@ def test_inputs_that_are_shared_only_sometimes_are_refused(
         )
 
     monkeypatch.setattr(plan.SharedInputProbe, "__exit__", lie)
-    with pytest.raises(UnsupportedModelError, match=r"o_proj.* read the same tensor in one batch and different ones"):
+    with pytest.raises(UnsupportedModelError, match=r"o_proj.*same tensor.*different"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
 
 
@@ -313,5 +313,5 @@ def test_overflow_is_an_error_that_names_the_layer() -> None:
     one = plan.Covariance("x.input", "input", ("x",), ("x",), 0, 2, None)
     accumulator = hooks.Accumulator(one, torch.device("cpu"), None)
     accumulator.add(torch.tensor([[1e30, 1e30]]))
-    with pytest.raises(fisherkit.FisherkitError, match=r"x\.input: the second moment is not finite in float32"):
+    with pytest.raises(fisherkit.FisherkitError, match=r"x\.input.*not finite"):
         accumulator.finish()

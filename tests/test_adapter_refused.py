@@ -82,52 +82,52 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         _put(f"{Q0}.lora_A.weight", torch.ones(5, 32)),
         r"is \[5, 32\] and '.*lora_B.weight' \[32, 4\], which have no product",
     ),
-    "one factor": (_put(f"{Q0}.lora_B.weight", None), "q_proj.*' has one of its two factors only"),
-    "a vector": (_put(f"{Q0}.lora_B.weight", torch.ones(32)), "is no matrix; " + MERGE_FIRST),
+    "one factor": (_put(f"{Q0}.lora_B.weight", None), "q_proj.*'.*one of its two factors"),
+    "a vector": (_put(f"{Q0}.lora_B.weight", torch.ones(32)), "no matrix; " + MERGE_FIRST),
     "magnitudes without DoRA": (
         _put(f"{Q0}.lora_magnitude_vector", torch.ones(32)),
-        "use_dora is false, which the magnitudes of",
+        "use_dora is false.*magnitudes",
     ),
-    "DoRA without magnitudes": (_set(use_dora=True), "use_dora is true, which the magnitudes of"),
-    "NaN": (_put(f"{Q0}.lora_A.weight", torch.full((4, 32), torch.nan)), "q_proj.lora_A.weight' holds NaN or infinity"),
+    "DoRA without magnitudes": (_set(use_dora=True), "use_dora is true.*magnitudes"),
+    "NaN": (_put(f"{Q0}.lora_A.weight", torch.full((4, 32), torch.nan)), "q_proj.lora_A.weight'.*NaN"),
     "infinity": (
         _put(f"{Q0}.lora_B.weight", torch.full((32, 4), torch.inf).bfloat16()),
-        "q_proj.lora_B.weight' holds NaN",
+        "q_proj.lora_B.weight'.*infinity",
     ),
-    "nothing gathered": (_put(f"{Q0}.lora_A.weight", torch.ones(0)), "is empty, as one of several processes saves it"),
+    "nothing gathered": (_put(f"{Q0}.lora_A.weight", torch.ones(0)), "empty.*several processes"),
     "integers": (
         _put(f"{Q0}.lora_A.weight", torch.ones(4, 32, dtype=torch.uint8)),
-        "is stored as U8, which is no type",
+        "stored as U8",
     ),
     "square, either way": (
         _set(fan_in_fan_out=True),
-        "says fan_in_fan_out, and which way 'model.layers.0.self_attn.q_proj.weight' lies",
+        "fan_in_fan_out.*'model.layers.0.self_attn.q_proj.weight'",
     ),
     "changed twice": (
         _put("base_model.model.model.layers.0.self_attn.q_proj.weight", torch.ones(32, 32)),
-        "both change 'model.layers.0.self_attn.q_proj.weight'",
+        "both.*'model.layers.0.self_attn.q_proj.weight'",
     ),
     "tokens unnamed": (
         _put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 32)),
-        "names 0 trainable tokens of 'model.embed_tokens', and .* has 2",
+        "0 trainable tokens of 'model.embed_tokens'.* 2",
     ),
-    "alpha": (_set(lora_alpha="8"), "lora_alpha is '8', not a number"),
-    "alpha of NaN": (_set(lora_alpha=float("nan")), "lora_alpha is nan, not a number"),
-    "patterns": (_set(alpha_pattern={"q_(proj": 3}), "'q_.proj' is not a regular expression"),
-    "patterns of lists": (_set(rank_pattern=[3]), "rank_pattern is not an object"),
-    "names": (_set(modules_to_save="lm_head"), "modules_to_save is not a list of names"),
+    "alpha": (_set(lora_alpha="8"), "lora_alpha.*'8'.*number"),
+    "alpha of NaN": (_set(lora_alpha=float("nan")), "lora_alpha.*nan.*number"),
+    "patterns": (_set(alpha_pattern={"q_(proj": 3}), "'q_.proj'.*regular expression"),
+    "patterns of lists": (_set(rank_pattern=[3]), "rank_pattern.*object"),
+    "names": (_set(modules_to_save="lm_head"), "modules_to_save.*list of names"),
     "indices": (
         _set(trainable_token_indices={"embed_tokens": "all"}),
-        "trainable_token_indices are not lists of numbers",
+        "trainable_token_indices.*numbers",
     ),
-    "no JSON": (_write("adapter_config.json", "{"), "adapter configuration is not valid JSON"),
+    "no JSON": (_write("adapter_config.json", "{"), "adapter.*JSON"),
     "no config": (
         lambda folder: (folder / "adapter_config.json").unlink(),
-        "adapter_config.json: cannot be read: No such file",
+        "adapter_config.json.*No such file",
     ),
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
-        "has adapter_config.json but no adapter_model.safetensors",
+        "adapter_config.json.*no adapter_model.safetensors",
     ),
     "cut short": (_write("adapter_model.safetensors", "abc"), "truncated|not a safetensors file"),
 }
@@ -149,12 +149,12 @@ def test_what_cannot_be_read_is_refused_in_one_line(
     [
         (
             {"modules_to_save": ["embed_tokens"]},
-            "makes embedding and head differ, which are one weight in .*" + MERGE_FIRST,
+            "embedding and head.*" + MERGE_FIRST,
         ),
-        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "makes embedding and head differ"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "embedding and head"),
         (
             {"target_modules": ["embed_tokens", "lm_head"]},
-            "lora_A.* and .*lora_embedding_A' both change 'model.embed_tok",
+            "lora_A.*lora_embedding_A'.*'model.embed_tok",
         ),
     ],
 )
@@ -170,10 +170,10 @@ def test_tied_embeddings_that_come_apart_are_refused(
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        ([5, 3], "names 2 trainable tokens of 'model.embed_tokens', and .* has 3"),
-        ({"wte": [5, 3, 1]}, "names 0 trainable tokens of 'model.embed_tokens'"),
-        ([5, 400, 3], "trains token 400, and 'model.embed_tokens.weight' in .* has 400; is it"),
-        ([5, -1, 3], "trains token"),
+        ([5, 3], "2 trainable tokens of 'model.embed_tokens'.* 3"),
+        ({"wte": [5, 3, 1]}, "0 trainable tokens of 'model.embed_tokens'"),
+        ([5, 400, 3], "token 400.*'model.embed_tokens.weight'.*has 400"),
+        ([5, -1, 3], "token -1"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(
@@ -198,9 +198,7 @@ def test_experts_of_another_number_are_refused(
     experts: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = without_expert(checkpoint("qwen3-moe"), tmp_path / "fewer")
-    with pytest.raises(
-        CheckpointError, match=r"has 16 rows, which are not 4 for each of the 3 experts in .*fewer; is it"
-    ):
+    with pytest.raises(CheckpointError, match=r"16 rows.*\b4\b.*3 experts"):
         Adapter.open(experts, open_index(base))
 
 
@@ -208,15 +206,13 @@ def test_a_quantised_base_is_refused(adapter: Path, checkpoint: Callable[[str], 
     tensors: dict[str, NDArray[Any]] = dict(values(checkpoint("llama")))
     name = "model.layers.0.self_attn.q_proj.weight"
     safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.uint8)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=f"'{name}' is stored as U8, so nothing can be added to it; give the"):
+    with pytest.raises(CheckpointError, match=f"'{name}'.*U8"):
         Adapter.open(adapter, open_index(tmp_path / "m.safetensors"))
 
 
 def test_an_adapter_of_other_modules_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = train(checkpoint("gpt2"), tmp_path / "adapter", target_modules=["c_attn"])
-    with pytest.raises(
-        CheckpointError, match=r"6 of 6 tensors match no weight of .*is it the adapter of another model"
-    ):
+    with pytest.raises(CheckpointError, match=r"6 of 6 tensors.*another model"):
         Adapter.open(adapter, open_index(checkpoint("llama")))
 
 

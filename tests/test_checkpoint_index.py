@@ -184,11 +184,11 @@ BAD_HEADERS = {
     "header entry lacks": {"w": 3},
     "'a' and 'b' overlap": {"a": f32(0, 8), "b": f32(4, 12)},
     "'a' and 'c' overlap": {"a": f32(0, 16), "c": f32(0, 16)},
-    r"truncated: \d+ bytes, and its header needs \d+": {"w": f32(0, 2000)},
+    r"truncated: \d+ bytes.*needs \d+": {"w": f32(0, 2000)},
     "header needs": {"w": f32(2**40, 2**40 + 4)},
     "not a JSON object": [1],
-    "header is not valid JSON: nested too deeply": b"[" * 200_000,
-    "header is not valid JSON: Exp": b"{oops",
+    "JSON: nested too deeply": b"[" * 200_000,
+    "header.*JSON: Exp": b"{oops",
     "not valid JSON: 'utf-8'": b'{"\xff": 1}',
     "key 'w' occurs twice": b'{"w": 1, "w": 2}',
     "holds no tensors": {"__metadata__": {"format": "pt"}},
@@ -211,11 +211,11 @@ BAD_FILES = {
     "Python pickle": b"\x80\x02}q\x00." + bytes(60),
     "GGUF": b"GGUF\x03\x00\x00\x00" + bytes(60),
     "it is text": b'{"error": "Repository not found"}',
-    "claim a header of 18446744073709551615 bytes": b"\xff" * 40,
-    "claim a header of 100000001 bytes": (100_000_001).to_bytes(8, "little") + bytes(40),
+    "header of 18446744073709551615 bytes": b"\xff" * 40,
+    "header of 100000001 bytes": (100_000_001).to_bytes(8, "little") + bytes(40),
     "truncated: 0 bytes": b"",
     "truncated: 5 bytes": b"\x01\x00\x00\x00\x00",
-    r"truncated: 18 bytes, and the header alone needs 1008": (1000).to_bytes(8, "little") + b'{"w": {"dt',
+    r"truncated: 18 bytes.*1008": (1000).to_bytes(8, "little") + b'{"w": {"dt',
 }
 
 
@@ -237,21 +237,21 @@ def test_a_file_that_is_something_else_is_named_for_what_it_is(tmp_path: Path, m
 def test_a_shard_outside_the_folder_is_refused(tmp_path: Path, shard: Any) -> None:
     tensor_file(tmp_path / "out.safetensors", {"a": f32(0, 4)}, bytes(4))
     folder = sharded(tmp_path / "model", {"a": shard})
-    with pytest.raises(CheckpointError, match="which is not a file beside the index"):
+    with pytest.raises(CheckpointError, match="not a file beside"):
         open_index(folder)
 
 
 def test_missing_shards_are_listed(tmp_path: Path) -> None:
     tensor_file(tmp_path / "m-0.safetensors", {"t0": f32(0, 4)}, bytes(4))
     sharded(tmp_path, {f"t{i}": f"m-{i}.safetensors" for i in range(8)})
-    with pytest.raises(CheckpointError, match=r"7 of 8 shards are missing: m-1\.safetensors, m-2.* and 2 more"):
+    with pytest.raises(CheckpointError, match=r"7 of 8 shards.*m-1\.safetensors, m-2.*2 more"):
         open_index(tmp_path)
 
 
 def test_a_tensor_that_is_not_in_its_shard_is_named(tmp_path: Path) -> None:
     shard = tensor_file(tmp_path / "m.safetensors", {"a": f32(0, 4)}, bytes(4))
     sharded(tmp_path, {"a": "m.safetensors", "lost": "m.safetensors"})
-    with pytest.raises(CheckpointError, match=f"{shard}: 1 tensors that .* the first 'lost'"):
+    with pytest.raises(CheckpointError, match=f"{shard}.*1 tensor.*'lost'"):
         open_index(tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_an_index_without_a_map_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_an_index_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x", "a": "y"}}')
-    with pytest.raises(CheckpointError, match="index is not valid JSON: key 'a' occurs twice"):
+    with pytest.raises(CheckpointError, match=r"index.*JSON.*'a' occurs twice"):
         open_index(tmp_path)
 
 
@@ -283,7 +283,7 @@ def test_folders_that_do_not_say_which_file_are_refused(tmp_path: Path) -> None:
         open_index(tmp_path)
     for name in ("a", "b"):
         tensor_file(tmp_path / f"{name}.safetensors", {name: f32(0, 4)}, bytes(4))
-    with pytest.raises(CheckpointError, match=r"2 tensor files and no index \(a\.safetensors, b\.safetensors\)"):
+    with pytest.raises(CheckpointError, match=r"2 tensor files.*no index.*a\.safetensors, b\.safetensors"):
         open_index(tmp_path)
     for name in ("a", "b"):
         sharded(tmp_path, {name: f"{name}.safetensors"}, f"{name}.safetensors.index.json")
@@ -314,7 +314,7 @@ def test_a_pickle_with_code_is_refused_even_where_the_environment_allows_it(
     torch.save({"w": torch.ones(2), "x": RunsCode()}, tmp_path / "m.pt", _use_new_zipfile_serialization=not old)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(CheckpointError, match=r"m\.pt: refused: the pickle in it asks for \w+\.mkdir") as caught:
+    with pytest.raises(CheckpointError, match=r"m\.pt.*pickle.*\.mkdir") as caught:
         open_index(tmp_path / "m.pt")
     assert not (tmp_path / "hacked").exists()
     assert "\n" not in str(caught.value)
@@ -341,7 +341,7 @@ def test_damaged_torch_files_are_refused_in_one_line(tmp_path: Path) -> None:
     whole = (tmp_path / "good.pt").read_bytes()
     damaged = {
         "damaged.*central directory": whole[:-200],
-        "damaged, or not a file of tensors": b"",
+        "damaged, or not": b"",
         "damaged, or": b"\x93\x01 neither one nor the other",
         "wrote; fetch it again": pickle.dumps({"w": 1}, protocol=4),
         "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\n",
@@ -383,11 +383,9 @@ def test_a_cached_model_is_found_offline_with_its_commit(hub_cache: Path, refere
 
 
 def test_offline_and_not_cached_says_what_to_unset(hub_cache: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="org/other: not a local path, and not cached, while HF_HUB_OFFLINE is set"
-    ):
+    with pytest.raises(CheckpointError, match=r"org/other.*not cached.*HF_HUB_OFFLINE"):
         resolve_model("org/other")
-    with pytest.raises(CheckpointError, match="not cached at revision 'v2'"):
+    with pytest.raises(CheckpointError, match=r"not cached.*'v2'"):
         resolve_model("org/tiny@v2")
 
 
@@ -408,21 +406,21 @@ def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(hub_cache: Path, pa
 
 @pytest.mark.parametrize("text", ["", "two words", "hf://a/b/c", "org/-x", "@main", "x" * 5000, "a\0b"])
 def test_what_is_neither_path_nor_id_is_refused(hub_cache: Path, text: str) -> None:
-    with pytest.raises(CheckpointError, match="neither an existing path nor a model id"):
+    with pytest.raises(CheckpointError, match=r"path.*model id"):
         resolve_model(text)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (errors.GatedRepoError, "gated; accept its terms .* `hf auth login`"),
-        (errors.RepositoryNotFoundError, "check the name, or `hf auth login` if it is private"),
-        (errors.RevisionNotFoundError, "no revision 'v9' of it"),
+        (errors.GatedRepoError, "gated.*terms.*`hf auth login`"),
+        (errors.RepositoryNotFoundError, "name.*`hf auth login`.*private"),
+        (errors.RevisionNotFoundError, "revision 'v9'"),
         (
             errors.LocalEntryNotFoundError,
-            r"fetching it failed \(LocalEntryNotFoundError: first line\); check the network",
+            r"LocalEntryNotFoundError: first line\).*network",
         ),
-        (ConnectionError, "check the network"),
+        (ConnectionError, "network"),
     ],
 )
 def test_each_way_the_hub_says_no_is_one_line(monkeypatch: pytest.MonkeyPatch, kind: type, message: str) -> None:

@@ -208,7 +208,7 @@ def test_permissions_are_those_of_any_other_file(tmp_path: Path, name: str) -> N
 def test_nothing_half_written_is_finished(tmp_path: Path, name: str) -> None:
     with create(tmp_path / name, sample_tensors()) as writer:
         writer.write("ids", sample_tensors()["ids"])
-        with pytest.raises(RuntimeError, match="7 tensors were never written, such as 'bf16'"):
+        with pytest.raises(RuntimeError, match=r"7 tensors.*'bf16'"):
             writer.finish()
     assert not (tmp_path / name).exists()
 
@@ -219,9 +219,9 @@ def test_a_tensor_of_another_layout_is_refused(tmp_path: Path) -> None:
             writer.write("b", torch.ones(2, 3))
         with pytest.raises(ValueError, match="has no tensor 'b'"):
             writer.mark_written(["a", "b"])
-        with pytest.raises(ValueError, match=r"'a': laid out as F32 \[2, 3\], given torch.float32 \[3, 2\]"):
+        with pytest.raises(ValueError, match=r"'a'.*F32 \[2, 3\].*torch.float32 \[3, 2\]"):
             writer.write("a", torch.ones(3, 2))
-        with pytest.raises(ValueError, match=r"laid out as I64 \[3\], given torch.float32"):
+        with pytest.raises(ValueError, match=r"I64 \[3\].*torch.float32"):
             writer.write("i", torch.ones(3))
         with pytest.raises(ValueError, match="laid out as F32"):
             writer.write("a", torch.ones(2, 3, dtype=torch.int64))
@@ -232,10 +232,10 @@ def test_a_tensor_of_another_layout_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [[], ["a", "a"], ["__metadata__"]])
 def test_every_tensor_needs_a_name_of_its_own(tmp_path: Path, names: list[str]) -> None:
     specs = [TensorSpec(name, "F32", (1,)) for name in names]
-    with pytest.raises(ValueError, match="each with a name of its own"):
+    with pytest.raises(ValueError, match="name of its own"):
         StreamedWriter.create(tmp_path / "f.pt", specs, work=tmp_path / "w")
 
 
 def test_a_type_without_torch_is_refused() -> None:
-    with pytest.raises(ValueError, match="'w': torch cannot hold F4"):
+    with pytest.raises(ValueError, match=r"'w'.*F4"):
         TensorSpec("w", "F4", (2,))

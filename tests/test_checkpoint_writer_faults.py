@@ -54,7 +54,7 @@ def test_a_killed_run_leaves_no_target_and_continues_to_the_same_bytes(tmp_path:
 @pytest.mark.parametrize("name", TARGETS)
 def test_another_layout_is_not_continued(tmp_path: Path, name: str) -> None:
     target, tensors = tmp_path / name, {"a": torch.ones(30), "b": torch.ones(30)}
-    with pytest.raises(ResumeError, match=f"{name}.*: not what this run would continue"):
+    with pytest.raises(ResumeError, match=f"{name}.*not what this run"):
         StreamedWriter.reopen(target, specs_of(tensors), work=work_of(target))
     create(target, tensors).close()
     for other in (
@@ -62,11 +62,11 @@ def test_another_layout_is_not_continued(tmp_path: Path, name: str) -> None:
         {"a": torch.ones(30), "b": torch.ones(30).int()},
         dict(reversed(tensors.items())),
     ):
-        with pytest.raises(ResumeError, match="run again without --resume"):
+        with pytest.raises(ResumeError, match="without --resume"):
             StreamedWriter.reopen(target, specs_of(other), work=work_of(target))
     laid_out = next(path for path in sorted(work_of(target).rglob("*")) if path.is_file())
     os.truncate(laid_out, laid_out.stat().st_size - 1)
-    with pytest.raises(ResumeError, match="not what this run would continue"):
+    with pytest.raises(ResumeError, match="not what this run"):
         StreamedWriter.reopen(target, specs_of(tensors), work=work_of(target))
 
 
@@ -99,7 +99,7 @@ def test_a_disk_that_fills_keeps_the_work_and_shows_no_target(
         writer.write("a", tensors["a"])
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(OutputError, match=r"disk full while writing .*f\.pt: 6 kB needed; .* with --resume"):
+            with pytest.raises(OutputError, match=r"disk full.*f\.pt.*6 kB.*--resume"):
                 writer.write("b", tensors["b"])
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
@@ -118,7 +118,7 @@ def test_a_file_larger_than_the_system_allows_is_a_full_disk(tmp_path: Path, nam
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(OutputError, match=r"disk full while writing .*: 8 MB needed"):
+        with pytest.raises(OutputError, match=r"disk full.*8 MB"):
             create(tmp_path / name, {"a": torch.ones(2_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -130,13 +130,13 @@ def test_other_failures_of_the_disk_say_what_the_system_says(tmp_path: Path, mon
 
     with create(tmp_path / "f.safetensors", {"a": torch.ones(10)}) as writer:
         monkeypatch.setattr(os, "pwrite", broken)
-        with pytest.raises(OutputError, match=r"f\.safetensors: cannot be written: Input/output error"):
+        with pytest.raises(OutputError, match=r"f\.safetensors.*Input/output error"):
             writer.write("a", torch.ones(10))
 
 
 def test_what_cannot_fit_is_refused_before_the_work(tmp_path: Path) -> None:
     specs = [TensorSpec("w", "F32", (10**15,))]
-    with pytest.raises(OutputError, match=r"needs 4000000\.0 GB, and .* are free"):
+    with pytest.raises(OutputError, match=r"4000000\.0 GB.*free"):
         StreamedWriter.create(tmp_path / "f.safetensors", specs, work=tmp_path / "w")
 
 
@@ -157,7 +157,7 @@ def test_an_existing_target_is_replaced_only_with_force_and_only_when_whole(tmp_
     target = tmp_path / name
     write_all(target, {"old": torch.ones(3)}, stem="fisher")
     before = contents(target)
-    with pytest.raises(OutputError, match=f"{name}: exists already; choose another name, or --force"):
+    with pytest.raises(OutputError, match=f"{name}: exists already.*--force"):
         check_target(target, force=False)
     check_target(target, force=True)
     with create(target, {"new": torch.ones(4)}, stem="fisher") as writer:
@@ -183,7 +183,7 @@ def test_force_replaces_a_folder_of_ours_with_its_sidecars(tmp_path: Path) -> No
 def test_force_does_not_replace_a_folder_with_anything_else(tmp_path: Path, foreign: str) -> None:
     write_all(tmp_path / "out", {"a": torch.ones(3)}, stem="fisher")
     (tmp_path / "out" / foreign).touch()
-    with pytest.raises(OutputError, match=f"holds '{foreign}', so --force does not replace this folder"):
+    with pytest.raises(OutputError, match=f"'{foreign}'.*--force"):
         check_target(tmp_path / "out", force=True)
 
 
@@ -232,14 +232,14 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_be_put_there(
     with create(target, {"new": torch.ones(4)}) as writer:
         writer.write("new", torch.ones(4))
         monkeypatch.setattr(Path, "rename", rename)
-        with pytest.raises(OutputError, match="cannot be written: Input/output error"):
+        with pytest.raises(OutputError, match="Input/output error"):
             writer.finish(force=True)
     assert list(open_index(target).tensors) == ["old"]
     assert list(open_index(work_of(target) / "out").tensors) == ["new"]
 
 
 def test_a_target_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OutputError, match=r"there is no folder .*missing; make it first"):
+    with pytest.raises(OutputError, match=r"no folder .*missing"):
         check_target(tmp_path / "missing" / "f.pt", force=False)
     for path in (".", "..", "/"):
         with pytest.raises(OutputError, match="not a name for an output"):
@@ -252,7 +252,7 @@ def test_a_target_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["f.bin", "f.safetensor", "f.json", "f.pth"])
 def test_a_suffix_that_is_not_ours_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match=r"unknown suffix '\.\w+'; use \.pt, \.safetensors, or none for a folder"):
+    with pytest.raises(OutputError, match=r"suffix '\.\w+'.*\.pt, \.safetensors.*folder"):
         check_target(tmp_path / name, force=False)
     with pytest.raises(OutputError, match="unknown suffix"):
         create(tmp_path / name, {"a": torch.ones(1)})

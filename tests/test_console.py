@@ -66,7 +66,7 @@ def test_warnings_go_to_stderr_and_json_stays_json(summary: Summary, capsys: pyt
 
 
 def test_an_unknown_format_is_refused(summary: Summary) -> None:
-    with pytest.raises(OptionError, match="--format must be one of auto, table, tsv, csv, json, jsonl"):
+    with pytest.raises(OptionError, match=r"--format.*auto, table, tsv, csv, json, jsonl"):
         console.show(summary, "xml")
 
 

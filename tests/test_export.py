@@ -154,7 +154,7 @@ def test_shira_draws_with_a_seed_and_refuses_a_rank_that_the_mask_has_no_room_fo
     flags = read_masks(llama_mask)
     room = min(int(flag.sum()) // sum(flag.shape) for flag in flags.values())
     assert room == script.RANK
-    with pytest.raises(ValueError, match=rf"r=20 needs .* may change; r={room} fits"):
+    with pytest.raises(ValueError, match=rf"r=20 .*r={room} fits"):
         script.shira_config(base).mask_fn(layer, 20)
     del base.model.layers[2]
     with pytest.raises(ValueError, match="14 of the 21 layers"):
@@ -168,7 +168,7 @@ def test_shira_takes_linear_layers_only(checkpoint: Checkpoint, prompts: Path, t
         fisher = extract(checkpoint(architecture), prompts, folder / "f.safetensors", ExtractOptions(limit=1)).path
         path = mask(fisher, folder / "mask.safetensors", MaskOptions(train="top", keep=0.5)).path
         if not left:
-            with pytest.raises(CheckpointError, match="no linear layer of it lets as many entries change"):
+            with pytest.raises(CheckpointError, match="no linear layer"):
                 export(path, ExportOptions(to="peft-shira"))
             continue
         text = export(path, ExportOptions(to="peft-shira"))
@@ -182,19 +182,19 @@ def test_shira_takes_linear_layers_only(checkpoint: Checkpoint, prompts: Path, t
 def test_what_a_tool_cannot_take_is_refused(tmp_path: Path) -> None:
     path = graded(tmp_path)
     (tmp_path / "layer_importance.json").write_text("[1.0, 2.0]")
-    with pytest.raises(OptionError, match="--to must be one of peft-shira, axolotl, llamafactory, mergekit"):
+    with pytest.raises(OptionError, match=r"--to.*peft-shira, axolotl, llamafactory, mergekit"):
         ExportOptions(to="unsloth")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="--learning-rate must lie between 0 and 1"):
+    with pytest.raises(OptionError, match=r"--learning-rate.*0 and 1"):
         ExportOptions(to="axolotl", learning_rate=0.0)
     with pytest.raises(OptionError, match="peft-shira needs a mask"):
         export(tmp_path / "layer_importance.json", ExportOptions(to="peft-shira"))
     with pytest.raises(CheckpointError, match=r"fisher.json: does not describe a mask"):
         export(tmp_path / "fisher.safetensors", ExportOptions(to="axolotl"))
     sub = mask(tmp_path / "fisher.safetensors", tmp_path / "s.safetensors", MaskOptions(svd_rank=2)).path
-    with pytest.raises(CheckpointError, match="is a subspace, which no other tool takes"):
+    with pytest.raises(CheckpointError, match=r"a subspace.*no other tool"):
         export(sub, ExportOptions(to="axolotl"))
     head = write(tmp_path / "h.safetensors", {"lm_head.weight": np.ones((4, 4), np.float32)})
-    with pytest.raises(CheckpointError, match="none of its tensors lies in a layer"):
+    with pytest.raises(CheckpointError, match=r"none.*in a layer"):
         export(mask(head, tmp_path / "g.safetensors", MaskOptions(preset="fggm")).path, ExportOptions(to="mergekit"))
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):

@@ -193,7 +193,7 @@ def test_unknown_layers_and_patterns_without_a_match_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match="has 3 layers, 0 to 2"):
         run(checkpoint("llama"), prompts, tmp_path / "a.pt", layers=(0, 3))
-    with pytest.raises(OptionError, match="no tensor of the text model matches"):
+    with pytest.raises(OptionError, match=r"no tensor.*matches"):
         run(checkpoint("llama"), prompts, tmp_path / "a.pt", targets="nothing_like_it")
 
 
@@ -261,7 +261,7 @@ def test_a_replay_that_disagrees_with_autograd_is_noticed(
         plain(*args)
 
     monkeypatch.setattr(squared_gradients, "add_squared_linear_grads_", doubled)
-    with pytest.raises(UnsupportedModelError, match="another Fisher than plain autograd"):
+    with pytest.raises(UnsupportedModelError, match=r"another Fisher.*autograd"):
         run(checkpoint("llama"), prompts, tmp_path / "a.pt", engine="stream")
     report = fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "b.pt", options())
     assert report.provenance["run"]["engine"] == "resident"
@@ -336,7 +336,7 @@ def test_encoder_decoders_are_refused_by_name(tmp_path: Path, prompts: Path) -> 
 def test_quantised_checkpoints_are_refused_with_the_way_out(checkpoint: Checkpoint, tmp_path: Path) -> None:
     config = json.loads((checkpoint("llama") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(UnsupportedModelError, match="quantised; dequantise it first"):
+    with pytest.raises(UnsupportedModelError, match=r"quantised.*dequantise"):
         fisherkit.plan_extract(tmp_path, None)
 
 
@@ -362,7 +362,7 @@ def test_weights_that_are_not_finite_are_reported_by_name(
         tensors[name].view(-1)[3] = value
 
     model = damaged(checkpoint, tmp_path / "model", change)
-    with pytest.raises(CheckpointError, match=rf"{name} holds 1 weights that are NaN or infinite"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*1 weights.*NaN"):
         run(model, prompts, tmp_path / "fisher.pt")
     assert not (tmp_path / "fisher.pt").exists()
 
@@ -372,13 +372,13 @@ def test_missing_and_misshapen_tensors_are_reported_by_name(
 ) -> None:
     name = "model.layers.2.self_attn.v_proj.weight"
     missing = damaged(checkpoint, tmp_path / "missing", lambda tensors: tensors.__delitem__(name))
-    with pytest.raises(CheckpointError, match=f"no tensor for the parameter {name}"):
+    with pytest.raises(CheckpointError, match=f"no tensor.*{name}"):
         run(missing, prompts, tmp_path / "fisher.pt")
 
     def reshape(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name][:8].clone()
 
-    with pytest.raises(CheckpointError, match=rf"{name}: shape \[8, 32\], but config.json makes it \[16, 32\]"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*\[8, 32\].*config.json.*\[16, 32\]"):
         run(damaged(checkpoint, tmp_path / "reshaped", reshape), prompts, tmp_path / "fisher.pt")
 
 
@@ -390,13 +390,13 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint: Checkpoint, prompts
     model = damaged(checkpoint, tmp_path / "model", change)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
-    with pytest.raises(CheckpointError, match="the model embeds only 20; the tokenizer belongs to another model"):
+    with pytest.raises(CheckpointError, match=r"embeds only 20.*tokenizer"):
         run(model, prompts, tmp_path / "fisher.pt")
 
 
 def test_samples_longer_than_the_model_has_positions_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     prompts = tiny.write_prompts(tmp_path / "long.jsonl", ["river " * 60])
-    with pytest.raises(OptionError, match="the model has 64 positions; use --max-length 64"):
+    with pytest.raises(OptionError, match=r"64 positions.*--max-length 64"):
         run(checkpoint("gpt2"), prompts, tmp_path / "fisher.pt")
     run(checkpoint("gpt2"), prompts, tmp_path / "fisher.pt", max_length=64)
 
@@ -406,7 +406,7 @@ def test_a_model_that_fits_neither_way_is_refused(
 ) -> None:
     monkeypatch.setattr("fisherkit.methods.extract.engines.shared_between_blocks", lambda blocks: "the weight")
     monkeypatch.setattr("fisherkit.methods.extract.engines.available_bytes", lambda device: 1000)
-    with pytest.raises(UnsupportedModelError, match=r"cannot be streamed \(its blocks share the weight\), and its"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot be streamed.*blocks share"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
 
 
@@ -414,7 +414,7 @@ def test_tied_weights_that_differ_are_refused(checkpoint: Checkpoint, prompts: P
     model = damaged(checkpoint, tmp_path / "model", lambda tensors: None)  # untied, so its head is another matrix
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with pytest.raises(CheckpointError, match=r"are tied by config.json but differ"):
+    with pytest.raises(CheckpointError, match=r"tied by config.json.*differ"):
         run(model, prompts, tmp_path / "fisher.pt")
 
 
@@ -423,7 +423,7 @@ def test_an_overflowing_loss_names_the_row(checkpoint: Checkpoint, prompts: Path
         tensors["lm_head.weight"].mul_(1e38)
 
     model = damaged(checkpoint, tmp_path / "model", change)
-    with pytest.raises(FisherkitError, match=r"row \d: the loss is (nan|inf)"):
+    with pytest.raises(FisherkitError, match=r"row \d: .*(nan|inf)"):
         run(model, prompts, tmp_path / "fisher.pt")
 
 

@@ -294,9 +294,7 @@ def test_not_finite_entries_are_named_or_the_bases(tmp_path: Path) -> None:
     f[name][3, 7] = math.nan
     f[name][9, 9] = math.inf
     base, tuned = make(tmp_path / "b", w), make(tmp_path / "f", f)
-    with pytest.raises(
-        CheckpointError, match=rf"FT's tensor '{name}' has 2 NaN or infinite entries, the first at index 907"
-    ):
+    with pytest.raises(CheckpointError, match=rf"FT's.*'{name}'.* 2 NaN.*index 907"):
         fisherkit.fapm(base, tuned, tmp_path / "out")
     report = fisherkit.fapm(base, tuned, tmp_path / "out", FapmOptions(nan="keep-base", sparsity=0.0))
     got = read(tmp_path / "out")[name]
@@ -305,7 +303,7 @@ def test_not_finite_entries_are_named_or_the_bases(tmp_path: Path) -> None:
     assert report.tensors[name]["nonfinite"] == 2
     w[name][0, 1] = math.nan
     base = make(tmp_path / "b2", w)
-    with pytest.raises(CheckpointError, match=rf"BASE's tensor '{name}' has 1 NaN"):
+    with pytest.raises(CheckpointError, match=rf"BASE's.*'{name}'.* 1 NaN"):
         fisherkit.fapm(base, tuned, tmp_path / "out2")
 
 
@@ -345,14 +343,14 @@ def test_density_alone_says_nothing_new(sides: TensorPair, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.1}, "--sparsity must lie between 0 and 1"),
-        ({"density": -0.1}, "--density must lie"),
-        ({"density": math.nan}, "--density must lie"),
+        ({"sparsity": 1.1}, "--sparsity.*0 and 1"),
+        ({"density": -0.1}, "--density.*0 and 1"),
+        ({"density": math.nan}, "--density.*0 and 1"),
         ({"sparsity": 0.5, "density": 0.5}, "give one of them"),
-        ({"metric": "ties"}, "--metric must be one of"),
+        ({"metric": "ties"}, "--metric.*one of"),
         ({"metric": "dare", "scope": "global"}, "has no quota"),
         ({"only": ("(",)}, "not a regular expression"),
-        ({"shard_bytes": 0}, "--max-shard-size must be at least 1"),
+        ({"shard_bytes": 0}, "--max-shard-size.*at least 1"),
     ],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, object], message: str) -> None:

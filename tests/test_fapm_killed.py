@@ -294,7 +294,7 @@ def test_what_is_gone_on_with_must_be_the_same_run(pair: Pair, tmp_path: Path, m
     with pytest.raises(Killed):
         fapm(base, tuned, out, track=killed_after(9, stage="writing"))
     other = pairs.fine_tune(base, tmp_path / "other", seed=8)
-    with pytest.raises(ResumeError, match=r"left by a run with other tuned; .*without --resume to start over"):
+    with pytest.raises(ResumeError, match=r"other tuned.*without --resume"):
         fapm(base, other, out, FapmOptions(resume=True))
     with pytest.raises(ResumeError, match="other base"):
         fapm(other, tuned, out, FapmOptions(resume=True))
@@ -349,7 +349,7 @@ def test_a_sparse_delta_is_started_over(pair: Pair, tmp_path: Path, monkeypatch:
 
 def test_two_runs_do_not_share_a_work_folder(pair: Pair, tmp_path: Path) -> None:
     def second_run(stage: str, done: int, total: int) -> None:
-        with pytest.raises(OutputError, match="another run is at work there"):
+        with pytest.raises(OutputError, match="another run"):
             fapm(*pair, tmp_path / "out")
 
     fapm(*pair, tmp_path / "out", track=second_run)

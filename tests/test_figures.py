@@ -99,7 +99,7 @@ def test_png_without_matplotlib_says_what_to_install(
     summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingLibraryError, match=r"a \.png report needs the library 'matplotlib'"):
+    with pytest.raises(MissingLibraryError, match=r"\.png.*'matplotlib'"):
         write_figure(summary, tmp_path / "report.png")
 
 
@@ -122,7 +122,7 @@ def test_every_kind_of_file_has_a_figure(tmp_path: Path, name: str) -> None:
 def test_an_existing_file_is_kept_unless_forced(summary: Summary, tmp_path: Path) -> None:
     target = tmp_path / "report.svg"
     target.write_text("mine")
-    with pytest.raises(OutputError, match="exists already; choose another name or add --force"):
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
         write_figure(summary, target)
     assert target.read_text() == "mine"
     write_figure(summary, target, force=True)
@@ -133,16 +133,16 @@ def test_an_existing_file_is_kept_unless_forced(summary: Summary, tmp_path: Path
 
 def test_what_is_inspected_is_never_replaced(summary: Summary, tmp_path: Path) -> None:
     for name in ("fisher.json", "layer_importance.json"):
-        with pytest.raises(OutputError, match="belongs to what is being inspected"):
+        with pytest.raises(OutputError, match="being inspected"):
             write_figure(summary, tmp_path / name, force=True)
 
 
 @pytest.mark.parametrize("name", ["report", "report.pdf", "report.html.gz"])
 def test_an_unknown_suffix_lists_those_that_are_known(summary: Summary, tmp_path: Path, name: str) -> None:
-    with pytest.raises(OptionError, match=r"a report ends in \.html, \.svg, \.png, \.csv, \.tsv, \.json, \.jsonl"):
+    with pytest.raises(OptionError, match=r"\.html, \.svg, \.png, \.csv, \.tsv, \.json, \.jsonl"):
         write_figure(summary, tmp_path / name)
 
 
 def test_a_folder_that_is_not_there_is_one_line(summary: Summary, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"there is no folder .*nowhere; make it first"):
+    with pytest.raises(OutputError, match=r"no folder .*nowhere"):
         write_figure(summary, tmp_path / "nowhere" / "report.html")

@@ -198,7 +198,7 @@ def test_other_json_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_and_an_unknown_row_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         inspect(tmp_path / "nothing.pt")
-    with pytest.raises(OptionError, match="--by must be one of layer, module, tensor"):
+    with pytest.raises(OptionError, match=r"--by.*layer, module, tensor"):
         inspect(tmp_path, by="row")  # type: ignore[arg-type]
 
 
@@ -241,9 +241,9 @@ def test_sort_by_name_counts_layers(tmp_path: Path) -> None:
 
 def test_sort_by_an_unknown_column_lists_the_columns(tmp_path: Path) -> None:
     summary = inspect(write_fisher(tmp_path / "fisher.safetensors"))
-    with pytest.raises(OptionError, match="no such column; there are layer, tensors, weights, sum, mean, share"):
+    with pytest.raises(OptionError, match=r"column.*layer, tensors, weights, sum, mean, share"):
         summary.sorted("size")
-    with pytest.raises(OptionError, match="--top must be at least 1"):
+    with pytest.raises(OptionError, match=r"--top.*at least 1"):
         summary.sorted(top=0)
 
 
@@ -375,7 +375,7 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         inspect(here, write_fisher(tmp_path / "x.safetensors", {"x.weight": torch.ones(2)}))
     wrong = dict.fromkeys(fisher_tensors(), torch.ones(2))
     torch.save(wrong, tmp_path / "wrong.pt")
-    with pytest.raises(CheckpointError, match=r"_proj.weight is \[6, 40\] in .* and \[2\] in"):
+    with pytest.raises(CheckpointError, match=r"_proj.weight.*\[6, 40\] in .*\[2\] in"):
         inspect(here, tmp_path / "wrong.pt")
     with pytest.raises(OptionError, match="name the tensors"):
         inspect(here, tmp_path / "here.json")

@@ -211,7 +211,7 @@ def test_merge_removes_them_from_the_delta(
     inside = delta @ basis if part == "V" else basis.T @ delta
     assert delta.norm() > 0.01
     assert float(inside.norm()) < 1e-5 * float(delta.norm())
-    with pytest.raises(OptionError, match=r"--side left: .* has no directions of that side"):
+    with pytest.raises(OptionError, match=r"--side left: .*no directions"):
         fisherkit.merge(base, tuned, tmp_path / "left", MergeOptions(subspace=tmp_path / "s.safetensors", side="left"))
 
 
@@ -232,13 +232,13 @@ def test_a_protected_model_answers_old_prompts_more_alike(
 
 
 def test_options_that_contradict_each_other() -> None:
-    with pytest.raises(OptionError, match="--side left: --basis activation knows inputs"):
+    with pytest.raises(OptionError, match=r"--side left: --basis activation.*inputs"):
         MaskOptions(svd_rank=2, basis="activation", side="left")
-    with pytest.raises(OptionError, match="--basis weight does not look at them"):
+    with pytest.raises(OptionError, match="--basis weight"):
         MaskOptions(svd_rank=2, basis="weight", weights="model", activations=Path("a.safetensors"))
-    with pytest.raises(OptionError, match=r"--activations .* is for subspaces"):
+    with pytest.raises(OptionError, match=r"--activations .*subspaces"):
         MaskOptions(train="top", activations=Path("a.safetensors"))
-    with pytest.raises(OptionError, match="--side right is for subspaces"):
+    with pytest.raises(OptionError, match=r"--side right.*subspaces"):
         MaskOptions(train="top", side="right")
 
 
@@ -246,14 +246,14 @@ def test_missing_and_foreign_moments_are_refused(
     checkpoint: Checkpoint, prompts: Path, measured: Callable[[str], Path], tmp_path: Path
 ) -> None:
     fisherkit.extract(checkpoint("qwen2"), prompts, tmp_path / "fisher.pt", ExtractOptions())
-    with pytest.raises(CheckpointError, match="extract --statistics activations` writes it"):
+    with pytest.raises(CheckpointError, match="extract --statistics activations`"):
         subspace(tmp_path / "fisher.pt", tmp_path / "s.safetensors")
     other = measured("llama").with_name("fisher.activations.safetensors")
-    with pytest.raises(CheckpointError, match="was measured on other weights than the Fisher"):
+    with pytest.raises(CheckpointError, match="other weights than the Fisher"):
         subspace(tmp_path / "fisher.pt", tmp_path / "s.safetensors", activations=other)
-    with pytest.raises(OptionError, match="--svd-rank 49 is above the size of every covariance; at most 48"):
+    with pytest.raises(OptionError, match=r"--svd-rank 49.*at most 48"):
         subspace(measured("llama"), tmp_path / "s.safetensors", svd_rank=49)
-    with pytest.raises(OutputError, match="is an input of this command"):
+    with pytest.raises(OutputError, match="input of this command"):
         subspace(measured("llama"), other, force=True)
 
 

@@ -156,9 +156,7 @@ def test_a_coarse_bracket_holds_the_threshold(values: str) -> None:
 def test_values_that_no_fisher_has_are_named(aggregate: str, value: float, tmp_path: Path) -> None:
     arrays = fisher_arrays()
     arrays[DOWN][2, 5] = value
-    with pytest.raises(
-        CheckpointError, match=r"fisher.safetensors: model.layers.0.mlp.down_proj.weight holds .* at index 65;"
-    ):
+    with pytest.raises(CheckpointError, match=r"fisher.safetensors: model.layers.0.mlp.down_proj.weight .*index 65\b"):
         made(tmp_path, arrays, train="top", aggregate=aggregate)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fisher.safetensors"]
 
@@ -166,7 +164,7 @@ def test_values_that_no_fisher_has_are_named(aggregate: str, value: float, tmp_p
 @pytest.mark.parametrize("aggregate", ["input", "none"])
 def test_a_fisher_of_zeros_is_refused(aggregate: str, tmp_path: Path) -> None:
     arrays = {name: np.zeros_like(a) for name, a in fisher_arrays().items()}
-    with pytest.raises(CheckpointError, match="every entry is zero, so there is nothing to rank"):
+    with pytest.raises(CheckpointError, match="every entry is zero"):
         made(tmp_path, arrays, train="top", aggregate=aggregate)
     with pytest.raises(CheckpointError, match="every entry is zero"):
         made(
@@ -211,30 +209,30 @@ def test_a_share_that_selects_nothing_is_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "name the direction: --train top .* or --protect top"),
+        ({}, "--train top .*--protect top"),
         ({"train": "top", "protect": "top"}, "opposites"),
-        ({"train": "bottom"}, "--train must be one of top, not 'bottom'"),
-        ({"train": "top", "keep": 0.0}, "above 0 and below 1: 0 selects nothing"),
-        ({"train": "top", "keep": 1.0}, "above 0 and below 1: 1 selects everything"),
+        ({"train": "bottom"}, "--train.*top.*'bottom'"),
+        ({"train": "top", "keep": 0.0}, "above 0 and below 1.*0 selects nothing"),
+        ({"train": "top", "keep": 1.0}, "above 0 and below 1.*1 selects everything"),
         ({"train": "top", "keep": 1.5}, "1.5 is no share"),
         ({"train": "top", "keep": float("nan")}, "nan is no share"),
-        ({"train": "top", "score": "magnitude"}, "give the model's checkpoint with --weights"),
-        ({"train": "top", "weights": "m"}, "--weights is given, but --score fisher does not"),
-        ({"train": "top", "aggregate": "none", "combine": "max"}, "not for --aggregate none"),
-        ({"train": "top", "contrast": "ratio"}, "give it with --against"),
-        ({"train": "top", "against": Path("x"), "score": "random"}, "--score random does not"),
-        ({"train": "top", "basis": "weight"}, "--basis weight is for subspaces"),
-        ({"train": "top", "side": "left"}, "--side left is for subspaces"),
-        ({"preset": "wanda"}, "--preset must be one of fggm, fish, ssu"),
+        ({"train": "top", "score": "magnitude"}, "--weights"),
+        ({"train": "top", "weights": "m"}, "--weights.*--score fisher"),
+        ({"train": "top", "aggregate": "none", "combine": "max"}, "--aggregate none"),
+        ({"train": "top", "contrast": "ratio"}, "--against"),
+        ({"train": "top", "against": Path("x"), "score": "random"}, "--score random"),
+        ({"train": "top", "basis": "weight"}, "--basis weight.*subspaces"),
+        ({"train": "top", "side": "left"}, "--side left.*subspaces"),
+        ({"preset": "wanda"}, "--preset.*fggm, fish, ssu"),
         ({"svd_rank": 4, "svd_energy": 0.5}, "give one of them"),
-        ({"svd_rank": 0}, "--svd-rank must be at least 1"),
-        ({"svd_energy": 0.0}, "--svd-energy must lie above 0"),
-        ({"svd_energy": 1.1}, "--svd-energy must lie above 0"),
-        ({"svd_rank": 4, "train": "top"}, "directions are protected, never trained"),
-        ({"svd_rank": 4, "keep": 0.3}, "--keep 0.3 is for binary masks"),
-        ({"svd_rank": 4, "basis": "weight"}, "--basis weight looks at the weights"),
-        ({"svd_rank": 4, "basis": "delta", "weights": "m"}, "--basis delta and --delta FT belong together"),
-        ({"svd_rank": 4, "device": "moon"}, "--device takes auto"),
+        ({"svd_rank": 0}, "--svd-rank.*at least 1"),
+        ({"svd_energy": 0.0}, "--svd-energy.*above 0"),
+        ({"svd_energy": 1.1}, "--svd-energy.*above 0"),
+        ({"svd_rank": 4, "train": "top"}, "protected, never trained"),
+        ({"svd_rank": 4, "keep": 0.3}, "--keep 0.3.*binary masks"),
+        ({"svd_rank": 4, "basis": "weight"}, "--basis weight.*the weights"),
+        ({"svd_rank": 4, "basis": "delta", "weights": "m"}, "--basis delta.*--delta"),
+        ({"svd_rank": 4, "device": "moon"}, "--device.*auto"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(options: dict[str, Any], message: str) -> None:
@@ -248,10 +246,10 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
     lacking = write(tmp_path / "lacking.safetensors", {Q: arrays[Q]})
     options = {"train": "top", "score": "magnitude"}
     with pytest.raises(
-        CheckpointError, match=r"lm_head.weight is \[11, 7\] in .*fisher.safetensors and \[11, 5\] in .*other"
+        CheckpointError, match=r"lm_head.weight.*\[11, 7\] in .*fisher.safetensors.*\[11, 5\] in .*other"
     ):
         made(tmp_path, arrays, weights=str(other), **options)
-    with pytest.raises(CheckpointError, match=r"lacking.safetensors: has nothing for 9 tensors .* of one model"):
+    with pytest.raises(CheckpointError, match=r"lacking.safetensors.*9 tensors"):
         made(tmp_path, arrays, weights=str(lacking), **options)
     with pytest.raises(CheckpointError, match="has nothing for"):
         made(tmp_path, arrays, train="top", against=lacking)
@@ -259,9 +257,9 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_fisher_is_refused(tmp_path: Path) -> None:
     made(tmp_path, fisher_arrays(), train="top")
-    with pytest.raises(CheckpointError, match=r"mask.safetensors: not a Fisher: .* is BOOL"):
+    with pytest.raises(CheckpointError, match=r"mask.safetensors: not a Fisher.*BOOL"):
         mask(tmp_path / "mask.safetensors", tmp_path / "n.safetensors", MaskOptions(train="top"))
-    with pytest.raises(OptionError, match=r"name the Fisher, not a .json"):
+    with pytest.raises(OptionError, match=r"the Fisher.*\.json"):
         mask(tmp_path / "mask.json", tmp_path / "n.safetensors", MaskOptions(train="top"))
 
 
@@ -271,9 +269,9 @@ def test_outputs_replace_nothing_by_accident(tmp_path: Path) -> None:
     options, forced = MaskOptions(train="top"), MaskOptions(train="top", force=True)
     before = fisher.read_bytes(), fisher.with_suffix(".json").read_bytes()
     for out, message in (
-        ("mask.pt", "a mask is a .safetensors file"),
-        ("mask", "a mask is a .safetensors file"),
-        ("fisher.safetensors", "is an input of this command"),
+        ("mask.pt", "mask.*\\.safetensors"),
+        ("mask", "mask.*\\.safetensors"),
+        ("fisher.safetensors", "input of this command"),
         ("nowhere/m.safetensors", "there is no folder"),
     ):
         with pytest.raises(OutputError, match=message):
@@ -282,7 +280,7 @@ def test_outputs_replace_nothing_by_accident(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"config.json: exists already"):
         mask(fisher, tmp_path / "config.safetensors", forced)
     mask(fisher, tmp_path / "mask.safetensors", options)
-    with pytest.raises(OutputError, match="exists already; choose another name, or --force"):
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
         mask(fisher, tmp_path / "mask.safetensors", options)
     mask(fisher, tmp_path / "mask.safetensors", forced)
     assert (fisher.read_bytes(), fisher.with_suffix(".json").read_bytes()) == before

@@ -111,14 +111,14 @@ def test_what_has_no_directions_is_left_out_and_noted(tmp_path: Path) -> None:
 
 def test_ranks_and_files_without_modes_are_refused(tmp_path: Path) -> None:
     arrays = fisher_arrays()
-    with pytest.raises(OptionError, match="--svd-rank 8 is above the smaller dimension of every matrix; at most 7"):
+    with pytest.raises(OptionError, match=r"--svd-rank 8.*at most 7"):
         run(tmp_path, arrays, svd_rank=8)
-    with pytest.raises(CheckpointError, match="every matrix is zero throughout"):
+    with pytest.raises(CheckpointError, match="every matrix is zero"):
         run(tmp_path, {name: np.zeros_like(a) for name, a in arrays.items()}, svd_rank=2)
     with pytest.raises(CheckpointError, match="holds no matrices"):
         run(tmp_path, {"model.norm.weight": np.ones(4, np.float32)}, svd_rank=2)
     arrays[Q][1, 2] = np.nan
-    with pytest.raises(CheckpointError, match=r"q_proj.weight holds NaN or infinities, the first at index 9"):
+    with pytest.raises(CheckpointError, match=r"q_proj.weight.*NaN.*index 9\b"):
         run(tmp_path, arrays, svd_rank=2)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
@@ -129,5 +129,5 @@ def test_a_subspace_shows_what_it_holds(tmp_path: Path) -> None:
     assert summary.columns == ("layer", "tensors", "weights", "rank", "energy", "effective_rank")
     assert [row.rank for row in summary.rows] == [2.0] * 4
     assert all(0 < row.mean <= 1 for row in summary.rows)
-    with pytest.raises(OptionError, match="subspaces are not compared"):
+    with pytest.raises(OptionError, match=r"subspaces.*not compared"):
         inspect(summary.path, summary.path)

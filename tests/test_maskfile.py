@@ -91,7 +91,7 @@ def test_plain_flags_are_readable_without_a_description(tmp_path: Path) -> None:
 def test_packed_flags_need_their_description(tmp_path: Path) -> None:
     path = write_mask(tmp_path / "m.safetensors")
     path.with_suffix(".json").unlink()
-    with pytest.raises(CheckpointError, match=r"packed bits, whose shapes are in m.json"):
+    with pytest.raises(CheckpointError, match=r"packed bits.*m.json"):
         open_mask(path)
 
 
@@ -134,27 +134,27 @@ def test_modes_of_another_model_are_refused(shape: tuple[int, ...], tmp_path: Pa
 def test_modes_that_are_not_numbers_are_named(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     save_file({"w.U": np.full((6, 2), np.nan, np.float32)}, path)
-    with open_mask(path) as subspace, pytest.raises(CheckpointError, match=r"w\.U holds values that are NaN"):
+    with open_mask(path) as subspace, pytest.raises(CheckpointError, match=r"w\.U.*NaN"):
         subspace.modes("w")
 
 
 def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
     with open_mask(write_mask(tmp_path / "m.safetensors")) as mask:
-        with pytest.raises(CheckpointError, match=r"rows is \[6, 6\] in this model and \[6, 5\] in this mask"):
+        with pytest.raises(CheckpointError, match=r"rows.*\[6, 6\].*model.*\[6, 5\].*mask"):
             mask.read(ROWS, (6, 6))
-        with pytest.raises(CheckpointError, match="has nothing for the weight 'absent'"):
+        with pytest.raises(CheckpointError, match=r"nothing.*'absent'"):
             mask.read("absent")
 
 
 def test_kinds_are_not_confused(tmp_path: Path) -> None:
     with (
         open_mask(write_mask(tmp_path / "m.safetensors")) as mask,
-        pytest.raises(CheckpointError, match="is a mask, where a subspace is needed"),
+        pytest.raises(CheckpointError, match=r"a mask.*subspace"),
     ):
         mask.modes(ROWS)
     with (
         open_mask(write_subspace(tmp_path / "s.safetensors")) as subspace,
-        pytest.raises(CheckpointError, match="is a subspace, where a mask is needed"),
+        pytest.raises(CheckpointError, match=r"a subspace.*mask"),
     ):
         subspace.read("w")
 
@@ -166,16 +166,16 @@ def test_kinds_are_not_confused(tmp_path: Path) -> None:
         (lambda made: made.update(format="fisherkit.fisher/1"), "does not describe a mask"),
         (lambda made: made.update(kind="adapter"), "does not describe a mask"),
         (lambda made: made.update(tensors=[]), "does not describe a mask"),
-        (lambda made: made["tensors"].pop(ROWS), "other tensors than m.json describes, the first 'rows'"),
-        (lambda made: made["tensors"].update(new=made["tensors"][ROWS]), "other tensors than m.json describes"),
-        (lambda made: made["tensors"][ROWS].update(over=0), r"rows is BOOL \[6\], where its JSON makes it BOOL \[5\]"),
-        (lambda made: made["tensors"][ROWS].update(over=2), "what it says about 'rows' makes no sense"),
-        (lambda made: made["tensors"][ROWS].update(over="1"), "what it says about 'rows' makes no sense"),
-        (lambda made: made["tensors"][ROWS].update(kept=31), "what it says about 'rows' makes no sense"),
-        (lambda made: made["tensors"][ROWS].update(shape=[6, -5]), "what it says about 'rows' makes no sense"),
+        (lambda made: made["tensors"].pop(ROWS), "other tensors than m.json.*'rows'"),
+        (lambda made: made["tensors"].update(new=made["tensors"][ROWS]), "other tensors than m.json"),
+        (lambda made: made["tensors"][ROWS].update(over=0), r"rows.*BOOL \[6\].*JSON.*BOOL \[5\]"),
+        (lambda made: made["tensors"][ROWS].update(over=2), "'rows' makes no sense"),
+        (lambda made: made["tensors"][ROWS].update(over="1"), "'rows' makes no sense"),
+        (lambda made: made["tensors"][ROWS].update(kept=31), "'rows' makes no sense"),
+        (lambda made: made["tensors"][ROWS].update(shape=[6, -5]), "'rows' makes no sense"),
         (lambda made: made["tensors"][PACKED].update(packed=False), "packed is U8"),
-        (lambda made: made["tensors"][PACKED].update(shape=[6, 6]), r"where its JSON makes it U8 \[5\]"),
-        (lambda made: made["tensors"].update({ROWS: None}), "what it says about 'rows' makes no sense"),
+        (lambda made: made["tensors"][PACKED].update(shape=[6, 6]), r"JSON.*U8 \[5\]"),
+        (lambda made: made["tensors"].update({ROWS: None}), "'rows' makes no sense"),
     ],
 )
 def test_a_description_that_is_not_of_this_file_is_refused(
@@ -204,12 +204,12 @@ def test_a_mask_cut_short_is_refused(tmp_path: Path) -> None:
 def test_a_description_that_is_no_json_is_refused(tmp_path: Path) -> None:
     path = write_mask(tmp_path / "m.safetensors")
     path.with_suffix(".json").write_text("{")
-    with pytest.raises(CheckpointError, match="description of the mask is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"mask.*JSON"):
         open_mask(path)
 
 
 def test_an_entry_of_other_flags_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match=r"flags \[5\] for a weight \[6, 5\] over axis 1"):
+    with pytest.raises(ValueError, match=r"\[5\].*\[6, 5\].*axis 1"):
         entry(np.ones(5, np.bool_), (6, 5), over=1)
     with pytest.raises(ValueError, match="packed: True"):
         MaskEntry((6, 5), 1, packed=True)

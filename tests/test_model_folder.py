@@ -156,7 +156,7 @@ class TestCopying:
     def test_a_target_that_cannot_be_written_is_one_line(self, make: Make, tmp_path: Path) -> None:
         base = make("base", "tokenizer.json", config=LLAMA)
         (tmp_path / "out").write_text("a file")
-        with pytest.raises(OutputError, match=r"out/tokenizer.json: cannot be copied from .*base/tokenizer.json: "):
+        with pytest.raises(OutputError, match=r"out/tokenizer.json: .*base/tokenizer.json: "):
             copy_side_files(side_files(base, None), tmp_path / "out")
 
     def test_transformers_loads_what_was_copied(self, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ class TestOutputConfig:
 
     def test_a_damaged_config_is_named(self, make: Make) -> None:
         base = make("base", config__json='{"model_type": ')
-        with pytest.raises(CheckpointError, match=r"base/config.json: config is not valid JSON"):
+        with pytest.raises(CheckpointError, match=r"base/config.json: .*JSON"):
             output_config(base, None)
 
 

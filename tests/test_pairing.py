@@ -154,7 +154,7 @@ class TestLayouts:
             "model.layers.0.mlp.experts.down_proj": np.ones((2, 4, 2), np.float32),
         }
         base = write(tmp_path / "base", toy() | fused)
-        with pytest.raises(CheckpointError, match=r"experts of \S+_proj are of several types \(F16, F32\)"):
+        with pytest.raises(CheckpointError, match=r"experts of \S+_proj.*F16, F32"):
             matched(base, write(tmp_path / "tuned", toy(1) | experts))
 
     def test_more_experts_than_base_has_are_refused(self, tmp_path: Path) -> None:
@@ -164,13 +164,13 @@ class TestLayouts:
             return {name(e, part): np.ones(shape, np.float32) for e in range(count) for part, shape in shapes}
 
         base = write(tmp_path / "base", toy() | experts(2))
-        with pytest.raises(CheckpointError, match=r"has 3 that BASE lacks \(\S+experts.2.down_proj.weight, "):
+        with pytest.raises(CheckpointError, match=r" 3 that BASE lacks \(\S+experts.2.down_proj.weight, "):
             matched(base, write(tmp_path / "tuned", toy(1) | experts(3)))
 
     def test_two_names_of_one_tensor_are_refused(self, base: Path, tmp_path: Path) -> None:
         weights = toy(1)
         weights["model.language_model.norm.weight"] = weights["model.norm.weight"]
-        with pytest.raises(CheckpointError, match=r"are two names of one tensor; remove one"):
+        with pytest.raises(CheckpointError, match=r"two names of one tensor"):
             matched(base, write(tmp_path / "tuned", weights))
 
     def test_pairing_needs_no_torch(self) -> None:
@@ -248,7 +248,7 @@ class TestLeftOver:
 
     def test_unmerged_lora_factors_are_called_by_their_name(self, base: Path, tmp_path: Path) -> None:
         lora = {"model.layers.0.mlp.up_proj.lora_A.default.weight": np.ones((2, 4), np.float32)}
-        with pytest.raises(CheckpointError, match="LoRA factors are not merged; merge_and_unload"):
+        with pytest.raises(CheckpointError, match=r"LoRA factors.*merge_and_unload"):
             matched(base, write(tmp_path / "tuned", toy(1) | lora))
 
     @pytest.mark.parametrize(
@@ -281,19 +281,19 @@ class TestDifferentModels:
     def test_models_without_a_common_name_are_two_models(
         self, base: Path, checkpoint: Checkpoint, tmp_path: Path
     ) -> None:
-        with pytest.raises(CheckpointError, match=r"are two different models: 0 of 6 tensors agree in name and shape$"):
+        with pytest.raises(CheckpointError, match=r"two different models.*0 of 6 tensors[^;]*$"):
             matched(base, checkpoint("gpt2"))
 
     def test_models_of_another_width_are_two_models(self, base: Path, tmp_path: Path) -> None:
         wide = {name: np.ones([2 * size for size in array.shape], np.float32) for name, array in toy().items()}
-        with pytest.raises(CheckpointError, match=r"two different models: 0 of 6 .* is \[8, 4\] in BASE, \[16, 8\] in"):
+        with pytest.raises(CheckpointError, match=r"two different models.*0 of 6 .*\[8, 4\] in BASE, \[16, 8\] in"):
             matched(base, write(tmp_path / "tuned", wide))
 
     @pytest.mark.parametrize(("rows", "smaller"), [(7, "FT"), (9, "BASE")])
     def test_another_vocabulary_is_refused_with_the_way_out(
         self, base: Path, rows: int, smaller: str, tmp_path: Path
     ) -> None:
-        text = rf"has 8 rows in BASE, {rows} in FT \(resize {smaller} first, with .*embeddings\({max(rows, 8)}\)\)"
+        text = rf" 8 rows in BASE, {rows} in FT.*{smaller} .*embeddings\({max(rows, 8)}\)"
         with pytest.raises(CheckpointError, match=text):
             matched(base, write(tmp_path / "tuned", toy(1, rows=rows)))
 
@@ -327,9 +327,7 @@ class TestTiedEmbeddings:
     def test_a_head_that_diverged_is_refused_where_base_ties(self, base: Path, tmp_path: Path) -> None:
         weights = self.head(toy(1))
         weights["lm_head.weight"][-1, -1] += 1  # the last value of all
-        with pytest.raises(
-            CheckpointError, match=r"lm_head.weight has diverged from the embedding, and .* ties the two"
-        ):
+        with pytest.raises(CheckpointError, match=r"lm_head.weight has diverged.* ties"):
             matched(base, write(tmp_path / "tuned", weights))
 
     @pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
@@ -345,7 +343,7 @@ class TestTiedEmbeddings:
     def test_a_model_saved_without_its_head_is_refused(self, tmp_path: Path) -> None:
         base = write(tmp_path / "base", self.head(toy(), 1), tie_word_embeddings=False)
         for name, config in (("says-no", {"tie_word_embeddings": False}), ("silent", {})):
-            with pytest.raises(CheckpointError, match=r"has no lm_head.weight, and its config does not tie it"):
+            with pytest.raises(CheckpointError, match=r"no lm_head.weight.*config"):
                 matched(base, write(tmp_path / name, toy(1), **config))
 
     def test_a_silent_config_is_taken_for_tied_where_base_is_in_effect(self, tmp_path: Path) -> None:
@@ -364,7 +362,7 @@ class TestTiedEmbeddings:
 
     def test_a_config_that_ties_what_differs_is_refused(self, tmp_path: Path) -> None:
         base = write(tmp_path / "base", self.head(toy(), 1), tie_word_embeddings=False)
-        with pytest.raises(CheckpointError, match=r"its config ties lm_head.weight to .* but they have diverged"):
+        with pytest.raises(CheckpointError, match=r"config ties lm_head.weight to .*diverged"):
             matched(base, write(tmp_path / "tuned", self.head(toy(1), 1), tie_word_embeddings=True))
 
 
@@ -389,7 +387,7 @@ class TestQuantised:
     ) -> None:
         packed = write(tmp_path / "packed", toy() | {name: array})
         sides = (packed, base) if which else (base, packed)
-        with pytest.raises(CheckpointError, match=r"packed.*: the checkpoint is quantised; dequantise it first"):
+        with pytest.raises(CheckpointError, match=r"packed.*quantised.*dequantise"):
             matched(*sides)
 
     def test_the_method_is_named(self, base: Path, tmp_path: Path) -> None:
@@ -397,9 +395,7 @@ class TestQuantised:
         weights = toy(1) | {"model.layers.0.mlp.up_proj.qweight": np.ones((1, 4), np.int32)}
         with pytest.raises(CheckpointError, match=r"quantised \(gptq\); dequantise"):
             matched(base, write(tmp_path / "packed", weights, **config))
-        with pytest.raises(
-            CheckpointError, match=r"quantised \(gptq\), though no tensor is; remove quantization_config"
-        ):
+        with pytest.raises(CheckpointError, match=r"quantised \(gptq\).*no tensor is.*quantization_config"):
             matched(base, write(tmp_path / "plain", toy(1), text_config=config))
 
     def test_masks_of_bytes_are_not_quantised_weights(self, base: Path, tmp_path: Path) -> None:

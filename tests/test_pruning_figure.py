@@ -284,10 +284,10 @@ def test_the_drawing_stays_inside_its_frame(report: FapmReport) -> None:
 
 
 def test_what_cannot_be_drawn_is_one_line(report: FapmReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match=r"a figure ends in \.html, \.svg or \.png"):
+    with pytest.raises(OptionError, match=r"\.html, \.svg or \.png"):
         write_pruning(report, tmp_path / "figure.pdf")
-    with pytest.raises(OutputError, match=r"there is no folder .*nowhere; make it first"):
+    with pytest.raises(OutputError, match=r"no folder .*nowhere"):
         write_pruning(report, tmp_path / "nowhere" / "figure.svg")
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingLibraryError, match="needs the library 'matplotlib'"):
+    with pytest.raises(MissingLibraryError, match="'matplotlib'"):
         write_pruning(report, tmp_path / "figure.png")

@@ -87,8 +87,8 @@ def test_an_anchor_of_another_model_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "s.safetensors", held(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     anchors = {
-        r"anchor\.safetensors: has no weight 'other', so it cannot be the anchor": {"one": torch.zeros(12, 10)},
-        r"anchor\.safetensors: other is \[10, 12\], and \[12, 10\] in this model": {
+        r"anchor\.safetensors: .*no weight 'other'": {"one": torch.zeros(12, 10)},
+        r"anchor\.safetensors: other.*\[10, 12\].*\[12, 10\] in this model": {
             "one": torch.zeros(12, 10),
             "other": torch.zeros(10, 12),
         },
@@ -120,7 +120,7 @@ def test_a_pull_or_an_anchor_where_nothing_is_soft_is_refused(checkpoint: Checkp
     ]
     for given, options in nothing:
         what = next(iter(options))
-        with pytest.raises(OptionError, match=f"^{what} is for a soft subspace, .*preset shield.*; this is none$"):
+        with pytest.raises(OptionError, match=f"^{what} .*soft subspace.*preset shield"):
             constrain(optimizer, model, given, **options)
     assert not optimizer._optimizer_step_pre_hooks
 
@@ -132,7 +132,7 @@ def test_two_sides_or_no_spectrum_cannot_be_pulled(tmp_path: Path) -> None:
     for number, parts in enumerate(({"one.U": u, "one.V": v}, {"one.U": u, "one.S": s, "one.V": v}, {"one.V": v})):
         path = tmp_path / f"{number}.safetensors"
         safetensors.torch.save_file({name: part.contiguous() for name, part in parts.items()}, path)
-        with pytest.raises(OptionError, match="a pull takes directions of one side with their spectrum"):
+        with pytest.raises(OptionError, match=r"pull.*one side.*spectrum"):
             constrain(optimizer, model, path, pull=0.2)
 
 
@@ -140,9 +140,9 @@ def test_two_sides_or_no_spectrum_cannot_be_pulled(tmp_path: Path) -> None:
 def test_a_pull_that_is_no_pull_is_refused(pull: Any, tmp_path: Path) -> None:
     model = three_weights()
     write(tmp_path / "s.safetensors", held(model))
-    with pytest.raises(OptionError, match="--pull must lie above 0"):
+    with pytest.raises(OptionError, match=r"--pull.*above 0"):
         constrain(torch.optim.SGD(model.parameters()), model, tmp_path / "s.safetensors", pull=pull)
-    with pytest.raises(OptionError, match="--pull must lie above 0"):
+    with pytest.raises(OptionError, match=r"--pull.*above 0"):
         MaskOptions(svd_rank=2, basis="activation", pull=pull)
 
 
@@ -152,12 +152,12 @@ def test_a_file_that_says_nonsense_of_its_pull_is_refused(pull: Any, checkpoint:
     write(tmp_path / "s.safetensors", matrices(model))
     beside = tmp_path / "s.json"
     beside.write_text(json.dumps(json.loads(beside.read_text()) | {"options": {"pull": pull}}))
-    with pytest.raises(CheckpointError, match=r"s\.json: .* is no pull; make the subspace anew"):
+    with pytest.raises(CheckpointError, match=r"s\.json: .*no pull"):
         constrain(torch.optim.SGD(model.parameters()), model, tmp_path / "s.safetensors")
     if pull == "hard":
         tuned = pairs.fine_tune(checkpoint("llama"), tmp_path / "tuned")
         merged = MergeOptions(subspace=tmp_path / "s.safetensors")
-        with pytest.raises(CheckpointError, match="'hard' is no pull"):
+        with pytest.raises(CheckpointError, match=r"'hard'.*no pull"):
             fisherkit.merge(checkpoint("llama"), tuned, tmp_path / "out", merged)
         assert not (tmp_path / "out").exists()
 

@@ -64,7 +64,7 @@ def test_a_run_that_is_resumed_needs_its_anchor_and_ends_as_one_that_was_not(tmp
     whole = copy.deepcopy(start)
     train(whole, tmp_path / "a", MaskedUpdate(mask), save_strategy="steps", save_steps=2, max_steps=4)
     again = {"resume": str(tmp_path / "a" / "checkpoint-2"), "max_steps": 4}
-    with pytest.raises(TrainingError, match=r"resumed at step 2, .*; name the checkpoint it began from.*anchor=") as no:
+    with pytest.raises(TrainingError, match=r"resumed at step 2.*anchor=") as no:
         train(copy.deepcopy(start), tmp_path / "b", MaskedUpdate(mask), **again)
     assert "\n" not in str(no.value)
     resumed = copy.deepcopy(start)
@@ -183,12 +183,12 @@ def test_lora_goes_on_when_resumed_without_an_anchor(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_back_on_lora_is_refused(tmp_path: Path) -> None:
     dora = adapted(use_dora=True)
     write(tmp_path / "s.safetensors", adapted_matrices(dora))
-    with pytest.raises(TrainingError, match="has a DoRA adapter"):
+    with pytest.raises(TrainingError, match="DoRA"):
         constrain(torch.optim.SGD(dora.parameters()), dora, tmp_path / "s.safetensors")
     experts = peft.get_peft_model(
         llama("qwen3-moe"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_parameters=["mlp.experts.down_proj"])
     )
     name = "model.layers.0.mlp.experts.0.down_proj.weight"
     write(tmp_path / "e.safetensors", {name: torch.empty(32, 16)})
-    with pytest.raises(TrainingError, match="has LoRA on fused experts"):
+    with pytest.raises(TrainingError, match="LoRA on fused experts"):
         constrain(torch.optim.SGD(experts.parameters()), experts, tmp_path / "e.safetensors")

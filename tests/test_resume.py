@@ -127,7 +127,7 @@ def test_work_of_another_run_is_refused(
     model = checkpoint("llama")
     with pytest.raises(Killed):
         extract(model, prompts, tmp_path / "fisher.pt", killed_after(8))
-    with pytest.raises(ResumeError, match=rf"left by a run with other .*{what}.*start over"):
+    with pytest.raises(ResumeError, match=rf"other .*{what}.*start over"):
         extract(model, prompts, tmp_path / "fisher.pt", resume=True, **change)
 
 
@@ -135,7 +135,7 @@ def test_work_on_other_weights_is_refused(checkpoint: Checkpoint, prompts: Path,
     with pytest.raises(Killed):
         extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt", killed_after(8))
     other = tiny.save("llama", tmp_path / "other", seed=1)
-    with pytest.raises(ResumeError, match="left by a run with other model"):
+    with pytest.raises(ResumeError, match="other model"):
         extract(other, prompts, tmp_path / "fisher.pt", resume=True)
 
 
@@ -159,7 +159,7 @@ def test_a_folder_of_the_users_is_not_taken_for_a_leftover(
 ) -> None:
     (tmp_path / "fisher.pt.partial").mkdir()
     (tmp_path / "fisher.pt.partial" / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputError, match="in the way and no work folder of ours"):
+    with pytest.raises(OutputError, match="no work folder of ours"):
         extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
     assert (tmp_path / "fisher.pt.partial" / "thesis.txt").read_text() == "precious"
 
@@ -169,7 +169,7 @@ def test_two_runs_do_not_share_a_work_folder(checkpoint: Checkpoint, prompts: Pa
 
     def second_run(stage: str, done: int, total: int) -> None:
         for resume in (False, True):
-            with pytest.raises(OutputError, match="another run is at work there"):
+            with pytest.raises(OutputError, match="another run"):
                 extract(model, prompts, out, resume=resume)
 
     extract(model, prompts, out, second_run)
@@ -181,7 +181,7 @@ def test_damaged_progress_is_reported(damage: str, checkpoint: Checkpoint, promp
     with pytest.raises(Killed):
         extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt", killed_after(8))
     (tmp_path / "fisher.pt.partial" / "progress.json").write_text(damage)
-    with pytest.raises(ResumeError, match="not the progress of a run"):
+    with pytest.raises(ResumeError, match="progress of a run"):
         extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt", resume=True)
 
 
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_keeps_what_is_finished(checkpoint: Checkpoint, prompt
 def test_existing_outputs_are_replaced_only_by_force(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     model, out = checkpoint("llama"), tmp_path / "fisher.pt"
     out.write_bytes(b"precious")
-    with pytest.raises(OutputError, match="exists already; choose another name, or --force"):
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
         extract(model, prompts, out)
     assert out.read_bytes() == b"precious"
     with pytest.raises(Killed):
@@ -221,7 +221,7 @@ def test_an_unwritable_folder_is_refused_before_the_work(checkpoint: Checkpoint,
 
 def test_a_missing_folder_is_refused_before_the_work(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(FisherkitError, match="there is no folder"):
+    with pytest.raises(FisherkitError, match="no folder"):
         extract(checkpoint("llama"), prompts, tmp_path / "nowhere" / "fisher.pt")
     assert time.monotonic() - started < 1
 

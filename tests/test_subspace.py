@@ -260,20 +260,20 @@ def test_the_first_modes_are_a_copy_of_the_largest() -> None:
 def test_values_that_are_not_finite_are_refused_with_their_row(shape: tuple[int, int], value: float) -> None:
     matrix = torch.ones(shape)
     matrix[37, 3] = value
-    with pytest.raises(CheckpointError, match=r"^row 37 holds a value that is not finite$"):
+    with pytest.raises(CheckpointError, match=r"^row 37 .*not finite$"):
         top_modes(matrix, 3)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: top_modes(m, 0), "rank must be at least 1, not 0"),
-        (lambda m: top_modes(m, 1, iterations=-1), "iterations must be at least 0, not -1"),
-        (lambda m: top_modes(m, 1, oversample=-1), "oversample must be at least 0, not -1"),
-        (lambda m: modes_for_energy(m, 0.0), "energy must be above 0 and at most 1, not 0.0"),
-        (lambda m: modes_for_energy(m, 1.01), "energy must be above 0 and at most 1, not 1.01"),
-        (lambda m: modes_for_energy(m, float("nan")), "energy must be above 0 and at most 1, not nan"),
-        (lambda m: modes_for_energy(m, 0.5, iterations=-1), "iterations must be at least 0, not -1"),
+        (lambda m: top_modes(m, 0), "rank .*at least 1.* 0"),
+        (lambda m: top_modes(m, 1, iterations=-1), "iterations .*at least 0.* -1"),
+        (lambda m: top_modes(m, 1, oversample=-1), "oversample .*at least 0.* -1"),
+        (lambda m: modes_for_energy(m, 0.0), "energy .*above 0 and at most 1.* 0.0"),
+        (lambda m: modes_for_energy(m, 1.01), "energy .*above 0 and at most 1.* 1.01"),
+        (lambda m: modes_for_energy(m, float("nan")), "energy .*above 0 and at most 1.* nan"),
+        (lambda m: modes_for_energy(m, 0.5, iterations=-1), "iterations .*at least 0.* -1"),
     ],
 )
 def test_options_out_of_range_are_refused(call: Callable[[Tensor], object], message: str) -> None:

@@ -130,11 +130,11 @@ def test_a_folder_of_another_run_is_refused(
 ) -> None:
     out = tmp_path / "run"
     FGGM(checkpoint("llama"), tasks[:1], out, make_trainer).run()
-    with pytest.raises(ResumeError, match="holds a run with another 'tasks'"):
+    with pytest.raises(ResumeError, match="another 'tasks'"):
         FGGM(checkpoint("llama"), tasks, out, make_trainer).run()
-    with pytest.raises(ResumeError, match="holds a run with another 'mask'"):
+    with pytest.raises(ResumeError, match="another 'mask'"):
         FGGM(checkpoint("llama"), tasks[:1], out, make_trainer, mask=MaskOptions(preset="fish")).run()
-    with pytest.raises(ResumeError, match="holds a run with another 'extract'"):
+    with pytest.raises(ResumeError, match="another 'extract'"):
         FGGM(checkpoint("llama"), tasks[:1], out, make_trainer, extract=ExtractOptions(limit=2)).run()
 
 
@@ -143,10 +143,10 @@ def test_what_cannot_be_run_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match="at least one task"):
         FGGM(checkpoint("llama"), [], tmp_path / "run", make_trainer)
-    with pytest.raises(OptionError, match="'a/b' is not possible"):
+    with pytest.raises(OptionError, match="'a/b'"):
         Task(name="a/b", prompts="x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match="FGGM runs in one process"):
+    with pytest.raises(TrainingError, match="one process"):
         FGGM(checkpoint("llama"), tasks, tmp_path / "run", make_trainer).run()
 
 

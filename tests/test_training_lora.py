@@ -138,15 +138,15 @@ def test_what_cannot_hold_on_lora_is_refused_with_the_reason() -> None:
     model = adapted()
     optimizer = torch.optim.AdamW(model.parameters())
     weights = adapted_matrices(model)
-    with pytest.raises(TrainingError, match=r"a binary mask cannot hold on LoRA.*use a subspace"):
+    with pytest.raises(TrainingError, match=r"binary mask.*LoRA.*subspace"):
         constrain(optimizer, model, masks(weights))
     name = "model.layers.0.mlp.up_proj.weight"  # no adapter on it, and frozen
-    with pytest.raises(TrainingError, match="the optimizer trains none of its 1 weights"):
+    with pytest.raises(TrainingError, match="none of its 1 weights"):
         constrain(optimizer, model, {name: torch.ones(48, 1, dtype=torch.bool)})
-    with pytest.raises(CheckpointError, match="do not fit a weight"):
+    with pytest.raises(CheckpointError, match="do not fit"):
         constrain(optimizer, model, {"model.layers.0.self_attn.q_proj.weight.U": basis(31, 2)})
     dora = adapted(use_dora=True)
-    with pytest.raises(TrainingError, match="has a DoRA adapter"):
+    with pytest.raises(TrainingError, match="DoRA"):
         constrain(torch.optim.AdamW(dora.parameters()), dora, subspaces(adapted_matrices(dora)))
 
 
@@ -154,12 +154,12 @@ def test_what_cannot_hold_on_lora_is_refused_with_the_reason() -> None:
 def test_lora_that_began_as_a_part_of_the_weight_is_refused(begun: str) -> None:
     """B A is not nothing there: out of the directions, the model would lose what it had in them."""
     model = adapted(init_lora_weights=begun)
-    with pytest.raises(TrainingError, match=f"init_lora_weights='{begun}'.*use init_lora_weights=True"):
+    with pytest.raises(TrainingError, match=f"init_lora_weights='{begun}'.*init_lora_weights=True"):
         constrain(torch.optim.AdamW(model.parameters()), model, subspaces(adapted_matrices(model)))
 
 
 def test_lora_on_fused_experts_is_refused() -> None:
     model = adapted("qwen3-moe", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     name = "model.layers.0.mlp.experts.0.down_proj.weight"
-    with pytest.raises(TrainingError, match="has LoRA on fused experts"):
+    with pytest.raises(TrainingError, match="LoRA on fused experts"):
         constrain(torch.optim.AdamW(model.parameters()), model, {f"{name}.U": basis(32, 2)})

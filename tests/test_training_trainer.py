@@ -89,7 +89,7 @@ def test_a_trainer_projects_and_scales(tmp_path: Path) -> None:
 def test_deepspeed_is_refused_before_the_first_step() -> None:
     args = type("Arguments", (), {"deepspeed": {"zero_optimization": {"stage": 2}}})()
     for callback in (MaskedUpdate({}), MIGU()):
-        with pytest.raises(TrainingError, match="DeepSpeed keeps weights of its own"):
+        with pytest.raises(TrainingError, match="DeepSpeed"):
             callback.on_train_begin(args, None, None, model=llama(), optimizer=None)
 
 
@@ -197,12 +197,12 @@ def test_migu_runs_under_a_trainer(tmp_path: Path) -> None:
 
 def test_migu_refuses_what_it_cannot_do() -> None:
     for threshold in (-0.1, 1.1):
-        with pytest.raises(OptionError, match="threshold of MIGU must be between 0 and 1"):
+        with pytest.raises(OptionError, match=r"threshold .*0 and 1"):
             MIGU(threshold)
-    with pytest.raises(OptionError, match="parity must be None or 'paper'"):
+    with pytest.raises(OptionError, match=r"parity .*'paper'"):
         MIGU(parity="gradient")  # type: ignore[arg-type]
     model = nn.Sequential(nn.Embedding(3, 4))
-    with pytest.raises(TrainingError, match="trains no linear layer"):
+    with pytest.raises(TrainingError, match="no linear layer"):
         MIGU().attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
 
 

@@ -89,9 +89,10 @@ class Plan:
             )
         for place in self._base.find(spelling(f"{key.module}.weight")):
             self._check(key.text, (place.shape[0], *shape[1:]), place)
-            if rows and not 0 <= min(rows) <= max(rows) < place.shape[0]:
+            outside = [row for row in rows if not 0 <= row < place.shape[0]]
+            if outside:
                 raise CheckpointError(
-                    f"{self._config.path}: trains token {max(rows, key=abs)}, and {place.name!r} in "
+                    f"{self._config.path}: trains token {outside[0]}, and {place.name!r} in "
                     f"{self._base.index.path} has {place.shape[0]}; {_WRONG_MODEL}"
                 )
             self._put(place, Rows(piece=place.piece, key=key.text, rows=rows))
