@@ -10,7 +10,7 @@ unexport PYTHONPATH
 .PHONY: help demo test check forgetting clean
 
 help:
-	@echo "make demo    train a small model here, measure its Fisher, fine-tune and prune it (three minutes after installing)"
+	@echo "make demo    train a small model here, measure its Fisher, fine-tune and prune it (about two minutes after installing)"
 	@echo "make test    run the tests; ARGS='-k name' goes to pytest"
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make forgetting   the forgetting benchmark at its quick size (15 minutes on 2 cores; goes on where it was)"

@@ -21,7 +21,7 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small real model here, measure its Fisher, fine-tune it and prune the fine-tune: three minutes in all.
+    """Train a small real model here, measure its Fisher, fine-tune it and prune the fine-tune: about two minutes.
 
     Example: fisherkit demo
     """
