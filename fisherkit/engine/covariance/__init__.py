@@ -1,1 +1,1 @@
-"""Covariances of what linear layers read, and of the gradients at what they put out."""
+"""Covariances of the inputs of linear layers, and of the gradients at their outputs."""

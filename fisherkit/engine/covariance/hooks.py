@@ -1,8 +1,10 @@
-"""Second moments of a group of blocks, added up while batches are replayed and differentiated.
+"""Covariances of a group of blocks, added up while batches are replayed and differentiated.
 
-A moment is the mean over all tokens of all samples, prompt tokens included whatever the loss is taken over (padding is
-left out): a layer reads all of them. Where a layer sees only some tokens, it is the mean over these. Gradients are of
-each sample's own loss, as the Fisher's.
+A covariance is the mean of x x^T over all tokens of all samples. Prompt tokens count, whatever tokens the loss is taken
+over, because a layer reads them too; padding does not count. Where a layer sees only some tokens, the mean is over
+these. Gradients are those of each sample's own loss, as for the Fisher.
+
+Axes: B samples, T tokens, R rows (real tokens of a batch), C channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +21,19 @@ from fisherkit.kernels.covariance import add_second_moment_, add_sketch_, comple
 
 
 class Accumulator:
-    """Adds rows up to one moment."""
+    """Sum of x x^T over rows, in float32, for one covariance.
 
-    def __init__(self, moment: Covariance, device: torch.device, signs: Tensor | None) -> None:
-        self.moment = moment
+    Args:
+        covariance: that is summed.
+        device: where the sum is kept.
+        signs: random signs [size, rank] of its sketch, or None where the whole matrix is kept.
+    """
+
+    def __init__(self, covariance: Covariance, device: torch.device, signs: Tensor | None) -> None:
+        self.covariance = covariance
         self.rows = 0
         self._signs = signs
-        self._sum = torch.zeros(moment.spec.shape, device=device)
+        self._sum = torch.zeros(covariance.spec.shape, device=device)
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
@@ -38,15 +46,17 @@ class Accumulator:
             self._squares += torch.linalg.vector_norm(rows, dtype=torch.float64).square()
 
     def finish(self) -> tuple[Tensor, dict[str, Any]]:
-        """The mean [size, size], or its factor [size, rank], and what is told of it: trace, tokens, energy held.
+        """Return the mean [size, size], or its factor [size, rank], and its figures: tokens, trace, energy.
+
+        ``energy`` is the share of the trace that the factor holds; the whole matrix holds all of it.
 
         Raises:
-            FisherkitError: the moment overflows float32.
+            FisherkitError: the sum overflows float32.
         """
         mean = self._sum.div_(max(self.rows, 1))
         if not bool(mean.sum(dtype=torch.float64).isfinite()):
             raise FisherkitError(
-                f"{self.moment.name}: the second moment is not finite in float32; try --dtype float32, or bfloat16"
+                f"{self.covariance.name}: the second moment is not finite in float32; try --dtype float32, or bfloat16"
             )
         if self._signs is None:
             trace = float(mean.diagonal().sum(dtype=torch.float64))
@@ -58,65 +68,63 @@ class Accumulator:
 
 
 class CovarianceHooks:
-    """A context that listens to the layers of a group; ``begin`` and ``finish`` enclose every batch.
+    """Context that hooks the layers of a group; ``begin`` and ``finish`` enclose every batch.
 
     Args:
         layers: by the parameter that is their weight.
-        moments: of these layers.
+        covariances: of these layers.
         device: where sums are kept.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], moments: Sequence[Covariance], device: torch.device) -> None:
+    def __init__(self, layers: Mapping[str, Layer], covariances: Sequence[Covariance], device: torch.device) -> None:
         self._layers = layers
-        signs: dict[int, Tensor] = {}
-        for moment in moments:
-            if moment.rank is not None and moment.size not in signs:
-                signs[moment.size] = random_signs(moment.size, moment.rank, device)
-        self._sums = [
-            Accumulator(moment, device, signs.get(moment.size) if moment.rank else None) for moment in moments
-        ]
-        self._inputs = {name: one for one in self._of("input") for name in one.moment.parameters}
-        self._outputs = {one.moment.parameters[0]: one for one in self._of("output")}
+        signs: dict[int, Tensor] = {}  # one matrix serves all sketches of its size
+        for one in covariances:
+            if one.rank is not None and one.size not in signs:
+                signs[one.size] = random_signs(one.size, one.rank, device)
+        self._sums = [Accumulator(one, device, signs.get(one.size) if one.rank else None) for one in covariances]
+        self._inputs = {name: one for one in self._of("input") for name in one.covariance.parameters}
+        self._outputs = {one.covariance.parameters[0]: one for one in self._of("output")}
         self._lengths: Sequence[int] = ()
-        self._heard: dict[str, dict[tuple[Any, ...], Tensor]] = {}
+        self._seen: dict[str, dict[tuple[Any, ...], Tensor]] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
-            self._hooks.callback(layer.module.register_forward_hook(self._listen(name), with_kwargs=True).remove)
+            self._hooks.callback(layer.module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._hooks.close()
-        self._heard.clear()
+        self._seen.clear()
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """The batch that runs next holds samples of these many tokens, padded on the right."""
+        """Announce the next batch: its samples have these many tokens and are padded on the right."""
         self._lengths = lengths
 
     def finish(self) -> None:
-        """The batch was differentiated."""
-        self._heard.clear()
+        """Let go of the batch that was differentiated."""
+        self._seen.clear()
 
     def results(self) -> Iterator[tuple[Covariance, Tensor, dict[str, Any]]]:
-        """The finished moments and what is told of each, one after the other; their memory goes with them."""
+        """Yield each finished covariance with its figures; its sum's memory is free afterwards."""
         self._inputs.clear()
         self._outputs.clear()
         while self._sums:
             one = self._sums.pop(0)
-            yield one.moment, *one.finish()
+            yield one.covariance, *one.finish()
 
     def _of(self, side: str) -> list[Accumulator]:
-        return [one for one in self._sums if one.moment.side == side]
+        return [one for one in self._sums if one.covariance.side == side]
 
-    def _listen(self, name: str) -> Any:
+    def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             self._take_input(name, (args[0] if args else kwargs["input"]).detach())
             if not output.requires_grad:
                 output.requires_grad_()  # a layer fed by constants alone still has a gradient of its own
 
             def receive(grad: Tensor) -> None:
-                self._heard.pop(name, None)
+                self._seen.pop(name, None)
                 self._outputs[name].add(real_rows(grad.detach(), self._lengths))
 
             output.register_hook(receive)  # type: ignore[no-untyped-call]
@@ -124,12 +132,13 @@ class CovarianceHooks:
         return hook
 
     def _take_input(self, name: str, tensor: Tensor) -> None:
+        """Add an input once for all layers that share it, and check that they still do."""
         one = self._inputs[name]
-        first = one.moment.parameters[0]
+        first = one.covariance.parameters[0]
         if name == first:
             one.add(real_rows(tensor, self._lengths))
-            self._heard.setdefault(name, {})[identity(tensor)] = tensor  # kept, so that its memory stays its own
-        elif identity(tensor) not in self._heard.get(first, {}):
+            self._seen.setdefault(name, {})[identity(tensor)] = tensor  # kept alive: its memory stays its own
+        elif identity(tensor) not in self._seen.get(first, {}):
             raise UnsupportedModelError(
                 f"--statistics activations: {name} and {first} read the same tensor in one batch and different ones in "
                 "another; leave one of them out with --targets"
@@ -137,7 +146,7 @@ class CovarianceHooks:
 
 
 def real_rows(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The tokens [R, C] of a batch [B, T, ..., C] without its padding."""
+    """Return the tokens [R, C] of a batch [B, T, ..., C] without its padding."""
     if len(lengths) == 1 or all(length == tensor.shape[1] for length in lengths):
         return tensor.reshape(-1, tensor.shape[-1])
     return torch.cat([tensor[n, :length].reshape(-1, tensor.shape[-1]) for n, length in enumerate(lengths)])

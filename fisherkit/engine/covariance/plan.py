@@ -1,8 +1,9 @@
-"""Which second moments a run gathers: of what goes into its linear layers, and of the gradients at what comes out.
+"""Plan of the covariances that a run gathers: of inputs of linear layers, and of gradients at their outputs.
 
-Layers that are called with the very same tensor (queries, keys and values; gate and up) share the moment of it. Which
-ones do is heard, not known: one batch runs through the blocks while every layer notes the tensor that reached it.
-Weights that are no linear layer's (fused experts, which see other tokens each) have no moment, and are named.
+Layers that are called with the very same tensor (queries, keys and values; gate and up) share one input covariance.
+Which ones do is observed, not known: one batch runs through the blocks while a probe notes the tensor that reaches
+each layer. Weights that are no linear layer's (fused experts, which see other tokens each) have no covariance, and are
+named in the report.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,27 +23,27 @@ from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import OptionError
 from fisherkit.kernels.covariance import sketch_rank
 
-MomentSide = Literal["input", "output"]
+CovarianceSide = Literal["input", "output"]
 SharedInputs = dict[str, str]
-"""Parameter -> the first parameter of its block whose layer was called with the same tensor."""
+"""Parameter -> first parameter of its block whose layer was called with the same tensor."""
 
 
 @dataclass(frozen=True)
 class Covariance:
-    """A second moment, E[x x^T] of inputs or E[g g^T] of output gradients.
+    """An uncentered covariance: E[x x^T] of a layer's inputs, or E[g g^T] of the gradients at its output.
 
     Attributes:
         name: of the stored tensor.
-        side: of what.
-        parameters: weights whose layers share it; the first one's calls are what is added.
-        tensors: their checkpoint names.
-        block: that they lie in.
+        side: ``input`` or ``output``.
+        parameters: weights whose layers share it; rows are taken from calls of the first one's layer.
+        tensors: checkpoint names of these weights.
+        block: number of the block that they lie in.
         size: channels.
-        rank: columns of the sketch, or None for the whole [size, size].
+        rank: columns of the sketch, or None where the whole [size, size] is kept.
     """
 
     name: str
-    side: MomentSide
+    side: CovarianceSide
     parameters: tuple[str, ...]
     tensors: tuple[str, ...]
     block: int
@@ -51,7 +52,7 @@ class Covariance:
 
     @property
     def spec(self) -> TensorSpec:
-        """The tensor that holds it: E [size, size], or B [size, rank] with E ~ B B^T."""
+        """Tensor that holds it: E [size, size], or B [size, rank] with E ~ B B^T."""
         return TensorSpec(self.name, "F32", (self.size, self.rank or self.size))
 
 
@@ -66,7 +67,14 @@ class Layer(NamedTuple):
 
 
 def layers_of(skeleton: Skeleton, plan: Plan, general: frozenset[str], blocks: Sequence[int]) -> dict[str, Layer]:
-    """The layers of some blocks that have moments, by the parameter that is their weight."""
+    """Return the layers of some blocks that have covariances, by the parameter that is their weight.
+
+    Args:
+        skeleton: the model.
+        plan: its targets.
+        general: parameters that are left to autograd although a linear layer holds them; they have none.
+        blocks: block numbers.
+    """
     found = {}
     for block in blocks:
         linear, _ = find_linear_layers(skeleton.model, plan.names([block]), general)
@@ -83,7 +91,13 @@ def layers_of(skeleton: Skeleton, plan: Plan, general: frozenset[str], blocks: S
 def plan_covariances(
     skeleton: Skeleton, plan: Plan, general: frozenset[str], shared_inputs: Mapping[str, str]
 ) -> list[Covariance]:
-    """All moments of a run, in model order; layers that nothing was heard of share with none.
+    """Return all covariances of a run, in model order.
+
+    Args:
+        skeleton: the model.
+        plan: its targets.
+        general: see ``layers_of``.
+        shared_inputs: as a probe found them; a layer that is missing here shares its input with none.
 
     Raises:
         OptionError: no target is the weight of a linear layer.
@@ -92,57 +106,58 @@ def plan_covariances(
     sharing: dict[str, list[str]] = {}
     for name in layers:
         sharing.setdefault(shared_inputs.get(name, name), []).append(name)
-    moments = []
+    covariances = []
     for name, layer in layers.items():
         if name in sharing:
-            moments.append(_moment("input", sharing[name], layers, layer.inputs))
-        moments.append(_moment("output", [name], layers, layer.outputs))
-    if not moments:
+            covariances.append(_covariance("input", sharing[name], layers, layer.inputs))
+        covariances.append(_covariance("output", [name], layers, layer.outputs))
+    if not covariances:
         raise OptionError("--statistics activations: none of the targets is the weight of a linear layer in a block")
-    return moments
+    return covariances
 
 
 def covariance_bytes(skeleton: Skeleton, plan: Plan, shared_inputs: Mapping[str, str]) -> dict[int, int]:
-    """Bytes of the moments of each block; with nothing heard an upper bound, as if no input were shared."""
+    """Return the bytes of each block's covariances; an upper bound where ``shared_inputs`` is empty."""
     found: dict[int, int] = {}
-    for moment in plan_covariances(skeleton, plan, frozenset(), shared_inputs):
-        found[moment.block] = found.get(moment.block, 0) + moment.spec.nbytes
+    for covariance in plan_covariances(skeleton, plan, frozenset(), shared_inputs):
+        found[covariance.block] = found.get(covariance.block, 0) + covariance.spec.nbytes
     return found
 
 
-def memory_of_moments(skeleton: Skeleton, plan: Plan) -> dict[int | None, int]:
-    """Bytes in memory of the moments of each block, at most; under None what one takes while it is finished."""
+def memory_of_covariances(skeleton: Skeleton, plan: Plan) -> dict[int | None, int]:
+    """Return the bytes in memory of each block's covariances, at most; under None what finishing one takes besides."""
     memory: dict[int | None, int] = dict(covariance_bytes(skeleton, plan, {}).items())
-    largest = max((m.spec.nbytes for m in plan_covariances(skeleton, plan, frozenset(), {}) if m.rank), default=0)
-    memory[None] = 10 * largest  # float64 copies of a sketch, and its signs
+    sketches = [c.spec.nbytes for c in plan_covariances(skeleton, plan, frozenset(), {}) if c.rank]
+    memory[None] = 10 * max(sketches, default=0)  # float64 copies of a sketch, and its signs
     return memory
 
 
-def left_out(plan: Plan, moments: Sequence[Covariance]) -> tuple[str, ...]:
-    """Checkpoint names of the matrices among the targets that have no moments."""
-    covered = {name for moment in moments for name in moment.tensors}
+def left_out(plan: Plan, covariances: Sequence[Covariance]) -> tuple[str, ...]:
+    """Return the checkpoint names of the matrices among the targets that have no covariance."""
+    covered = {name for covariance in covariances for name in covariance.tensors}
     return tuple(t.name for t in plan.tensors if len(t.shape) > 1 and t.name not in covered)
 
 
-def _moment(side: MomentSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int) -> Covariance:
+def _covariance(side: CovarianceSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int) -> Covariance:
     tensors = tuple(layers[name].tensor for name in parameters)
     first = layers[parameters[0]]
     return Covariance(f"{first.tensor}.{side}", side, tuple(parameters), tensors, first.block, size, sketch_rank(size))
 
 
 class SharedInputProbe:
-    """A context in which one batch runs through some blocks; ``heard`` tells afterwards which layers share inputs."""
+    """Context in which one batch runs through some blocks; afterwards ``shared_inputs`` says which layers share."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self._layers = layers
         self._first: dict[tuple[Any, ...], str] = {}
-        self._alive: list[Tensor] = []  # so that no other tensor gets the same memory
+        # A freed tensor's memory may be given to the next one, which would then look like the same tensor.
+        self._alive: list[Tensor] = []
         self._hooks = ExitStack()
         self.shared_inputs: SharedInputs = {}
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
-            self._hooks.callback(layer.module.register_forward_pre_hook(self._listen(name), with_kwargs=True).remove)
+            self._hooks.callback(layer.module.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -150,7 +165,7 @@ class SharedInputProbe:
         self._first.clear()
         self._alive.clear()
 
-    def _listen(self, name: str) -> Any:
+    def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = args[0] if args else kwargs["input"]
             self._alive.append(tensor)
@@ -161,20 +176,23 @@ class SharedInputProbe:
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor from all others that are alive: its memory, how it is laid out there, and its changes."""
+    """Return a key that no other living tensor has: its memory, its layout there, and its count of changes in place."""
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version
 
 
 @torch.no_grad()
 def probe_on_meta(skeleton: Skeleton, plan: Plan) -> SharedInputs | None:
-    """Which layers share their input, from a forward on the meta device; None where the model does not run there."""
+    """Find the layers that share their input by a forward on the meta device; None where the model does not run there.
+
+    A plan for a checkpoint that is not there (``--dry-run``) has no weights to run a batch with.
+    """
     blocks = [block for block in plan.targets if block is not None]
     meta = torch.device("meta")
     ids, mask = torch.zeros(1, 4, dtype=torch.long, device=meta), torch.zeros(1, 1, 4, 4, device=meta)
     try:
         with SharedInputProbe(layers_of(skeleton, plan, frozenset(), blocks)) as probe:
-            # With positions and a mask of its own no model looks at values, which there are none of.
+            # Given positions and a mask, models read no values from tensors; on meta there are none.
             skeleton.model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, KeyError, IndexError):
         return None

@@ -1,4 +1,4 @@
-"""The file of second moments: laid out once it is known what there is to gather, then filled group by group."""
+"""File of covariances: laid out once the shared inputs are known, then filled group by group."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from fisherkit.engine.model.skeleton import Skeleton
 
 
 class CovarianceWriter:
-    """Hears, gathers and writes the moments of one run; a context.
+    """Probes, gathers and writes the covariances of one run; a context.
 
     Args:
         skeleton: the model.
@@ -39,7 +39,7 @@ class CovarianceWriter:
         self._writer: StreamedWriter | None = None
         self._general: frozenset[str] = frozenset()
         self.shared_inputs: SharedInputs = {}
-        self.moments: list[Covariance] = []
+        self.covariances: list[Covariance] = []
         self.figures: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
@@ -54,77 +54,77 @@ class CovarianceWriter:
 
         Args:
             general: parameters that are left to autograd.
-            progress: the work folder's; ``heard`` and ``moments`` are ours.
+            progress: of the work folder; its keys ``heard`` (shared inputs) and ``moments`` are this class's.
         """
         self.__exit__(None, None, None)
         self._writer, self._general = None, general
         state = progress.get("moments", {})
         self.shared_inputs = dict(state.get("heard", progress.get("heard", {})))
         self.figures = dict(state.get("figures", {}))
-        self.moments = plan_covariances(self._skeleton, self._plan, general, self.shared_inputs)  # or complain now
+        self.covariances = plan_covariances(self._skeleton, self._plan, general, self.shared_inputs)  # or refuse now
         if state:
             self._writer = StreamedWriter.reopen(self._target, self._specs(), work=self._work)
             self._writer.mark_written(self.figures)
 
     @property
     def is_laid_out(self) -> bool:
-        """Whether all was heard."""
+        """True once all shared inputs are known and the file has its size."""
         return self._writer is not None
 
     @contextmanager
     def probing(self, blocks: Sequence[int]) -> Iterator[None]:
-        """One batch runs through these blocks inside of the ``with``."""
+        """Find the shared inputs of these blocks while one batch runs through them inside of the ``with``."""
         with SharedInputProbe(self._layers(blocks)) as probe:
             yield
         self.shared_inputs |= probe.shared_inputs
 
     def lay_out(self) -> None:
-        """All blocks were heard: make room for what they will give.
+        """Make room for all covariances; the shared inputs of all blocks are known.
 
         Raises:
             OutputError: no room on the disk.
         """
-        self.moments = plan_covariances(self._skeleton, self._plan, self._general, self.shared_inputs)
+        self.covariances = plan_covariances(self._skeleton, self._plan, self._general, self.shared_inputs)
         self._writer = StreamedWriter.create(self._target, self._specs(), work=self._work)
 
     def gather(self, blocks: Sequence[int | None]) -> CovarianceHooks:
-        """Accumulators for the moments of some blocks."""
+        """Return hooks with accumulators for the covariances of some blocks."""
         own = [block for block in blocks if block is not None]
-        moments = [moment for moment in self.moments if moment.block in own]
-        return CovarianceHooks(self._layers(own), moments, self._device)
+        covariances = [covariance for covariance in self.covariances if covariance.block in own]
+        return CovarianceHooks(self._layers(own), covariances, self._device)
 
     def keep(self, gathered: CovarianceHooks) -> None:
-        """Write what was gathered."""
+        """Write finished covariances to the file."""
         assert self._writer is not None
-        for moment, values, figures in gathered.results():
-            self._writer.write(moment.name, values.to("cpu"))
-            self.figures[moment.name] = figures
+        for covariance, values, figures in gathered.results():
+            self._writer.write(covariance.name, values.to("cpu"))
+            self.figures[covariance.name] = figures
 
     def state(self) -> dict[str, Any]:
-        """JSON that ``begin`` takes under ``moments`` in another process, once what was kept is synced; a copy."""
+        """Return JSON that ``begin`` takes under ``moments`` in another process, once all is synced; a copy."""
         return {"heard": dict(self.shared_inputs), "figures": dict(self.figures)}
 
     def sync(self) -> None:
-        """Everything kept before the call is on the disk when this returns."""
+        """Wait until everything kept before the call is on the disk."""
         if self._writer is not None:
             self._writer.sync()
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """Every moment, as the JSON beside the file has it."""
+        """Return an entry for every covariance, as the JSON beside the file has it."""
         return {
-            moment.name: {
-                "side": moment.side,
-                "tensors": list(moment.tensors),
-                "layer": moment.block,
-                "size": moment.size,
-                "sketch_rank": moment.rank,
-                **self.figures[moment.name],
+            covariance.name: {
+                "side": covariance.side,
+                "tensors": list(covariance.tensors),
+                "layer": covariance.block,
+                "size": covariance.size,
+                "sketch_rank": covariance.rank,
+                **self.figures[covariance.name],
             }
-            for moment in self.moments
+            for covariance in self.covariances
         }
 
     def _layers(self, blocks: Sequence[int]) -> dict[str, Layer]:
         return layers_of(self._skeleton, self._plan, self._general, blocks)
 
     def _specs(self) -> list[TensorSpec]:
-        return [moment.spec for moment in self.moments]
+        return [covariance.spec for covariance in self.covariances]

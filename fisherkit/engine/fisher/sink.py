@@ -1,4 +1,4 @@
-"""Where finished Fisher values go: rounded into the output file, their statistics kept for the sidecar."""
+"""Destination of finished Fisher values: the output file, with statistics for the sidecar kept on the way."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +15,13 @@ TOPS = (0.01, 0.1, 0.3)
 
 
 class FisherSink:
-    """Writes means of squared gradients under checkpoint names; statistics are of the values before rounding."""
+    """Writes means of squared gradients under checkpoint names; statistics are of the values before rounding.
+
+    Args:
+        skeleton: the model; it knows the checkpoint names of a parameter's values.
+        writer: of the output file; it rounds to the stored dtype.
+        tensors: that are written; values of others are dropped (a fused parameter may hold more than was asked for).
+    """
 
     def __init__(self, skeleton: Skeleton, writer: StreamedWriter, tensors: Iterable[TargetTensor]) -> None:
         self._skeleton, self._writer = skeleton, writer
@@ -24,17 +30,20 @@ class FisherSink:
         self._histograms: dict[str, Histogram] = {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of an earlier process."""
+        """Go on from the ``state`` of an earlier process."""
         self.figures = dict(state["tensors"])
         self._histograms = {"": Histogram.from_json(state["histogram"])}
         self._writer.mark_written(self.figures)
 
     def reset(self) -> None:
-        """Forget what was added: another engine starts over. What is in the file will be overwritten."""
+        """Forget all values: another engine starts over and overwrites what is in the file."""
         self.figures, self._histograms = {}, {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Write what one block's parameters stand for on disk.
+        """Write one block's values as checkpoint tensors.
+
+        Args:
+            values: parameter name -> mean squared gradient, float32, shaped like the parameter.
 
         Raises:
             FisherkitError: a value is NaN or infinite.
@@ -44,15 +53,15 @@ class FisherSink:
                 self._keep(name, value)
 
     def state(self) -> dict[str, Any]:
-        """What ``restore`` takes in another process, once all that was added is synced."""
+        """Return JSON that ``restore`` takes in another process, once all that was added is synced."""
         return {"tensors": dict(self.figures), "histogram": self.histogram().to_json()}
 
     def sync(self) -> None:
-        """Everything added before the call is on the disk when this returns."""
+        """Wait until everything added before the call is on the disk."""
         self._writer.sync()
 
     def histogram(self) -> Histogram:
-        """Of all entries of all tensors so far."""
+        """Return the histogram of all entries of all tensors so far."""
         merged = sum(self._histograms.values(), Histogram())
         self._histograms = {"": merged}
         return merged
@@ -82,10 +91,10 @@ def _figures(stats: TensorStats, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def store_code(store: str) -> str:
-    """The safetensors code of ``--store``."""
+    """Return the safetensors dtype code of ``--store``."""
     return {"bf16": "BF16", "fp32": "F32"}[store]
 
 
 def store_bytes(store: str) -> int:
-    """Bytes per weight of ``--store``."""
+    """Return the bytes per weight of ``--store``."""
     return TensorSpec("", store_code(store), ()).nbytes

@@ -36,7 +36,7 @@ class _HookedLayer:
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """These parameters ask autograd for their gradient inside the ``with``; all others stay frozen."""
+    """Unfreeze these parameters inside the ``with``; all others stay frozen, so autograd computes nothing for them."""
     parameters = {name: model.get_parameter(name) for name in names}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -50,7 +50,7 @@ def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.P
 
 @torch.no_grad()
 def add_squared_parameters_(sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Add the squares of one sample's gradients, which are taken off the parameters."""
+    """Add the squares of one sample's gradients (``parameter.grad``, which is cleared) to ``sums``, float32."""
     for name, parameter in parameters.items():
         if parameter.grad is not None:
             add_squares_(sums[name], parameter.grad)
@@ -58,7 +58,13 @@ def add_squared_parameters_(sums: Mapping[str, Tensor], parameters: Mapping[str,
 
 
 class Capture:
-    """Adds to ``accumulators`` (parameter name -> float32, in place) whatever is replayed inside its ``with``."""
+    """Context that adds the squared per-sample gradients of each batch that is replayed inside of it.
+
+    Args:
+        model: whose blocks are replayed.
+        accumulators: parameter name -> float32 sums shaped like the parameter, changed in place.
+        general: parameters to leave to autograd although a linear layer holds them.
+    """
 
     def __init__(self, model: nn.Module, accumulators: Mapping[str, Tensor], general: frozenset[str]) -> None:
         self._accumulators = accumulators
@@ -71,7 +77,7 @@ class Capture:
 
     def __enter__(self) -> Self:
         for hooked in self._hooked:
-            handle = hooked.layer.module.register_forward_hook(self._listen(hooked), with_kwargs=True)
+            handle = hooked.layer.module.register_forward_hook(self._hook(hooked), with_kwargs=True)
             self._hooks.callback(handle.remove)
         self._others = self._hooks.enter_context(self._enter_others)
         return self
@@ -82,18 +88,18 @@ class Capture:
             hooked.calls.clear()
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """The batch that is replayed next holds samples of these many tokens, padded on the right."""
+        """Announce the next batch: its samples have these many tokens and are padded on the right."""
         self._lengths = lengths
 
     @torch.no_grad()
     def finish(self) -> None:
-        """The batch was replayed and differentiated; add what is left to add."""
+        """Add what the hooks left over: layers called more than once, and parameters left to autograd."""
         for hooked in self._hooked:
             self._add(hooked, [call for call in hooked.calls if call.grad is not None])
             hooked.calls.clear()
         add_squared_parameters_(self._accumulators, self._others)
 
-    def _listen(self, hooked: _HookedLayer) -> Any:
+    def _hook(self, hooked: _HookedLayer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             inputs = args[0] if args else kwargs["input"]
             call = _Call(inputs.detach(), inputs._version)
@@ -114,7 +120,7 @@ class Capture:
         return hook
 
     def _add(self, hooked: _HookedLayer, calls: list[_Call]) -> None:
-        """Squares of each sample's gradient, summed over all calls of the layer in this replay before the square."""
+        """Add the squares of each sample's gradient, summed over all calls of the layer in this replay first."""
         if not calls:
             return
         if any(call.inputs._version != call.version for call in calls):
@@ -129,7 +135,7 @@ class Capture:
 
 
 def _per_sample(calls: list[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """[B, T, ..., C] of each call -> per sample [its tokens of all calls, C], padding left out."""
+    """Turn [B, T, ..., C] of each call into one [tokens of all calls, C] per sample, padding left out."""
     if len(lengths) == 1:
         return [torch.cat([_flat(call) for call in calls])]
     samples = [[_flat(call[number, :length]) for call in calls] for number, length in enumerate(lengths)]

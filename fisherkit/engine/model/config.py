@@ -1,4 +1,4 @@
-"""A model's config: what extract can measure, what it refuses by name, and in which dtype it computes."""
+"""Config of a model: it is read, refused by name where extract cannot measure it, and gives the compute dtype."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from fisherkit.errors import CheckpointError, UnsupportedModelError, first_line
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config, after refusing what extract cannot measure.
+    """Read the model's config, and refuse what extract cannot measure.
 
     Raises:
         CheckpointError: no config.json, or one that cannot be read.
@@ -40,7 +40,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def choose_dtype(config: Any, index: CheckpointIndex | None, wanted: str) -> torch.dtype:
-    """``--dtype``; ``auto`` is what most bytes of the checkpoint are stored in, else what its config says."""
+    """Return the dtype for ``--dtype``; ``auto`` is that of most bytes of the checkpoint, else of its config."""
     if wanted != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Choice of the device."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fisherkit.errors import OptionError, first_line
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto`` is CUDA when there is one, else the CPU.
+    """Return the device for ``--device``; ``auto`` is CUDA when there is one, else the CPU.
 
     Raises:
         OptionError: the device is not there.

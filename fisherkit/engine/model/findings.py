@@ -1,8 +1,8 @@
-"""What a run may find out about a model that changes how it is run: no errors, for somebody above acts on them."""
+"""Findings about a model that change how it is run. They are no errors: ``extract`` catches them and acts on them."""
 
 
 class Unreplayable(Exception):  # noqa: N818 - a finding
-    """The blocks of this model cannot be run one by one: another engine is chosen. The message completes a sentence."""
+    """Blocks of this model cannot be run one by one: another engine is chosen. The message completes a sentence."""
 
 
 class NeedsBatchSizeOne(Exception):  # noqa: N818 - a finding

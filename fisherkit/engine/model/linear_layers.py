@@ -1,4 +1,4 @@
-"""Which targets are the weights of linear layers, so that hooks can serve them; and whether batches suit them.
+"""Linear layers among the targets, which hooks can serve; and a check that batches of several samples suit them.
 
 Knows modules and their names, nothing of gradients.
 """
@@ -28,7 +28,13 @@ class LinearLayer:
 def find_linear_layers(
     model: nn.Module, names: Iterable[str], general: frozenset[str]
 ) -> tuple[list[LinearLayer], list[str]]:
-    """Parameters that a linear layer's hooks can serve, and those left to autograd."""
+    """Split parameters into linear layers that hooks can serve, and names that are left to autograd.
+
+    Args:
+        model: that holds the parameters.
+        names: of parameters.
+        general: names to leave to autograd although a linear layer holds them.
+    """
     layers: dict[int, LinearLayer] = {}
     others = []
     for name in names:
@@ -43,7 +49,7 @@ def find_linear_layers(
 
 
 class BatchingCheck:
-    """Listens to one forward of some blocks and tells whether batches may hold several samples."""
+    """Context that watches one forward of some blocks and decides if batches may hold several samples."""
 
     def __init__(self, model: nn.Module, names: Iterable[str], general: frozenset[str]) -> None:
         self._layers, self._others = find_linear_layers(model, names, general)

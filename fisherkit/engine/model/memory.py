@@ -1,4 +1,4 @@
-"""How much memory there is, and what a run will need of it."""
+"""Memory that is free: on the device, and on the host within its cgroup and its ulimit."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: on the device, or on the host within its cgroup and its ulimit."""
+    """Return the bytes that can still be taken: on the device, or on the host within its cgroup and its ulimit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_machine(), _cgroup(), _ulimit())
@@ -35,7 +35,7 @@ def _machine() -> int:
 
 
 def _cgroup() -> int:
-    """Room left in this process's memory cgroup (v2, or v1), file pages counted as room."""
+    """Return the bytes left in this process's memory cgroup (v2, or v1); file pages count as free."""
     limits = [1 << 62]
     for folder in _cgroup_folders():
         try:
@@ -74,7 +74,7 @@ def _cgroup_folders() -> list[Path]:
 
 
 def _ulimit() -> int:
-    """Room left under RLIMIT_AS (``ulimit -v``)."""
+    """Return the bytes left under RLIMIT_AS (``ulimit -v``)."""
     try:
         import resource
     except ImportError:  # not Unix

@@ -1,4 +1,4 @@
-"""What a run will measure, in which groups, and what it needs: pure functions of model, options and memory."""
+"""Plan of a run: targets, groups of blocks, and memory. Pure functions of model, options and free memory."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,19 @@ HEADROOM = 0.85  # of the memory that is there
 
 @dataclass(frozen=True)
 class Plan:
-    """Targets per block (None: around the blocks) and parameter, and the groups of blocks that share the memory."""
+    """Groups of blocks that are resident together, and targets.
+
+    Attributes:
+        groups: block numbers, consecutive.
+        targets: block (None: around the blocks) -> parameter -> checkpoint tensors that it stands for.
+    """
 
     groups: tuple[tuple[int, ...], ...]
     targets: Mapping[int | None, Mapping[str, tuple[TargetTensor, ...]]]
 
     @property
     def tensors(self) -> tuple[TargetTensor, ...]:
-        """All tensors of the Fisher, in model order."""
+        """Tensors of the Fisher, in model order."""
         return tuple(tensor for own in self.targets.values() for tensors in own.values() for tensor in tensors)
 
     @property
@@ -33,14 +38,14 @@ class Plan:
         return sum(tensor.numel for tensor in self.tensors)
 
     def names(self, blocks: Sequence[int | None]) -> list[str]:
-        """Names of the parameters measured in the given blocks."""
+        """Return the names of the parameters measured in the given blocks."""
         return [name for block in blocks for name in self.targets.get(block, {})]
 
 
 def choose_targets(
     skeleton: Skeleton, targets: str, layers: Sequence[int] | None
 ) -> dict[int | None, dict[str, tuple[TargetTensor, ...]]]:
-    """Parameters and checkpoint tensors to measure.
+    """Choose the parameters and checkpoint tensors to measure.
 
     Args:
         skeleton: the model.
@@ -77,7 +82,7 @@ def choose_targets(
 
 
 def only_batches_of_one(skeleton: Skeleton, plan: Plan) -> bool:
-    """Whether a target is no linear layer inside a block: autograd sums over a batch, so it must be of one sample."""
+    """Return True if a target is no linear layer inside a block: it is left to autograd, which sums over a batch."""
     inside = [name for block in plan.targets if block is not None for name in plan.targets[block]]
     return None in plan.targets or bool(find_linear_layers(skeleton.model, inside, frozenset())[1])
 
@@ -97,9 +102,9 @@ def needs(
     batch_tokens: int,
     longest: int,
     on_host: bool,
-    moments: Mapping[int | None, int] | None = None,
+    covariances: Mapping[int | None, int] | None = None,
 ) -> Needs:
-    """Peak memory of a streamed run: one group's weights twice (one group is read ahead), its accumulators, one batch.
+    """Estimate the peak memory of a streamed run: two groups' weights (one is read ahead), accumulators, one batch.
 
     Args:
         skeleton: the model on the meta device.
@@ -107,11 +112,11 @@ def needs(
         batch_tokens: padded tokens of a batch.
         longest: tokens of the longest sample, which the head sees alone.
         on_host: whether the device's memory is the host's.
-        moments: bytes of second moments by block, where they are gathered, and under None what one takes besides.
+        covariances: bytes of covariances by block, where they are gathered, and under None what one takes besides.
     """
     size = torch.empty((), dtype=skeleton.dtype).element_size()
     batch_tokens = max(batch_tokens, longest)  # a sample is never split
-    group = max(_group_bytes(skeleton, plan, group, size, batch_tokens, moments or {}) for group in plan.groups)
+    group = max(_group_bytes(skeleton, plan, group, size, batch_tokens, covariances or {}) for group in plan.groups)
     ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
     around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
     outer = sum(tensor.numel for tensors in plan.targets.get(None, {}).values() for tensor in tensors)
@@ -132,12 +137,17 @@ def fit_groups(
     batch_tokens: int,
     longest: int,
     on_host: bool,
-    moments: Mapping[int | None, int] | None = None,
+    covariances: Mapping[int | None, int] | None = None,
 ) -> Plan:
-    """The plan with the largest group size up to ``group_size`` whose needs fit ``room`` bytes (at least 1)."""
+    """Return the plan with the largest group size up to ``group_size`` whose needs fit ``room`` bytes (at least 1).
+
+    Args: as of ``needs``.
+    """
     for size in range(min(group_size, len(skeleton.blocks)), 0, -1):
         plan = Plan(blocks_in_groups(len(skeleton.blocks), size), plan.targets)
-        need = needs(skeleton, plan, batch_tokens=batch_tokens, longest=longest, on_host=on_host, moments=moments)
+        need = needs(
+            skeleton, plan, batch_tokens=batch_tokens, longest=longest, on_host=on_host, covariances=covariances
+        )
         if (need.host if on_host else need.device) <= HEADROOM * room:
             break
     return plan
@@ -149,14 +159,14 @@ def _group_bytes(
     group: Sequence[int],
     size: int,
     batch_tokens: int,
-    moments: Mapping[int | None, int],
+    covariances: Mapping[int | None, int],
 ) -> int:
     weights = sum(_weights(skeleton, block) for block in group) * size
     accumulators = 4 * sum(
         tensor.numel for block in group for ts in plan.targets.get(block, {}).values() for tensor in ts
     )
     kept = sum(_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
-    return weights + accumulators + kept + sum(moments.get(block, 0) for block in (*group, None))
+    return weights + accumulators + kept + sum(covariances.get(block, 0) for block in (*group, None))
 
 
 def _weights(skeleton: Skeleton, block: int) -> int:
@@ -164,6 +174,6 @@ def _weights(skeleton: Skeleton, block: int) -> int:
 
 
 def _activations(block: nn.Module) -> int:
-    """Numbers per token that a replay of the block keeps: inputs and outputs of its linear layers, twice."""
+    """Estimate the numbers per token that a replay of the block keeps: in- and outputs of its linear layers, twice."""
     matrices = (parameter.shape for parameter in block.parameters() if parameter.ndim == 2)
     return 2 * sum(sum(shape) for shape in matrices)

@@ -1,4 +1,4 @@
-"""A causal language model without weights, and the road between its parameters and the tensors of a checkpoint.
+"""Skeleton of a causal language model without weights, and the names on both sides of its checkpoint.
 
 The skeleton is transformers' own model on the meta device. Weights come and go block by block through transformers'
 own loader (which also fuses experts and renames); nothing here knows an architecture.
@@ -43,7 +43,7 @@ class TargetTensor:
 
 @dataclass
 class Skeleton:
-    """The model on the meta device, its decoder blocks, and the names on both sides.
+    """Model on the meta device, its decoder blocks, and the names on both sides.
 
     Attributes:
         model: transformers' causal language model; parameters on the meta device until loaded.
@@ -64,17 +64,17 @@ class Skeleton:
     conversions: list[Any]
 
     def block_of(self, parameter: str) -> int | None:
-        """Number of the block that a parameter lies in, None outside of the blocks."""
+        """Return the number of the block that a parameter lies in, None outside of the blocks."""
         match = re.match(re.escape(self.blocks_path) + r"\.(\d+)\.", parameter)
         return int(match[1]) if match else None
 
     def block_tensors(self, blocks: Iterable[int]) -> list[str]:
-        """Names of the checkpoint tensors that the given blocks are loaded from."""
+        """Return the names of the checkpoint tensors that the given blocks are loaded from."""
         wanted = set(blocks)
         return [name for name, parameter in self.parameter_of.items() if self.block_of(parameter) in wanted]
 
     def outer_tensors(self) -> list[str]:
-        """Names of the tensors of the text model outside its blocks: embeddings, final norm, head."""
+        """Return the names of the tensors of the text model outside its blocks: embeddings, final norm, head."""
         return [
             name
             for name, parameter in self.parameter_of.items()
@@ -82,7 +82,7 @@ class Skeleton:
         ]
 
     def is_text(self, parameter: str) -> bool:
-        """Whether a parameter belongs to the text model rather than to a vision or audio tower beside it."""
+        """Return True if a parameter belongs to the text model, not to a vision or audio tower beside it."""
         if not _has_towers(self.model.config):
             return True
         head = self.model.get_output_embeddings()
@@ -90,7 +90,7 @@ class Skeleton:
         return any(parameter.startswith(path + ".") for path in (self.decoder_path, *heads))
 
     def parameters(self, block: int | None) -> dict[str, nn.Parameter]:
-        """Parameters of one block, or of the text model around the blocks (None), by their full names."""
+        """Return the parameters of one block, or of the text model around the blocks (None), by their full names."""
         if block is not None:
             prefix = f"{self.blocks_path}.{block}."
             return {prefix + name: parameter for name, parameter in self.blocks[block].named_parameters()}
@@ -102,6 +102,10 @@ class Skeleton:
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Put checkpoint tensors into the model, converted, in its dtype, on ``device``, frozen.
+
+        Args:
+            tensors: by checkpoint name, of any float dtype; whole sets, where several make one parameter.
+            device: of the parameters.
 
         Raises:
             CheckpointError: a shape does not fit the config, or a conversion failed.
@@ -130,7 +134,7 @@ class Skeleton:
             parameter.requires_grad_(False)
 
     def unload(self, block: int) -> None:
-        """Drop a block's parameters and persistent buffers; what was never on disk stays."""
+        """Drop a block's parameters and persistent buffers; computed buffers, which no checkpoint holds, stay."""
         for module in self.blocks[block].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -158,7 +162,11 @@ class Skeleton:
                 raise CheckpointError(self._incomplete(name))
 
     def tensors_of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values per parameter -> values per checkpoint tensor (fused experts are split, prefixes restored)."""
+        """Turn values per parameter into values per checkpoint tensor: fused experts are split, prefixes restored.
+
+        Args:
+            values: by parameter name, shaped like the parameter; meta tensors do.
+        """
         tensors, converted = {}, {}
         for parameter, value in values.items():
             sources = self._sources.get(parameter, ())
@@ -173,7 +181,12 @@ class Skeleton:
         return tensors
 
     def describe(self, parameters: Iterable[str], block: int | None) -> dict[str, tuple[TargetTensor, ...]]:
-        """For each parameter the checkpoint tensors it stands for."""
+        """Return for each parameter the checkpoint tensors that it stands for.
+
+        Args:
+            parameters: names.
+            block: that all of them lie in, or None.
+        """
         own = self.parameters(block)
         described = {}
         for name in parameters:
@@ -249,7 +262,7 @@ def _model_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> 
 
 
 def _find_blocks(model: Any, decoder: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The shallowest ModuleList of the text model with as many members as the config has layers."""
+    """Find the shallowest ModuleList of the text model with as many members as the config has layers."""
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [
         (path, module)
@@ -298,12 +311,12 @@ def _has_towers(config: Any) -> bool:
 
 
 def blocks_in_groups(count: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """Block numbers 0..count-1 in consecutive groups of ``size``; the last may be smaller."""
+    """Cut block numbers 0..count-1 into consecutive groups of ``size``; the last may be smaller."""
     return tuple(tuple(range(start, min(start + size, count))) for start in range(0, count, size))
 
 
 def shared_between_blocks(blocks: Sequence[nn.Module]) -> str | None:
-    """Name of a parameter that two blocks share, None if there is none."""
+    """Return the name of a parameter that two blocks share, None if there is none."""
     owner: dict[int, int] = {}
     for number, block in enumerate(blocks):
         for name, parameter in block.named_parameters():

@@ -40,7 +40,7 @@ class Weights:
         self._reader.close()
 
     def load_outer(self) -> None:
-        """Embeddings, norms, head and computed buffers; tied weights are tied afterwards."""
+        """Load embeddings, norms, head and computed buffers; tied weights are tied afterwards."""
         skeleton = self._skeleton
         tensors = self._read(skeleton.outer_tensors())
         skeleton.check_tied(tensors)
@@ -54,7 +54,7 @@ class Weights:
         skeleton.check_loaded(None)
 
     def enter(self, blocks: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Blocks hold their weights when this returns; those of ``then`` are being read."""
+        """Load the weights of ``blocks``, and start to read those of ``then``."""
         group = tuple(blocks)
         if not self._held.issuperset(group):
             self._skeleton.load(self._take(group), self._device)
@@ -65,7 +65,7 @@ class Weights:
             self._ahead = (tuple(then), self._pool.submit(self._read, self._skeleton.block_tensors(then)))
 
     def leave(self, blocks: Sequence[int]) -> None:
-        """These blocks are not needed before the next enter()."""
+        """Drop the weights of these blocks, unless all weights stay on the device."""
         if not self._keep:
             for block in blocks:
                 self._skeleton.unload(block)
@@ -79,7 +79,7 @@ class Weights:
         return self._read(self._skeleton.block_tensors(group))
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors, looked through for NaN and Inf the first time they are read."""
+        """Read tensors, and look for NaN and Inf in each the first time."""
         tensors = self._reader.read_many(names)
         for name in [name for name in names if name not in self._checked]:
             self._check(name, tensors[name])

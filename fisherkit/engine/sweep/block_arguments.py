@@ -1,4 +1,4 @@
-"""What every block is called with, for every batch, recorded once and kept in the work folder."""
+"""Arguments of every block for every batch, recorded once and kept in the work folder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,16 +16,16 @@ class Arguments:
     """Records of all batches; their tensors are spooled and come back only for the blocks that need them."""
 
     def __init__(self, job: Job, recorder: BlockCallRecorder) -> None:
-        self._job, self._tape = job, recorder
+        self._job, self._recorder = job, recorder
         self._records: list[Record] = []
         self._spool = Spool(job.work.folder / "arguments.bin", job.budget)
 
     def record(self, number: int) -> Tensor:
-        """Record the next batch, whose number this is; returns its first hidden states."""
+        """Record batch ``number`` (batches come in order); return the hidden states that enter the first block."""
         assert number == len(self._records)
         outer = self._job.plan.names([None])
         with trainable(self._job.skeleton.model, outer), torch.set_grad_enabled(bool(outer)):
-            record, first = self._tape.record(self._job.ids(self._job.batches[number]))
+            record, first = self._recorder.record(self._job.ids(self._job.batches[number]))
         live = frozenset(place for place, tensor in enumerate(record.tensors) if tensor.requires_grad)
         for place, tensor in enumerate(record.tensors):
             self._spool.put(f"{number}.{place}", [tensor])
@@ -33,7 +33,7 @@ class Arguments:
         return first.detach()
 
     def get(self, number: int, blocks: Sequence[int]) -> Record:
-        """The record of a batch with just the tensors that these blocks are called with, on the device."""
+        """Return the record of a batch with just the tensors that these blocks are called with, on the device."""
         record = self._records[number]
         needed = record.needs(blocks)
         tensors: list[Any] = [None] * (max(needed, default=-1) + 1)

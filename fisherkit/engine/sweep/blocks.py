@@ -20,11 +20,11 @@ SideKey = tuple[int, str | int]
 
 @dataclass
 class Boundary:
-    """What crosses from one group of blocks to the next, or the gradients with respect to it.
+    """State that crosses from one group of blocks to the next, or the gradients with respect to it.
 
     Attributes:
         hidden: hidden states [B, T, ...] in the model's dtype.
-        side: what earlier blocks wrote into shared mappings: (mapping, key) -> tensors.
+        side: tensors that earlier blocks wrote into shared mappings, by (number of the mapping, key).
         inputs: gradients only: of recorded arguments that depend on parameters outside the blocks, by their number.
     """
 
@@ -33,7 +33,7 @@ class Boundary:
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
     def pack(self) -> tuple[list[Tensor], list[list[Any]]]:
-        """Tensors in a row, and JSON that tells them apart."""
+        """Return the tensors in a row, and JSON that tells them apart."""
         places: list[list[Any]] = [["side", *key, len(value)] for key, value in self.side.items()]
         places += [["input", number, 0, 1] for number in self.inputs]
         tensors = [self.hidden, *(t for value in self.side.values() for t in value), *self.inputs.values()]
@@ -41,7 +41,7 @@ class Boundary:
 
     @classmethod
     def unpack(cls, tensors: Sequence[Tensor], places: Sequence[Sequence[Any]], device: torch.device) -> "Boundary":
-        """What pack() made, on ``device``."""
+        """Rebuild on ``device`` what pack() made."""
         row = iter(tensor.to(device) for tensor in tensors)
         boundary = cls(next(row))
         for kind, number, key, count in places:
@@ -54,7 +54,7 @@ class Boundary:
 
 
 def run_blocks(skeleton: Skeleton, blocks: Sequence[int], record: Record, entering: Boundary) -> Boundary:
-    """Push a boundary through consecutive blocks with the recorded arguments, under autograd when it is on.
+    """Push a boundary through consecutive blocks with the recorded arguments, under autograd where it is on.
 
     The side states that are returned are all that were written so far, not only by these blocks.
     """

@@ -1,4 +1,4 @@
-"""What an engine is asked to do: samples, targets, and where finished values go."""
+"""Job of an engine: model, samples, targets, and where finished values go."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,24 +24,34 @@ class Sink(Protocol):
     """Takes finished Fisher values; keeps them for good once synced."""
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Mean squared gradients by parameter name, float32; all measured parameters of a block come together."""
+        """Take mean squared gradients by parameter name, float32; all measured parameters of a block come together."""
 
     def state(self) -> dict[str, Any]:
-        """JSON that restores the sink as it is now, in another process; a copy."""
+        """Return JSON that restores the sink as it is now, in another process; a copy."""
 
     def sync(self) -> None:
-        """Everything added so far is on the disk when this returns; may run beside later adds."""
+        """Wait until everything added so far is on the disk; may run beside later adds."""
 
 
 @dataclass
 class Job:
-    """A measurement: of which model, on which samples, to where.
+    """A measurement: model, samples, options and destination.
 
     Attributes:
+        plan: targets and groups.
+        samples: of the prompt set.
         batches: numbers of the samples that are padded together.
+        device: to compute on.
+        work: folder where progress is noted.
+        sink: takes finished values.
+        budget: memory that boundaries may take before they are read back from disk.
+        track: progress, called with stage, done and total.
+        reduction: of the loss of a sample, ``mean`` or ``sum``.
+        labels: ``data`` or ``sampled``.
+        seed: of sampled labels.
         general: parameters to leave to autograd although a linear layer holds them.
         keep_weights: leave weights on the device between the two sweeps.
-        moments: gathers second moments of activations and writes them; None where none are asked for.
+        covariances: gathers and writes covariances of activations; None where none are asked for.
     """
 
     skeleton: Skeleton
@@ -58,10 +68,10 @@ class Job:
     seed: int = 0
     keep_weights: bool = False
     general: frozenset[str] = field(default_factory=frozenset)
-    moments: CovarianceWriter | None = None
+    covariances: CovarianceWriter | None = None
 
     def ids(self, batch: Sequence[int]) -> Tensor:
-        """Token ids [B, T] on the device, short samples filled up on the right with their own last token.
+        """Return token ids [B, T] on the device, short samples filled up on the right with their own last token.
 
         No padding mask is needed: a causal model never looks to the right, and pads have no loss.
         """
@@ -70,11 +80,11 @@ class Job:
         return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=self.device)
 
     def lengths(self, batch: Sequence[int]) -> list[int]:
-        """Real tokens of each sample of a batch."""
+        """Return the number of real tokens of each sample of a batch."""
         return [len(self.samples[number].ids) for number in batch]
 
     def loss(self, number: int, logits: Tensor) -> Tensor:
-        """l_n of one sample from its logits [T, V]; labels from the data, or drawn from the model.
+        """Return the loss l_n of a sample from its logits [T, V]; labels are the data's, or drawn from the model.
 
         Raises:
             FisherkitError: the loss is not finite.
@@ -92,7 +102,7 @@ class Job:
         return loss
 
     def accumulators(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Zeros, float32, for every one of these parameters; in one piece of memory."""
+        """Return float32 zeros for each of these parameters, in one piece of memory."""
         shapes = {name: self.skeleton.model.get_parameter(name).shape for name in names}
         memory = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=self.device)
         parts = torch.split(memory, [shape.numel() for shape in shapes.values()])
@@ -101,24 +111,25 @@ class Job:
     def deliver(
         self, blocks: Sequence[int | None], sums: dict[str, Tensor], gathered: CovarianceHooks | None = None
     ) -> None:
-        """Hand sums of squares to the sink as means over the samples, block by block, and moments to their file."""
-        if gathered is not None and self.moments is not None:
-            self.moments.keep(gathered)
+        """Hand sums of squares to the sink as means over the samples, block by block, and covariances to their file."""
+        if gathered is not None and self.covariances is not None:
+            self.covariances.keep(gathered)
         for block in blocks:
             own = {name: sums.pop(name).div_(len(self.samples)) for name in self.plan.names([block])}
             if own:
                 self.sink.add(own)
 
     def gathering(self, blocks: Sequence[int | None]) -> AbstractContextManager[CovarianceHooks | None]:
-        """Gathers the moments of these blocks in its ``with``; does nothing where none are asked for."""
-        return nullcontext() if self.moments is None else self.moments.gather(blocks)
+        """Gather the covariances of these blocks in the ``with``; nothing where none are asked for."""
+        return nullcontext() if self.covariances is None else self.covariances.gather(blocks)
 
     def state(self) -> dict[str, Any]:
-        """What the work folder must know to go on from here, once all is synced; a copy."""
-        return {"sink": self.sink.state()} | ({"moments": self.moments.state()} if self.moments is not None else {})
+        """Return what the work folder must know to go on from here, once all is synced; a copy."""
+        state = {"sink": self.sink.state()}
+        return state if self.covariances is None else state | {"moments": self.covariances.state()}
 
     def sync(self) -> None:
-        """Everything that was delivered so far is on the disk when this returns."""
+        """Wait until everything that was delivered so far is on the disk."""
         self.sink.sync()
-        if self.moments is not None:
-            self.moments.sync()
+        if self.covariances is not None:
+            self.covariances.sync()

@@ -1,4 +1,4 @@
-"""What a model hands its decoder blocks, recorded by stubs that stand in for them.
+"""Recorder of the arguments that a model hands its decoder blocks, by stubs that stand in for them.
 
 A stub notes the arguments that the model's own forward passes to its block, and returns the hidden states untouched.
 No architecture is re-implemented: what a model does around its blocks, it does itself.
@@ -31,7 +31,7 @@ class MappingPlace:
 
 @dataclass
 class Record:
-    """The arguments of every block for one batch, hidden states left out, every tensor kept once.
+    """Arguments of every block for one batch, hidden states left out, every tensor kept once.
 
     ``live`` numbers the tensors that depend on parameters outside the blocks that are being measured.
     """
@@ -62,14 +62,14 @@ class BlockStub(nn.Module):
 
     def __init__(self, block: nn.Module, number: int, recorder: "BlockCallRecorder") -> None:
         super().__init__()
-        self.__dict__.update(_block=block, _number=number, _tape=recorder)
+        self.__dict__.update(_block=block, _number=number, _recorder=recorder)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Hand the call to the tape instead of computing anything."""
-        return self.__dict__["_tape"].take(self.__dict__["_number"], args, kwargs)
+        """Hand the call to the recorder instead of computing anything."""
+        return self.__dict__["_recorder"].handle(self.__dict__["_number"], args, kwargs)
 
 
 class BlockCallRecorder:
@@ -88,7 +88,7 @@ class BlockCallRecorder:
         self._first: Tensor | None = None
 
     def record(self, ids: Tensor) -> tuple[Record, Tensor]:
-        """The arguments that the model passes to each block for token ids [B, T], and the first hidden states.
+        """Return the arguments that the model passes to each block for token ids [B, T], and the first hidden states.
 
         Under autograd when it is on, so that a caller can tell what depends on which parameters.
 
@@ -104,7 +104,7 @@ class BlockCallRecorder:
         return self._recorded(ids)
 
     def logits(self, ids: Tensor, *, final: Tensor | None = None, real: Sequence[int] = ()) -> Tensor:
-        """Logits [B, T, V] of the model, under autograd when it is on.
+        """Return the logits [B, T, V] of the model, under autograd where it is on.
 
         Args:
             ids: token ids [B, T].
@@ -118,7 +118,7 @@ class BlockCallRecorder:
         return logits
 
     def outer(self, ids: Tensor, final: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Everything but the blocks, under autograd: logits, first hidden states, and the recorded tensors."""
+        """Run all but the blocks under autograd; return logits, first hidden states, and recorded tensors."""
         recorder = _Recorder(len(self._stubs), final=final)
         self._handle, self._real = recorder.note, frozenset()
         with self._installed():
@@ -127,8 +127,8 @@ class BlockCallRecorder:
         first, self._first = self._first, None
         return logits, first, recorder.record.tensors
 
-    def take(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call of a stub: note its arguments, or pass the hidden states on."""
+    def handle(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one call of a stub: note its arguments, or pass the hidden states on."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise Unreplayable("its blocks do not take hidden states first")
@@ -237,7 +237,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def _same(value: Tensor, passed: Tensor) -> bool:
-    """The same object, or a view that changes nothing (``hidden[:, 0:]``)."""
+    """Return True for the same object, or a view that changes nothing (``hidden[:, 0:]``)."""
     return value is passed or (
         value.data_ptr() == passed.data_ptr() and value.shape == passed.shape and value.stride() == passed.stride()
     )

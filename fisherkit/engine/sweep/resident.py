@@ -1,7 +1,7 @@
-"""The published recipe: the whole model resident, the parameters of one group unfrozen at a time, one sample at a time.
+"""Resident engine, the published recipe: the whole model resident, the parameters of one group unfrozen at a time.
 
-It is the oracle of the streaming engine, the baseline of the benchmarks, and the fallback for models whose blocks
-cannot be replayed one by one.
+Samples go through it one by one. It is the oracle of the streaming engine, the baseline of the benchmarks, and the
+fallback for models whose blocks cannot be replayed one by one.
 """
 
 import torch
@@ -24,20 +24,20 @@ def resident(job: Job) -> None:
             weights.enter([block], [block + 1] if block + 1 < len(job.skeleton.blocks) else [])
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
         groups += [(None,)] if job.plan.names([None]) else []
-        if job.moments is not None and not job.moments.is_laid_out:
-            _hear(job)
+        if job.covariances is not None and not job.covariances.is_laid_out:
+            _probe_shared_inputs(job)
         for number in range(job.work.progress.get("resident", 0), len(groups)):
             _measure(job, groups[number], number, len(groups))
 
 
 @torch.no_grad()
-def _hear(job: Job) -> None:
-    """Which layers share their inputs; one sample tells."""
-    assert job.moments is not None
-    with job.moments.probing(range(len(job.skeleton.blocks))):
+def _probe_shared_inputs(job: Job) -> None:
+    """Find the layers that share their inputs, by one sample."""
+    assert job.covariances is not None
+    with job.covariances.probing(range(len(job.skeleton.blocks))):
         job.skeleton.model(input_ids=job.ids([0]), use_cache=False)
-    job.moments.lay_out()
-    job.work.commit(moments=job.moments.state())
+    job.covariances.lay_out()
+    job.work.commit(moments=job.covariances.state())
 
 
 def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -> None:

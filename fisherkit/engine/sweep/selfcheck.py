@@ -1,4 +1,4 @@
-"""Before a long run: does replaying blocks give the Fisher that plain autograd gives?
+"""Self-check before a long run: replaying blocks must give the Fisher that plain autograd gives.
 
 One short sample goes both ways through the model cut down to its first group of blocks (the others pass their input
 on), which needs no more weights than the run itself. What an architecture does in ways that the streaming engine does
@@ -58,7 +58,7 @@ def _compare(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], names
 
 
 def _replay(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], ids: Tensor, sums: dict[str, Tensor]) -> None:
-    """The streamed way, a boundary around every block."""
+    """Measure one sample the streamed way, with a boundary around every block."""
     skeleton = job.skeleton
     with torch.no_grad():
         record, first = recorder.record(ids)

@@ -1,4 +1,4 @@
-"""Hidden states at the borders of groups, on disk and, while there is room, in memory."""
+"""Spool of tensors (hidden states between groups): on disk, and in memory as far as the budget goes."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ class Spool:
 
     @classmethod
     def reopen(cls, path: Path, budget: "Budget") -> "Spool":
-        """A finished spool of an earlier process."""
+        """Open a finished spool of an earlier process."""
         spool = cls(path, budget)
         try:
             spool._index = json.loads(path.with_suffix(".json").read_text("utf-8"))
@@ -53,7 +53,7 @@ class Spool:
             self._kept[name] = tensors
 
     def get(self, name: str) -> tuple[list[Tensor], Any]:
-        """Fresh copies of the tensors, on the CPU, and their note."""
+        """Return fresh copies of the tensors, on the CPU, and their note."""
         entry = self._index[name]
         if name in self._kept:
             return [tensor.clone() for tensor in self._kept[name]], entry["note"]
@@ -63,7 +63,7 @@ class Spool:
             return [_read(file, *place) for place in entry["tensors"]], entry["note"]
 
     def finish(self) -> None:
-        """Everything is on the disk when this returns; the spool can be reopened by another process."""
+        """Put everything on the disk, so that another process can reopen the spool."""
         with disk_errors(self.path):
             if self._file is not None:
                 self._file.flush()

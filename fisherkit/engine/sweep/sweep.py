@@ -1,4 +1,4 @@
-"""The streaming engine: one forward sweep and one backward sweep over a model of any size, group by group of blocks.
+"""Streaming engine: one forward sweep and one backward sweep over a model of any size, group by group of blocks.
 
 Let F be the cost of one forward of everything and G the number of groups. Forward sweep: F without the last group.
 Backward sweep: replay F, input gradients F, squared weight gradients F. Together (4 - 1/G) F and two reads of the
@@ -42,7 +42,7 @@ def stream(job: Job) -> None:
 
 
 class _Sweep:
-    """The state of a run.
+    """State of a run.
 
     The work folder names what crosses group borders: boundary-0 enters group 0, boundary-N leaves the last one;
     gradient-N is the gradient with respect to boundary-N.
@@ -88,7 +88,7 @@ class _Sweep:
         self._settle()
 
     def _record(self) -> None:
-        """What all blocks are called with, and boundary 0."""
+        """Record the arguments of all blocks, and boundary 0."""
         fresh = "forward" not in self.job.work.progress
         for batch in range(len(self.job.batches)):
             first = self.arguments.record(batch)
@@ -100,7 +100,7 @@ class _Sweep:
             self.job.work.commit(forward=0)
 
     def _forward(self, done: int) -> None:
-        """The boundaries between the groups."""
+        """Make the boundaries between the groups."""
         for number in range(done, self.top):
             self.weights.enter(self.groups[number], self.groups[number + 1])
             leaving = self._spool(f"boundary-{number + 1}", fresh=True)
@@ -108,33 +108,35 @@ class _Sweep:
                 leaving.put(str(batch), *self._push(number, batch).pack())
                 self.job.track("forward", number * len(self.job.batches) + batch + 1, self.top * len(self.job.batches))
             leaving.finish()
-            shared_inputs = {} if self.job.moments is None else {"heard": dict(self.job.moments.shared_inputs)}
+            shared_inputs = {} if self.job.covariances is None else {"heard": dict(self.job.covariances.shared_inputs)}
             self.job.work.commit(forward=number + 1, **shared_inputs)
             self.weights.leave(self.groups[number])
 
     @torch.no_grad()
     def _push(self, number: int, batch: int) -> Boundary:
-        """A batch through a group; the first also tells if batches may hold several samples, and who shares inputs."""
+        """Push a batch through a group; the first one also shows if batches suit it, and which inputs are shared."""
         job, group = self.job, self.groups[number]
         record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
         if batch:
             return run_blocks(job.skeleton, group, record, entering)
-        probing: AbstractContextManager[None] = nullcontext() if job.moments is None else job.moments.probing(group)
+        probing: AbstractContextManager[None] = (
+            nullcontext() if job.covariances is None else job.covariances.probing(group)
+        )
         with BatchingCheck(job.skeleton.model, job.plan.names(group), job.general) as batching, probing:
             leaving = run_blocks(job.skeleton, group, record, entering)
         batching.check(job.ids(job.batches[batch]))
         return leaving
 
     def _probe_top(self) -> None:
-        """The forward sweep leaves the last group out; moments need it heard, and then know what there is to store."""
-        moments = self.job.moments
-        if moments is None or moments.is_laid_out:
+        """Find shared inputs in the last group, which the forward sweep leaves out; then lay out the covariances."""
+        covariances = self.job.covariances
+        if covariances is None or covariances.is_laid_out:
             return
         if self.job.plan.names(self.groups[self.top]):
             self.weights.enter(self.groups[self.top])
             self._push(self.top, 0)
-        moments.lay_out()
-        self.job.work.commit(moments=moments.state())
+        covariances.lay_out()
+        self.job.work.commit(moments=covariances.state())
 
     def _backward(self, number: int, lowest: int) -> None:
         """Replay a group, add up its targets' squares, and pass the gradient down to the boundary that enters it."""
@@ -143,13 +145,13 @@ class _Sweep:
         sums = job.accumulators(job.plan.names(group))
         passed = self._spool(f"gradient-{number}", fresh=True)
         with Capture(job.skeleton.model, sums, job.general) as capture, job.gathering(group) as gather:
-            listeners: list[Capture | CovarianceHooks] = [capture] if gather is None else [capture, gather]
+            hooks: list[Capture | CovarianceHooks] = [capture] if gather is None else [capture, gather]
             for batch, members in enumerate(job.batches):
-                for listener in listeners:
-                    listener.begin(job.lengths(members))
+                for hook in hooks:
+                    hook.begin(job.lengths(members))
                 passed.put(str(batch), *self._replay(number, batch).pack())
-                for listener in listeners:
-                    listener.finish()
+                for hook in hooks:
+                    hook.finish()
                 step = (self.top - number) * len(job.batches) + batch + 1
                 job.track("backward", step, (self.top + 1 - lowest) * len(job.batches))
         self.weights.leave(group)
@@ -168,14 +170,14 @@ class _Sweep:
         with BatchingCheck(job.skeleton.model, job.plan.names(group), job.general) as batching:
 
             def gradient_at(leaving: Boundary) -> Boundary:
-                if batch == 0:  # the forward sweep left the last group out, so its census is taken here
+                if batch == 0:  # the forward sweep left the last group out, so its check is made here
                     batching.check(job.ids(job.batches[batch]))
                 return self._head(batch, leaving)
 
             return differentiate_blocks(job.skeleton, group, record, entering, gradient_at)
 
     def _head(self, batch: int, leaving: Boundary) -> Boundary:
-        """The gradient of every sample's loss with respect to the hidden states that leave the last block."""
+        """Return the gradient of every sample's loss with respect to the hidden states that leave the last block."""
         hidden = leaving.hidden.detach()
         gradient = torch.zeros_like(hidden)
         for row, sample in enumerate(self.job.batches[batch]):
@@ -196,7 +198,10 @@ class _Sweep:
         return gradient[0]
 
     def _outer(self) -> None:
-        """Targets around the blocks, sample by sample: a tied embedding gets the sum of both its gradients squared."""
+        """Measure targets around the blocks, sample by sample.
+
+        A tied embedding has a gradient from the head and one from the bottom; they are added before the square.
+        """
         job = self.job
         sums = job.accumulators(job.plan.names([None]))
         with trainable(job.skeleton.model, sums) as parameters:

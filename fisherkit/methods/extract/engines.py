@@ -83,7 +83,7 @@ def _job(
         seed=options.seed,
         keep_weights=prepared.weights_fit(),
         general=frozenset(mode["general"]),
-        moments=covariances,
+        covariances=covariances,
     )
 
 

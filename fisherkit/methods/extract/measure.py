@@ -227,7 +227,7 @@ def _describe_covariances(
     paths: FisherPaths, prepared: Prepared, covariances: CovarianceWriter, made: Mapping[str, Any], say: Say
 ) -> None:
     """Write the JSON of the finished covariances into the staging folder."""
-    without = left_out(prepared.plan, covariances.moments)
+    without = left_out(prepared.plan, covariances.covariances)
     if without:
         say(f"activations: {len(without):,} matrices are no linear layer's and were left out, such as {without[0]}")
     staged = paths.staged.fisher.with_name(paths.covariances.name)

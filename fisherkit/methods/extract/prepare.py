@@ -10,7 +10,7 @@ import transformers
 
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
-from fisherkit.engine.covariance.plan import memory_of_moments
+from fisherkit.engine.covariance.plan import memory_of_covariances
 from fisherkit.engine.model.config import choose_dtype, read_config
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
@@ -61,7 +61,7 @@ class Prepared:
             batch_tokens=self.options.batch_tokens,
             longest=_longest(self.prompts, self.options),
             on_host=self.device.type == "cpu",
-            moments=_covariance_memory(self.skeleton, self.plan, self.options),
+            covariances=_covariance_memory(self.skeleton, self.plan, self.options),
         )
 
     def weight_bytes(self) -> int:
@@ -170,7 +170,7 @@ def _make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device
         batch_tokens=options.batch_tokens,
         longest=longest,
         on_host=device.type == "cpu",
-        moments=_covariance_memory(skeleton, wanted, options),
+        covariances=_covariance_memory(skeleton, wanted, options),
     )
     if len(plan.groups) != len(wanted.groups):
         say(f"group size lowered from {options.group_size} to {len(plan.groups[0])}: more would not fit the memory")
@@ -179,7 +179,7 @@ def _make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device
 
 def _covariance_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
     """Return the bytes that covariances take in memory, by block; nothing where none are gathered."""
-    return memory_of_moments(skeleton, plan) if options.statistics == "activations" else {}
+    return memory_of_covariances(skeleton, plan) if options.statistics == "activations" else {}
 
 
 def sha256(text: str) -> str:
