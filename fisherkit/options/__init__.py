@@ -5,6 +5,7 @@ Standard library only: building options must not import torch.
 
 from fisherkit.options.checks import check_pull, exact_share, parse_bytes, parse_json, parse_layers, parse_shares
 from fisherkit.options.extract import ExtractOptions, PromptOptions
+from fisherkit.options.fields import parse_field
 from fisherkit.options.mask import Direction, ExportOptions, MaskOptions, Selection
 from fisherkit.options.merge import FapmOptions, MergeOptions, Metric, PairOptions, Side
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_pull",
     "exact_share",
     "parse_bytes",
+    "parse_field",
     "parse_json",
     "parse_layers",
     "parse_shares",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fisherkit.errors import OptionError
 from fisherkit.options.checks import at_least, check_device, one_of
+from fisherkit.options.fields import check_json, parse_field
 
 Loss = Literal["auto", "all", "completion", "assistant"]
 Labels = Literal["data", "sampled"]
@@ -25,7 +26,8 @@ class PromptOptions:
     """Options that turn a prompt set into token ids, with marks on the tokens that count in the loss.
 
     Attributes:
-        field: the column to read, or None to detect it from the first row.
+        field: the column to read; columns by what they hold, as ``prompt=question,context=passage,completion=answer``
+            (``system`` too; a context that is named first stands first); or None to detect them from the first row.
         limit: use the first so many rows; 0 or None for all (None after construction).
         max_length: truncate samples on the right to so many tokens.
         chat_template: ``auto`` uses the tokenizer's template when it has one.
@@ -47,6 +49,8 @@ class PromptOptions:
         at_least("max-length", self.max_length, 2)
         one_of("chat-template", self.chat_template, ChatTemplate)
         one_of("loss", self.loss, Loss)
+        parse_field(self.field or "")
+        check_json("chat-template-kwargs", self.chat_template_kwargs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

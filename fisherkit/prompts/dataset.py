@@ -1,28 +1,33 @@
 """Prompt sets: from rows to samples of token ids.
 
-A *row* is a dict of fields, a *sample* a row's token ids with a mark on each token that counts in the loss. Rows come
-from ``rows`` and are read no further than ``limit``; what a row's fields mean and how they become text is in ``chat``.
-In messages, rows count from 1, as editors do. This module knows no tensors.
+A *row* is a dict of columns, a *sample* a row's token ids with a mark on each token that counts in the loss. Rows come
+from ``sources`` and are read no further than ``limit``; what a row's columns mean is in ``fields``, how turns become
+text in ``templates``. In messages, rows count from 1, as editors do. This module knows no tensors.
 """
 
 import hashlib
 import json
-import os
-import struct
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from fisherkit.errors import OptionError, PromptError
+from fisherkit.errors import OptionError, PromptError, first_line
 from fisherkit.options import PromptOptions
-from fisherkit.prompts.fields import Conversation, PromptFields, Row, detect_fields
-from fisherkit.prompts.readers import counted, read_rows
-from fisherkit.prompts.templates import Render, Rendered, render_chat, render_plain, template_of
+from fisherkit.progress import Say
+from fisherkit.prompts.fields import PromptFields
+from fisherkit.prompts.known_sets import detect_fields, unused_answer
+from fisherkit.prompts.report import PromptReport, hash_samples, ranges
+from fisherkit.prompts.sources import NamedRow, PromptSource, read_rows, source_name
+from fisherkit.prompts.templates import ChatTemplate, Rendered, render_plain
 from fisherkit.prompts.tokenise import tokenise
+from fisherkit.prompts.turns import Conversation, UnusableRowError
+from fisherkit.prompts.wording import clipped, counted, reasons_of
 
 _OWN_KWARGS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"}
+_REASONS = 8  # that are counted by themselves; a template may give each row one of its own
 
 
 @dataclass(frozen=True)
@@ -41,71 +46,8 @@ class Sample:
 
     @property
     def loss_tokens(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         return sum(self.counts)
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """How a prompt set was read: what goes into an artefact's provenance.
-
-    Attributes:
-        source: as given.
-        kind: what the first row's fields were taken for, e.g. ``prompt``, ``text``, ``messages``.
-        field: the fields that were read, e.g. ``prompt+completion``.
-        rows: rows read, skipped ones included.
-        samples: rows that became samples.
-        tokens: tokens of all samples.
-        loss_tokens: those that count.
-        skipped: rows that did not become samples.
-        skipped_because: their number by reason.
-        truncated: samples cut at ``max_length``.
-        folded_system: samples whose system turn went into the first user turn, because the template refuses it.
-        realigned: samples with a span found in a rendering that rewrites earlier turns (dropped thoughts).
-        chat_template: whether the chat template was used.
-        loss: which tokens count: ``all``, ``completion`` or ``assistant``.
-        max_length: the longest sample allowed, in tokens.
-        sha256: over ids and counts of all samples, in order.
-        template_sha256: of the chat template; None where none was used.
-        chat_template_kwargs: extra variables of the template.
-        rows_used: the samples' rows from 0, as ranges: ``0-16,18-199``.
-    """
-
-    source: str
-    kind: str
-    field: str
-    rows: int
-    samples: int
-    tokens: int
-    loss_tokens: int
-    skipped: int
-    skipped_because: dict[str, int]
-    truncated: int
-    folded_system: int
-    realigned: int
-    chat_template: bool
-    loss: str
-    max_length: int
-    sha256: str
-    template_sha256: str | None
-    chat_template_kwargs: dict[str, Any]
-    rows_used: str
-
-    def line(self) -> str:
-        """All of it that a person wants to know before a long run, in one line."""
-        parts = [
-            counted(self.rows, "prompt"),
-            f"field {self.field}",
-            f"chat template {'on' if self.chat_template else 'off'}",
-            f"{self.truncated:,} truncated",
-            f"{self.skipped:,} skipped",
-            counted(self.loss_tokens, "loss token"),
-        ]
-        if self.folded_system:
-            parts.append(counted(self.folded_system, "system turn") + " folded in")
-        if self.realigned:
-            parts.append(f"{self.realigned:,} realigned")
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -116,37 +58,42 @@ class PromptSet:
     report: PromptReport
 
 
-def load_prompts(source: str | os.PathLike[str], tokenizer: Any, options: PromptOptions) -> PromptSet:
+def load_prompts(
+    source: PromptSource, tokenizer: Any, options: PromptOptions, *, say: Say = lambda line: None
+) -> PromptSet:
     """Read a prompt set and tokenise it.
 
     Args:
-        source: a .txt, .jsonl, .json, .csv, .tsv or .parquet file; ``-`` for stdin; ``builtin``; or a data set of
-            the hub, ``org/name[:split][@revision]``.
+        source: a file, folder, pattern, data set of the hub, ``-`` for stdin, ``builtin``, or several of these; see
+            ``read_rows``.
         tokenizer: a tokenizer of transformers.
         options: which rows and fields, the chat template, the loss, the greatest length.
+        say: told of columns that look like an answer and are not read.
 
     Raises:
         PromptError: the set cannot be read, or no token of it would count.
         MissingLibraryError: parquet and the hub need ``datasets``.
         OptionError: ``chat_template_kwargs`` sets what is not the caller's to set.
     """
-    source = os.fspath(source)
-    name = "stdin" if source == "-" else source
-    rows = list(islice(read_rows(source), options.limit))
+    name = "stdin" if source == "-" else clipped(source_name(source), 150)
+    rows = list(islice(read_rows(source), None if options.limit is None else min(options.limit, sys.maxsize)))
     if not rows:
         raise PromptError(f"{name}: no prompts in it")
-    fields = detect_fields(rows[0], options.field, f"{name} row 1")
-    conversations = [fields.read(row, f"{name} row {n}") for n, row in enumerate(rows, 1)]
+    fields = detect_fields(rows[0][1], options.field, rows[0][0])
+    conversations = [fields.read(row, where) for where, row in rows]
+    remark = unused_answer(fields, rows, conversations) if options.field is None else None
+    if remark is not None:
+        say(remark)
     loss, template = _pick_loss(name, fields, conversations, options), _pick_template(conversations, tokenizer, options)
-    reader = _Reader(name, tokenizer, options, loss, template)
+    reader = _Reader(rows, tokenizer, options, loss, template)
     samples = tuple(filter(None, (reader.sample(n, conversation) for n, conversation in enumerate(conversations))))
     if not samples:
         raise PromptError(_nothing_left(name, reader))
-    return PromptSet(samples, _report(source, fields, rows, samples, reader))
+    return PromptSet(samples, _report(source_name(source), fields, conversations, samples, reader))
 
 
 def batches(samples: Sequence[Sample], batch_tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Indices of samples that share a batch: of similar length, shortest first, ties in their own order.
+    """Return the indices of samples that share a batch: of similar length, shortest first, ties in their own order.
 
     A batch's padded size, its number of samples times its longest, is at most ``batch_tokens``; a longer sample is a
     batch of its own.
@@ -164,21 +111,23 @@ def batches(samples: Sequence[Sample], batch_tokens: int) -> tuple[tuple[int, ..
 
 
 def _pick_loss(name: str, fields: PromptFields, conversations: Sequence[Conversation], options: PromptOptions) -> str:
-    """``auto`` resolved; a loss on answers needs a set that has some."""
+    """Resolve ``auto``; a loss on answers needs a set that has some."""
     if options.loss == "auto":
-        first = next((conversation for conversation in conversations if not conversation.empty), conversations[0])
-        return "completion" if first.answered else "all"
+        usable = (conversation for conversation in conversations if not (conversation.empty or conversation.unusable))
+        return "completion" if next(usable, conversations[0]).answered else "all"
     spoken = any(turn["role"] == "assistant" for conversation in conversations for turn in conversation.turns)
     if options.loss != "all" and not spoken:
         raise PromptError(
             f"{name}: no loss token anywhere: --loss {options.loss} counts answers, and the set has prompts only "
-            f"(field {fields.field}); use --loss all"
+            f"(field {clipped(fields.field, 60)}); use --loss all"
         )
     return options.loss
 
 
-def _pick_template(conversations: Sequence[Conversation], tokenizer: Any, options: PromptOptions) -> Render | None:
-    """The template to render with; ``auto`` leaves raw text alone."""
+def _pick_template(
+    conversations: Sequence[Conversation], tokenizer: Any, options: PromptOptions
+) -> ChatTemplate | None:
+    """Return the template to render with; ``auto`` leaves raw text alone."""
     own = sorted(_OWN_KWARGS & options.chat_template_kwargs.keys())
     if own:
         raise OptionError(f"--chat-template-kwargs must not set {own[0]!r}: that is decided per prompt")
@@ -187,66 +136,88 @@ def _pick_template(conversations: Sequence[Conversation], tokenizer: Any, option
         raise PromptError("--chat-template on, but the tokenizer has no chat template; use auto or off")
     if not exists or options.chat_template == "off" or (options.chat_template == "auto" and conversations[0].raw):
         return None
-    return template_of(tokenizer, options.chat_template_kwargs)
+    return ChatTemplate(tokenizer, options.chat_template_kwargs)
 
 
 class _Reader:
-    """Turns talks into samples and keeps count of what happened to them."""
+    """Turns conversations into samples and keeps count of what happened to them."""
 
-    def __init__(self, name: str, tokenizer: Any, options: PromptOptions, loss: str, template: Render | None) -> None:
-        self.name, self.tokenizer, self.options, self.loss, self.template = name, tokenizer, options, loss, template
+    def __init__(
+        self, rows: Sequence[NamedRow], tokenizer: Any, options: PromptOptions, loss: str, template: ChatTemplate | None
+    ) -> None:
+        self.rows, self.tokenizer, self.options, self.loss, self.template = rows, tokenizer, options, loss, template
         self.skipped: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
 
     def sample(self, row: int, conversation: Conversation) -> Sample | None:
-        """The row's sample, or None if it is skipped."""
-        made = "empty" if conversation.empty else self._make(row, conversation)
-        if isinstance(made, Sample):
-            return made
-        self.skipped[made] += 1
-        return None
+        """Return the row's sample, or None if it is skipped."""
+        try:
+            return self._make(row, conversation)
+        except UnusableRowError as error:
+            reason = str(error)
+            known = reason in self.skipped or len(self.skipped) < _REASONS
+            self.skipped[reason if known else "for other reasons"] += 1
+            return None
 
-    def _make(self, row: int, conversation: Conversation) -> Sample | str:
-        """The sample, or the reason why there is none."""
-        rendered = self._render(conversation, f"{self.name} row {row + 1}")
+    def _make(self, row: int, conversation: Conversation) -> Sample:
+        if conversation.unusable or conversation.empty:
+            raise UnusableRowError(conversation.unusable or "empty")
+        rendered = self._render(conversation, self.rows[row][0])
         if rendered.spans is None:
-            return "answer not found in the rendered template"
-        ids, counts = tokenise(self.tokenizer, rendered, everything=self.loss == "all")
-        longest = self.options.max_length
+            raise UnusableRowError("answer not found in the rendered template")
+        longest, everything = self.options.max_length, self.loss == "all"
+        ids, counts = self._tokenise(rendered, everything, longest)
         if not any(counts[:longest]):
-            return "cut off before the first loss token" if any(counts) else "without a loss token"
-        self.seen.update(truncated=len(ids) > longest, folded=rendered.folded, realigned=rendered.realigned)
+            beyond = len(ids) > longest and (everything or rendered.spans)
+            raise UnusableRowError("cut off before the first loss token" if beyond else "without a loss token")
+        self.seen.update(
+            truncated=len(ids) > longest,
+            folded=rendered.folded,
+            realigned=rendered.realigned,
+            dropped=conversation.dropped,
+        )
         return Sample(row, ids[:longest], counts[:longest])
 
     def _render(self, conversation: Conversation, where: str) -> Rendered:
-        if self.template is None:
-            rendered = render_plain(conversation, self.loss)
-        else:
-            rendered = render_chat(conversation, self.loss, self.template, where)
         try:
+            rendered = (self.template.render if self.template else render_plain)(conversation, self.loss)
             rendered.text.encode()
+        except UnusableRowError:
+            raise
+        except PromptError as error:
+            raise PromptError(f"{where}: {error}") from None
         except UnicodeEncodeError as error:
-            broken = rendered.text[error.start]
+            broken = error.object[error.start]
             raise PromptError(f"{where}: holds {broken!r}, half of a surrogate pair, which is no character") from None
         return rendered
 
+    def _tokenise(self, rendered: Rendered, everything: bool, longest: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        try:
+            return tokenise(self.tokenizer, rendered, everything=everything, longest=longest)
+        except Exception as error:  # what a tokenizer does, and how it fails, its files decide
+            reason = clipped(first_line(error), 120)
+            raise PromptError(f"the tokenizer fails: {reason}; are its files whole?") from error
+
 
 def _nothing_left(name: str, reader: _Reader) -> str:
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in reader.skipped.items())
     return (
-        f"{name}: no sample left of {counted(reader.skipped.total(), 'row')} ({reasons}); "
+        f"{name}: no sample left of {counted(reader.skipped.total(), 'row')} ({reasons_of(reader.skipped)}); "
         f"raise --max-length (now {reader.options.max_length}) or use --loss all (now {reader.loss})"
     )
 
 
 def _report(
-    source: str, fields: PromptFields, rows: Sequence[Row], samples: Sequence[Sample], reader: _Reader
+    source: str,
+    fields: PromptFields,
+    conversations: Sequence[Conversation],
+    samples: Sequence[Sample],
+    reader: _Reader,
 ) -> PromptReport:
     return PromptReport(
         source=source,
         kind=fields.kind,
         field=fields.field,
-        rows=len(rows),
+        rows=len(conversations),
         samples=len(samples),
         tokens=sum(len(sample.ids) for sample in samples),
         loss_tokens=sum(sample.loss_tokens for sample in samples),
@@ -258,28 +229,14 @@ def _report(
         chat_template=reader.template is not None,
         loss=reader.loss,
         max_length=reader.options.max_length,
-        sha256=_hash_samples(samples),
-        template_sha256=_hash_template(reader) if reader.template else None,
+        sha256=hash_samples((sample.ids, sample.counts) for sample in samples),
+        template_sha256=_hash_template(reader.template) if reader.template else None,
         chat_template_kwargs=dict(reader.options.chat_template_kwargs),
-        rows_used=_ranges([sample.row for sample in samples]),
+        rows_used=ranges([sample.row for sample in samples]),
+        dropped_turns=reader.seen["dropped"],
     )
 
 
-def _hash_samples(samples: Iterable[Sample]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(struct.pack(f"<I{len(sample.ids)}I", len(sample.ids), *sample.ids) + bytes(sample.counts))
-    return digest.hexdigest()
-
-
-def _hash_template(reader: _Reader) -> str:
-    template = reader.options.chat_template_kwargs.get("chat_template") or reader.tokenizer.chat_template
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+def _hash_template(template: ChatTemplate) -> str:
+    text = template.source if isinstance(template.source, str) else json.dumps(template.source, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``"0-2,5"``; numbers ascend."""
-    starts = [n for n, before in zip(numbers, [None, *numbers], strict=False) if before is None or n != before + 1]
-    ends = [n for n, after in zip(numbers, [*numbers[1:], None], strict=True) if after is None or after != n + 1]
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True))

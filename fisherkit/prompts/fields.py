@@ -1,172 +1,227 @@
-"""From the fields of a row to the turns of a conversation.
+"""Which columns of a row hold the question, the answer and what goes with them, and a row read by them.
 
-A *conversation* is a list of turns ``{"role": ..., "content": ...}``, as chat templates take them. Knows nothing of
-files, templates or tokens.
+The sets that are known by their columns stand in ``known_sets``. Knows nothing of files, templates or tokens.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fisherkit.errors import PromptError
+from fisherkit.prompts.turns import (
+    Conversation,
+    Row,
+    Turn,
+    UnusableRowError,
+    drop_leading_answer,
+    read_tools,
+    read_turns,
+)
+from fisherkit.prompts.wording import names_of, type_name
 
-Turn = dict[str, Any]
-Row = dict[str, Any]
-
-_TYPE_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
-_SHAREGPT_KEYS = {"from": "role", "value": "content"}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One row as turns.
-
-    Attributes:
-        turns: what is said, in order.
-        raw: a text to be continued, not a turn of a chat (kept as one user turn, for ``--chat-template on``).
-        glue: what stands between turns when there is no chat template.
-    """
-
-    turns: tuple[Turn, ...]
-    raw: bool = False
-    glue: str = "\n\n"
-
-    @property
-    def answered(self) -> bool:
-        """Whether the assistant has the last word."""
-        return bool(self.turns) and self.turns[-1]["role"] == "assistant"
-
-    @property
-    def empty(self) -> bool:
-        """Whether the question or the last turn is blank (a blank system turn is common and harmless)."""
-        spoken = [turn for turn in self.turns if turn["role"] != "system"]
-        return not spoken or _is_blank(spoken[0]) or _is_blank(spoken[-1])
+_MARKS = {"<image>": "an image", "<audio>": "audio", "<video>": "a video"}  # LLaVA's place for a medium in a text
 
 
 @dataclass(frozen=True)
 class PromptFields:
-    """Which fields of a row hold what.
+    """Columns of a row by what they hold.
 
     Attributes:
         kind: the name of the layout, e.g. ``prompt+completion``.
-        ask: the field with the prompt, the text or the messages.
-        answer: the field with the assistant's answer.
-        context: a field whose text follows the prompt after a blank line; may be empty or absent (Alpaca's ``input``).
+        ask: the column with the prompt, the text or the messages.
+        answer: the column with the assistant's answer.
+        context: a column whose text goes with the prompt, a blank line between; may be empty (Alpaca's ``input``).
+        system: a column with the text of a system turn; may be empty.
+        context_first: the context stands before the prompt, not behind it.
+        needs: columns that a row must have where they are not those above; ``input.messages`` is a key inside one.
+        rewrite: makes a row of plain columns first; for sets with a shape of their own.
     """
 
     kind: str
     ask: str
     answer: str | None = None
     context: str | None = None
+    system: str | None = None
+    context_first: bool = False
+    needs: tuple[str, ...] = ()
+    rewrite: Callable[[Row], Row] | None = None
 
     @property
     def field(self) -> str:
-        """The fields that are read, e.g. ``instruction+input+output``."""
-        return "+".join(name for name in (self.ask, self.context, self.answer) if name)
+        """The columns that are read, e.g. ``instruction+input+output``."""
+        return "+".join(self.columns)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, in the order of the text."""
+        if self.needs:
+            return tuple(need.partition(".")[0] for need in self.needs)
+        user = (self.context, self.ask) if self.context_first else (self.ask, self.context)
+        return tuple(name for name in (self.system, *user, self.answer) if name)
+
+    def fits(self, row: Row) -> bool:
+        """True if a row has the columns that this layout cannot do without."""
+        return all(_has(row, need) for need in self.needs or filter(None, (self.ask, self.answer)))
 
     def read(self, row: Row, where: str) -> Conversation:
-        """Turn a row into a talk; ``where`` names the row in a PromptError."""
-        asked = _value(row, self.ask, where)
-        if isinstance(asked, str):
-            return self._read_text(row, asked, where)
-        turns = _turns(asked, self.ask, where)
-        return Conversation(self._with_answer(turns, row, where))
+        """Turn a row into a conversation.
 
-    def _read_text(self, row: Row, asked: str, where: str) -> Conversation:
-        if self.kind in ("messages", "conversations"):
+        Args:
+            row: columns by name, as JSON values.
+            where: the row's name in error messages.
+
+        Returns:
+            The conversation; ``unusable`` says why it cannot become a sample where it cannot.
+
+        Raises:
+            PromptError: a column is missing or is not what this layout takes it for.
+        """
+        try:
+            return self._conversation(self._plain(row, where), where)
+        except UnusableRowError as error:
+            return Conversation((), unusable=str(error))
+
+    def _plain(self, row: Row, where: str) -> Row:
+        if self.rewrite is None:
+            return row
+        missing = next((need for need in self.needs if not _has(row, need)), None)
+        if missing is not None:
+            raise _no_field(row, missing, where)
+        try:
+            return self.rewrite(row)
+        except UnusableRowError:
+            raise
+        except PromptError as error:
+            raise PromptError(f"{where}: {error}") from None
+
+    def _conversation(self, row: Row, where: str) -> Conversation:
+        asked = _value(row, self.ask, where)
+        if isinstance(asked, list):
+            turns = read_turns(asked, self.ask, where)
+        elif self.kind in ("messages", "conversations"):
             raise PromptError(f"{where}: field {self.ask!r} is text, not a list of messages")
-        context = row.get(self.context) if self.context else None
-        if context and isinstance(context, str):
-            asked = f"{asked}\n\n{context}"
-        turns = self._with_answer(({"role": "user", "content": asked},), row, where)
-        exact = self.ask == "prompt" and self.answer is not None and isinstance(row[self.answer], str)
-        return Conversation(turns, raw=self.kind in ("text", "chosen"), glue="" if exact else "\n\n")
+        else:
+            turns = ({"role": "user", "content": self._with_context(row, asked, where)},)
+        turns = self._with_system(self._with_answer(turns, row, where), row, where)
+        _refuse_media(row, turns)
+        kept = drop_leading_answer(turns) if self.kind == "conversations" else turns
+        return Conversation(
+            kept,
+            raw=self.kind in ("text", "chosen") and isinstance(asked, str),
+            glue="" if self._follows_at_once(row, asked) else "\n\n",
+            tools=read_tools(row, where) if isinstance(asked, list) else (),
+            dropped=len(turns) - len(kept),
+        )
+
+    def _with_context(self, row: Row, asked: str, where: str) -> str:
+        context = _optional_text(row, self.context, where)
+        return "\n\n".join(filter(None, (context, asked) if self.context_first else (asked, context)))
+
+    def _with_system(self, turns: tuple[Turn, ...], row: Row, where: str) -> tuple[Turn, ...]:
+        text = _optional_text(row, self.system, where)
+        if not text.strip() or (turns and turns[0]["role"] == "system"):
+            return turns
+        return ({"role": "system", "content": text}, *turns)
 
     def _with_answer(self, asked: tuple[Turn, ...], row: Row, where: str) -> tuple[Turn, ...]:
         if self.answer is None:
             return asked
-        answer = _value(row, self.answer, where)
+        answer = _value(row, self.answer, where, numbers=True)
+        if isinstance(answer, list) and all(isinstance(item, str) for item in answer):
+            answer = _first(answer)
         if isinstance(answer, str):
             return (*asked, {"role": "assistant", "content": answer})
-        turns = _turns(answer, self.answer, where)
+        turns = read_turns(answer, self.answer, where)
         # Preference sets often repeat the prompt in the answer's messages.
         return turns if turns and turns[0]["role"] in ("system", "user") else asked + turns
 
-
-# In order of preference: what says more comes first, so that Alpaca's rendered ``text`` and UltraChat's
-# ``prompt`` do not win over the fields they were made from.
-_KNOWN_FIELDS = (
-    PromptFields("prompt+completion", "prompt", "completion"),
-    PromptFields("messages", "messages"),
-    PromptFields("conversations", "conversations"),
-    PromptFields("prompt+chosen", "prompt", "chosen"),
-    PromptFields("instruction+output", "instruction", "output", "input"),
-    PromptFields("instruction", "instruction", None, "input"),
-    PromptFields("question+answer", "question", "answer"),
-    PromptFields("prompt", "prompt"),
-    PromptFields("text", "text"),
-    PromptFields("chosen", "chosen"),
-)
+    def _follows_at_once(self, row: Row, asked: Any) -> bool:
+        """True for TRL's columns of text, where the completion brings the blank before it, if there is one."""
+        return (
+            self.ask == "prompt"
+            and self.answer in ("completion", "chosen")
+            and isinstance(asked, str)
+            and not isinstance(row[self.answer], list)
+        )
 
 
-def detect_fields(row: Row, field: str | None, where: str) -> PromptFields:
-    """Find out what the fields of the first row mean; ``field`` names the one to read instead.
+def named_field(row: Row, field: str, where: str) -> PromptFields:
+    """Return the layout of a single column that the user named.
 
     Raises:
-        PromptError: the row has no field that is known, or not the one asked for.
+        PromptError: the row has no such column, or it is neither text nor a list of messages.
     """
-    if field is not None:
-        return _named_field(row, field, where)
-    for fields in _KNOWN_FIELDS:
-        if fields.ask in row and (fields.answer is None or fields.answer in row):
-            return fields if fields.context in row else replace(fields, context=None)
-    raise PromptError(
-        f"{where}: none of its fields is known (it has: {_names(row)}); name the one to read with --field, "
-        "or call it prompt, text or messages"
-    )
-
-
-def _named_field(row: Row, field: str, where: str) -> PromptFields:
-    value = _value(row, field, where)
-    if isinstance(value, str):
+    if isinstance(_value(row, field, where), str):
         return PromptFields("text" if field == "text" else "prompt", field)
     return PromptFields("conversations" if field == "conversations" else "messages", field)
 
 
-def _value(row: Row, field: str, where: str) -> Any:
+def mapped_fields(row: Row, columns: dict[str, str], where: str) -> PromptFields:
+    """Return the layout that the user spelled out; a context that is named before the prompt stands before it.
+
+    Args:
+        row: the first one.
+        columns: from ``prompt``, ``context``, ``system`` and ``completion`` to names of columns, in the user's order.
+        where: the row's name in error messages.
+
+    Raises:
+        PromptError: the row lacks one of the columns.
+    """
+    for name in columns.values():
+        if name not in row:
+            raise _no_field(row, name, where)
+    roles = list(columns)
+    return PromptFields(
+        kind="prompt+completion" if "completion" in columns else "prompt",
+        ask=columns["prompt"],
+        answer=columns.get("completion"),
+        context=columns.get("context"),
+        system=columns.get("system"),
+        context_first="context" in roles and roles.index("context") < roles.index("prompt"),
+    )
+
+
+def _has(row: Row, need: str) -> bool:
+    column, _, key = need.partition(".")
+    return column in row and (not key or (isinstance(row[column], dict) and key in row[column]))
+
+
+def _value(row: Row, field: str, where: str, *, numbers: bool = False) -> Any:
+    """Return a column's text or list; ``numbers`` takes a number for its text, as answers often are one."""
     if field not in row:
-        raise PromptError(f"{where}: no field {field!r} (it has: {_names(row)})")
+        raise _no_field(row, field, where)
     value = row[field]
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str | list):
-        raise PromptError(f"{where}: field {field!r} is {_type_name(value)}, not text and not a list of messages")
+        raise PromptError(f"{where}: field {field!r} is {type_name(value)}, not text and not a list of messages")
     return value
 
 
-def _names(row: Row) -> str:
-    return ", ".join(map(str, row)) or "nothing"
+def _first(answers: list[str]) -> str:
+    """Return the first of several right answers, as TriviaQA and Natural Questions list them."""
+    if not answers:
+        raise UnusableRowError("has no answer")
+    return answers[0]
 
 
-def _type_name(value: Any) -> str:
-    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
+def _optional_text(row: Row, field: str | None, where: str) -> str:
+    """Return a column's text, the texts of a list a blank line apart, nothing where the row has none."""
+    value = row.get(field) if field is not None else None
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n\n".join(value)
+    if value is not None and not isinstance(value, str):
+        raise PromptError(f"{where}: field {field!r} is {type_name(value)}, not text")
+    return value or ""
 
 
-def _turns(messages: list[Any], field: str, where: str) -> tuple[Turn, ...]:
-    return tuple(_turn(message, f"{where}: field {field!r}, message {n}") for n, message in enumerate(messages, 1))
+def _no_field(row: Row, field: str, where: str) -> PromptError:
+    return PromptError(f"{where}: no field {field[:80]!r} (it has: {names_of(row)})")
 
 
-def _turn(message: Any, where: str) -> Turn:
-    """A message as templates take it; also ShareGPT's ``{"from": "human", "value": ...}``."""
-    if not isinstance(message, dict):
-        raise PromptError(f"{where} is {_type_name(message)}, not an object with role and content")
-    # Column stores fill the keys that a message lacks with null, and templates take null for a tool call.
-    turn: Turn = {str(_SHAREGPT_KEYS.get(key, key)): value for key, value in message.items() if value is not None}
-    if not isinstance(turn.get("role"), str):
-        raise PromptError(f"{where} has no role (it has: {_names(message)})")
-    if not isinstance(turn.setdefault("content", ""), str | list):
-        raise PromptError(f"{where}: its content is {_type_name(turn['content'])}, not text")
-    return {**turn, "role": _SHAREGPT_ROLES.get(turn["role"], turn["role"])}
-
-
-def _is_blank(turn: Turn) -> bool:
-    content = turn["content"]
-    return not (content.strip() if isinstance(content, str) else content) and not turn.get("tool_calls")
+def _refuse_media(row: Row, turns: tuple[Turn, ...]) -> None:
+    """Refuse a row whose text has a place for a medium that lies in another column (LLaVA)."""
+    for mark, medium in _MARKS.items():
+        name = mark.strip("<>")
+        if (row.get(name) or row.get(name + "s")) and any(mark in turn["content"] for turn in turns):
+            raise UnusableRowError(f"holds {medium}")

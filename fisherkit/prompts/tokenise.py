@@ -3,42 +3,61 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fisherkit.prompts.templates import Rendered, Span, common_length
+from fisherkit.prompts.spans import Span, common_length
+from fisherkit.prompts.templates import Rendered
+
+_CHARACTERS = 64  # per token: four times what languages need, so that the tokens before the cut come out as they are
+_MARGIN = 64  # tokens next to the cut, which may come out otherwise
 
 
-def tokenise(tokenizer: Any, rendered: Rendered, *, everything: bool) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Token ids and, for each, whether it overlaps a span (``everything``: all but the first count).
+def tokenise(
+    tokenizer: Any, rendered: Rendered, *, everything: bool, longest: int
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Return token ids and, for each, whether it counts: all but the first, or those that overlap a span.
 
     Text without a template gets the tokenizer's own special tokens, rendered text none; never two BOS.
     A token that straddles the start of a span counts: it carries part of the answer.
+
+    Args:
+        tokenizer: of transformers.
+        rendered: the text and the spans of characters that count.
+        everything: count all tokens instead.
+        longest: how many tokens will be used. Of a text that is far longer (a line of 10 MB takes a tokenizer half a
+            minute) only the head is tokenised, as long as that gives more tokens than these.
     """
+    head = rendered.text[: _CHARACTERS * (longest + _MARGIN)]
+    ids, counts = _tokens(tokenizer, rendered, head, everything)
+    if len(head) < len(rendered.text) and len(ids) < longest + _MARGIN:
+        ids, counts = _tokens(tokenizer, rendered, rendered.text, everything)
+    counts[:1] = [False] * len(ids[:1])  # nothing predicts the first token
+    doubled = _doubled_bos(ids, tokenizer.bos_token_id)
+    return tuple(ids[doubled:]), (*counts[:1], *counts[doubled + 1 :])
+
+
+def _tokens(tokenizer: Any, rendered: Rendered, text: str, everything: bool) -> tuple[list[int], list[bool]]:
     encoded = tokenizer(
-        rendered.text,
+        text,
         add_special_tokens=not rendered.templated,
         return_offsets_mapping=tokenizer.is_fast,
         verbose=False,  # longer than the model takes is no news here: it is cut afterwards
     )
     ids = list(encoded["input_ids"])
     if everything:
-        counts = [True] * len(ids)
-    elif tokenizer.is_fast:
-        counts = [_overlaps(token, rendered.spans or ()) for token in encoded["offset_mapping"]]
-    else:
-        counts = _counts_by_prefix(tokenizer, rendered, ids)
-    counts[:1] = [False] * len(ids[:1])  # nothing predicts the first token
-    doubled = _doubled_bos(ids, tokenizer.bos_token_id)
-    return tuple(ids[doubled:]), (*counts[:1], *counts[doubled + 1 :])
+        return ids, [True] * len(ids)
+    if tokenizer.is_fast:
+        return ids, [_overlaps(token, rendered.spans or ()) for token in encoded["offset_mapping"]]
+    return ids, _counts_by_prefix(tokenizer, rendered, text, ids)
 
 
 def _overlaps(token: Span, spans: Sequence[Span]) -> bool:
     return any(max(token[0], start) < min(token[1], end) for start, end in spans)
 
 
-def _counts_by_prefix(tokenizer: Any, rendered: Rendered, ids: list[int]) -> list[bool]:
-    """For tokenizers without offsets: a span starts where the text before it stops having the same tokens."""
+def _counts_by_prefix(tokenizer: Any, rendered: Rendered, text: str, ids: list[int]) -> list[bool]:
+    """Mark tokens without offsets: a span starts where the text before it stops having the same tokens."""
 
     def tokens_before(position: int) -> int:
-        prefix = tokenizer(rendered.text[:position], add_special_tokens=not rendered.templated, verbose=False)
+        prefix = tokenizer(text[:position], add_special_tokens=not rendered.templated, verbose=False)
         return common_length(ids, prefix["input_ids"])
 
     spans = [(tokens_before(start), tokens_before(end)) for start, end in rendered.spans or ()]
@@ -46,6 +65,6 @@ def _counts_by_prefix(tokenizer: Any, rendered: Rendered, ids: list[int]) -> lis
 
 
 def _doubled_bos(ids: list[int], bos: int | None) -> int:
-    """How many BOS to drop: a text may bring its own, and a template may render two."""
+    """Return how many BOS to drop: a text may bring its own, and a template may render two."""
     leading = next((n for n, token in enumerate(ids) if token != bos), len(ids))
     return max(leading - 1, 0)
