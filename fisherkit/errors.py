@@ -33,7 +33,13 @@ class CheckpointError(FisherkitError):
 
 
 class PromptError(FisherkitError):
-    """A prompt set is empty, unreadable, lacks the field, or has no loss token."""
+    """A prompt set is empty, unreadable, lacks the field, or has no loss token.
+
+    The message may quote paths, columns and templates of any length: its middle is left out above 300 characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 300 else f"{message[:180]} ... {message[-115:]}")
 
 
 class UnsupportedModelError(FisherkitError):

@@ -84,7 +84,7 @@ def test_field_overrides_detection(tmp_path: Path) -> None:
         ([{"messages": [{"content": "a"}]}], {}, r"message 1 has no role \(it has: content\)"),
         ([{"messages": [{"role": ["a"], "content": "a"}]}], {}, r"message 1 has no role"),
         ([{"messages": [{"role": "user", "content": 1}]}], {}, r"message 1: its content is a number, not text"),
-        ([["a"]], {}, r'line 1: is \["a"\], not an object with fields'),
+        ([["a"]], {}, r"line 1: is a list, not an object with fields"),
         ([{"prompt": "a \ud83d b"}], {}, r"row 1: holds '\\ud83d', half of a surrogate pair"),
     ],
 )
@@ -176,7 +176,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     for missing in ("typo.txt", "./folder/name", "/no/such", "a/b/c"):
         with pytest.raises(PromptError, match="no such file"):
             load_prompts(missing, tiny_tokenizer(), PromptOptions())
-    with pytest.raises(PromptError, match="is a folder"):
+    with pytest.raises(PromptError, match="a folder without a prompt file"):
         load_prompts(tmp_path, tiny_tokenizer(), PromptOptions())
 
 

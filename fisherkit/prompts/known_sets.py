@@ -105,7 +105,7 @@ def unused_answer(
 ) -> str | None:
     """Return a remark on the first row with a column that looks like an answer and is not read, or None.
 
-    An answer that can be read in the conversation all the same is not lost: MATH's solution ends in the answer.
+    An answer that the assistant gives all the same is not lost: MATH's solution ends in the answer.
     """
     for (where, row), conversation in zip(rows, conversations, strict=True):
         remark = None if conversation.unusable else _remark(fields, row, conversation)
@@ -139,7 +139,7 @@ def _is_str(value: Any) -> bool:
 
 
 def _remark(fields: PromptFields, row: Row, conversation: Conversation) -> str | None:
-    text = "\n".join(turn["content"] for turn in conversation.turns)
+    text = "\n".join(turn["content"] for turn in conversation.turns if turn["role"] == "assistant")
     unused = {name: value for name, value in row.items() if name not in fields.columns and _is_text(value)}
     lost = [name for name, value in unused.items() if str(value).strip() not in text]
     answer = next((name for name in lost if _ANSWER.search(name)), None)

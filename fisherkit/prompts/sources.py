@@ -96,7 +96,12 @@ def _pattern_rows(pattern: str) -> Iterator[NamedRow]:
 def _hub_rows(source: str) -> Iterator[NamedRow]:
     name = _HUB_NAME.fullmatch(source)
     suffixes = {*PARSERS, *TABLES, *CODECS} - {""}
-    if name is None or Path(source).suffix.lower() in suffixes or source.startswith((".", "/", "~")):
+    if (
+        name is None
+        or len(source) > 200
+        or Path(source).suffix.lower() in suffixes
+        or source.startswith((".", "/", "~"))
+    ):
         raise PromptError(f"{clipped(source, 200)}: no such file")
     return _numbered(source, hub_rows(source, name["name"], name["split"], name["revision"]))
 

@@ -6,8 +6,8 @@ from typing import Any
 from fisherkit.prompts.spans import Span, common_length
 from fisherkit.prompts.templates import Rendered
 
-_CHARACTERS = 64  # per token: four times what languages need, so that the tokens before the cut come out as they are
-_MARGIN = 64  # tokens next to the cut, which may come out otherwise
+_CHARACTERS = 64  # per token; ten times what languages need
+_MARGIN = 4096  # characters before the cut whose tokens may come out otherwise: more than the longest token has
 
 
 def tokenise(
@@ -23,18 +23,22 @@ def tokenise(
         rendered: the text and the spans of characters that count.
         everything: count all tokens instead.
         longest: how many tokens will be used. Of a text that is far longer (a line of 10 MB takes a tokenizer half a
-            minute) only the head is tokenised, as long as that gives more tokens than these.
+            minute) only the head is tokenised, as long as these tokens lie well before the cut.
     """
-    head = rendered.text[: _CHARACTERS * (longest + _MARGIN)]
-    ids, counts = _tokens(tokenizer, rendered, head, everything)
-    if len(head) < len(rendered.text) and len(ids) < longest + _MARGIN:
-        ids, counts = _tokens(tokenizer, rendered, rendered.text, everything)
+    text = rendered.text[: _CHARACTERS * longest + 2 * _MARGIN]
+    ids, counts, ends = _tokens(tokenizer, rendered, text, everything)
+    last = longest + _doubled_bos(ids, tokenizer.bos_token_id)
+    if len(text) < len(rendered.text) and (len(ids) <= last or ends[last] > len(text) - _MARGIN):
+        ids, counts, _ = _tokens(tokenizer, rendered, rendered.text, everything)
     counts[:1] = [False] * len(ids[:1])  # nothing predicts the first token
     doubled = _doubled_bos(ids, tokenizer.bos_token_id)
     return tuple(ids[doubled:]), (*counts[:1], *counts[doubled + 1 :])
 
 
-def _tokens(tokenizer: Any, rendered: Rendered, text: str, everything: bool) -> tuple[list[int], list[bool]]:
+def _tokens(
+    tokenizer: Any, rendered: Rendered, text: str, everything: bool
+) -> tuple[list[int], list[bool], Sequence[int]]:
+    """Return ids, counts, and the characters at which tokens end: 0 for all where the tokenizer does not tell."""
     encoded = tokenizer(
         text,
         add_special_tokens=not rendered.templated,
@@ -42,11 +46,14 @@ def _tokens(tokenizer: Any, rendered: Rendered, text: str, everything: bool) -> 
         verbose=False,  # longer than the model takes is no news here: it is cut afterwards
     )
     ids = list(encoded["input_ids"])
+    offsets = encoded["offset_mapping"] if tokenizer.is_fast else [(0, 0)] * len(ids)
     if everything:
-        return ids, [True] * len(ids)
-    if tokenizer.is_fast:
-        return ids, [_overlaps(token, rendered.spans or ()) for token in encoded["offset_mapping"]]
-    return ids, _counts_by_prefix(tokenizer, rendered, text, ids)
+        counts = [True] * len(ids)
+    elif tokenizer.is_fast:
+        counts = [_overlaps(token, rendered.spans or ()) for token in offsets]
+    else:
+        counts = _counts_by_prefix(tokenizer, rendered, text, ids)
+    return ids, counts, [end for _, end in offsets]
 
 
 def _overlaps(token: Span, spans: Sequence[Span]) -> bool:

@@ -30,6 +30,15 @@ def load_text(tmp_path: Path, name: str, content: str | bytes, tokenizer: Any = 
     return load_prompts(str(path), tokenizer or tiny_tokenizer(), PromptOptions(**options))
 
 
+def remarks(tmp_path: Path, rows: list[Any], **options: Any) -> list[str]:
+    """What is said while a set is loaded."""
+    said: list[str] = []
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    load_prompts(str(path), tiny_tokenizer(), PromptOptions(**options), say=said.append)
+    return said
+
+
 def texts(found: PromptSet, tokenizer: Any = None) -> list[str]:
     tokenizer = tokenizer or tiny_tokenizer()
     return [tokenizer.decode(sample.ids).removeprefix(BOS) for sample in found.samples]
