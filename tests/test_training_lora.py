@@ -141,8 +141,9 @@ def test_what_cannot_hold_on_lora_is_refused_with_the_reason() -> None:
     with pytest.raises(TrainingError, match=r"binary mask.*LoRA.*subspace"):
         constrain(optimizer, model, masks(weights))
     name = "model.layers.0.mlp.up_proj.weight"  # no adapter on it, and frozen
+    trained = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
     with pytest.raises(TrainingError, match="none of its 1 weights"):
-        constrain(optimizer, model, {name: torch.ones(48, 1, dtype=torch.bool)})
+        constrain(trained, model, {name: torch.ones(48, 1, dtype=torch.bool)})
     with pytest.raises(CheckpointError, match="do not fit"):
         constrain(optimizer, model, {"model.layers.0.self_attn.q_proj.weight.U": basis(31, 2)})
     dora = adapted(use_dora=True)

@@ -1,4 +1,4 @@
-"""The same for transformers' Trainer, and for everything built on it: TRL, axolotl, LLaMA-Factory."""
+"""MaskedUpdate: a mask for transformers' Trainer and for everything built on it (TRL, axolotl, LLaMA-Factory)."""
 
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,17 @@ class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes
                 f"this run is resumed at step {state.global_step}, so its weights are no longer those that a soft "
                 "subspace draws back to; name the checkpoint it began from: MaskedUpdate(..., anchor=...)"
             )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise TrainingError if the first training step was over without a step of the optimizer that is held."""
+        handle, optimizer = self._handle, kwargs.get("optimizer")
+        if handle is None or handle.steps or getattr(optimizer, "step_was_skipped", False):  # float16 skips the first
+            return
+        self.on_train_end(args, state, control)
+        raise TrainingError(
+            "a training step is over and the optimizer was never asked to step, so the mask does not hold: something "
+            "else updates the weights, such as hooks during the backward pass; use an optimizer that steps"
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the optimizer go."""

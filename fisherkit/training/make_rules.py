@@ -1,25 +1,22 @@
 """From what a run is asked to obey and the model it trains, the rules for its parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fisherkit.checkpoint.names.location import block_prefix, locate
 from fisherkit.errors import CheckpointError, TrainingError
-from fisherkit.training.mask_input import Basis, Constraint, Pull
-from fisherkit.training.names import Adapter, Names, Target, find_all, read_names, spelled
-from fisherkit.training.rules import Rows, Rule, freeze, project, pull, scale, span
-from fisherkit.training.shards import is_sharded
-
-_FROM_WEIGHT = ("pissa", "olora", "corda", "loftq")
-"""Ways of peft to begin LoRA with what it takes out of the weight, so that B A is not nothing."""
-_Part = TypeVar("_Part")
-_Factors = tuple[nn.Parameter, nn.Parameter, tuple[int, ...]]
+from fisherkit.training.adapters import spelled
+from fisherkit.training.direction_rules import ProjectionRules, PullRules
+from fisherkit.training.mask_input import Constraint
+from fisherkit.training.names import Names, Target, find_all, read_names
+from fisherkit.training.optimizers import parameters_of
+from fisherkit.training.rules import Rule, freeze, scale
 
 Trains = Callable[[nn.Parameter], bool]
-"""Whether the optimizer updates a parameter."""
+"""Whether the optimizer updates a parameter in the coming step."""
 
 LORA = (
     "a binary mask cannot hold on LoRA: every entry of B A depends on whole rows and columns of its factors; "
@@ -27,56 +24,131 @@ LORA = (
 )
 
 
-def make_rules(model: nn.Module, wanted: Constraint, trains: Trains) -> list[Rule]:
-    """The rules that ``wanted`` makes for the parameters of ``model`` that are trained.
+def make_rules(model: nn.Module, constraint: Constraint, trains: Trains) -> list[Rule]:
+    """Make the rules of a constraint for the parameters of ``model`` that are trained.
+
+    Args:
+        model: wrapped or not.
+        constraint: what the run is asked to obey.
+        trains: see ``Trains``; a parameter that is not trained gets no rule, unless it is the frozen factor of a LoRA
+            adapter whose other factor is trained.
 
     Raises:
         CheckpointError: the mask belongs to another model.
-        TrainingError: it cannot hold in this run, or concerns nothing that is trained.
+        TrainingError: it cannot hold in this run.
     """
     names = read_names(model)
-    if wanted.kind == "scale":
-        rules = _scale_layers(model, wanted, trains)
-    else:
-        targets = find_all(names, wanted.names, model)
-        _check_found(wanted, targets)
-        make = _freeze_all if wanted.kind == "mask" else _project_all if wanted.pull is None else _pull_all
-        rules = make(names, wanted, targets, trains)
-        concerned = any(_is_trained(names, target, trains) for target in targets.values())
-        if not concerned:
-            raise TrainingError(
-                f"{wanted.label}: the optimizer trains none of its {len(targets)} weights; give the optimizer that "
-                "holds the model's own parameters (one that keeps copies of its own cannot be held to a mask)"
-            )
-    return rules
+    if constraint.kind == "scale":
+        return _scale_layers(model, constraint, trains)
+    targets = _find(model, names, constraint)
+    _refuse_other_adapters(names, constraint, targets, trains)
+    if constraint.kind == "mask":
+        return _freeze_all(names, constraint, targets, trains)
+    kind = ProjectionRules if constraint.pull is None else PullRules
+    return kind(names, constraint, trains).make(targets)
 
 
-def _check_found(wanted: Constraint, targets: Mapping[str, Target]) -> None:
-    missing = [name for name in wanted.names if name not in targets]
-    if missing or not wanted.names:
-        raise CheckpointError(
-            f"{wanted.label}: {len(missing)} of {len(wanted.names)} weights are not in this model, the first "
-            f"{missing[0] if missing else None!r}; the {wanted.kind} was made for another model"
+class ActiveRules:
+    """The rules of a constraint for what an optimizer updates, made when it comes to update it.
+
+    A weight gets its rule before the first step in which it can move: when the optimizer holds it and it requires a
+    gradient. Layers that are unfrozen later and groups that are added later are picked up so.
+
+    Args:
+        optimizer: that is held.
+        model: wrapped or not.
+        constraint: what the run is asked to obey.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, constraint: Constraint) -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._constraint = constraint
+        self._seen: set[nn.Parameter] = set()
+        self._rules: list[Rule] = []
+
+    def __call__(self) -> list[Rule]:
+        """Return the rules of the coming step.
+
+        Raises:
+            FisherkitError: what is trained now cannot be held; see make_rules.
+        """
+        fresh = {
+            p for p in parameters_of(self._optimizer) if p not in self._seen and (p.requires_grad or p.grad is not None)
+        }
+        if fresh:
+            self._seen |= fresh
+            ruled = {rule.parameter for rule in self._rules}
+            made = make_rules(self._model, self._constraint, fresh.__contains__)
+            self._rules += [rule for rule in made if rule.parameter not in ruled]
+        return self._rules
+
+
+def check_held(model: nn.Module, constraint: Constraint, held: Callable[[nn.Parameter], bool]) -> None:
+    """Raise TrainingError if an optimizer holds nothing of what a constraint speaks of.
+
+    A parameter that the optimizer holds counts whether or not it requires a gradient now: it may later.
+    """
+    if constraint.kind == "scale":
+        if not any(held(parameter) for parameter in _layers(model)):
+            raise TrainingError(f"{constraint.label}: the optimizer trains no parameter of any layer it speaks of")
+        return
+    names = read_names(model)
+    targets = _find(model, names, constraint)
+    if not any(held(parameter) for target in targets.values() for parameter in _moving(names, target)):
+        raise TrainingError(
+            f"{constraint.label}: the optimizer trains none of its {len(targets)} weights; give the optimizer that "
+            "holds the model's own parameters (one that keeps copies of its own cannot be held to a mask)"
         )
 
 
-def _is_trained(names: Names, target: Target, trains: Trains) -> bool:
-    factors = [factor for adapter in names.adapters_of(target) for factor in (adapter.a, adapter.b)]
-    return any(parameter is not None and trains(parameter) for parameter in (target.parameter, *factors))
+def _find(model: nn.Module, names: Names, constraint: Constraint) -> dict[str, Target]:
+    targets = find_all(names, constraint.names, model)
+    missing = [name for name in constraint.names if name not in targets]
+    if missing or not constraint.names:
+        raise CheckpointError(
+            f"{constraint.label}: {len(missing)} of {len(constraint.names)} weights are not in this model, the first "
+            f"{missing[0] if missing else None!r}; the {constraint.kind} was made for another model"
+        )
+    return targets
 
 
-def _freeze_all(names: Names, wanted: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
-    """A parameter of which two names speak (tied weights) changes where both allow it."""
-    assert wanted.flags is not None
+def _moving(names: Names, target: Target) -> Iterable[nn.Parameter]:
+    """Yield the parameters whose training moves a weight: its own, and those of adapters on it."""
+    yield target.parameter
+    for lora in names.lora_of(target):
+        yield from lora.factors
+    for other in names.others_of(target):
+        yield from other.parameters
+
+
+def _refuse_other_adapters(names: Names, constraint: Constraint, targets: Mapping[str, Target], trains: Trains) -> None:
+    for name, target in targets.items():
+        for adapter in names.others_of(target):
+            if not any(trains(parameter) for parameter in adapter.parameters):
+                continue
+            instead = "as it is" if constraint.kind == "mask" else "with LoRA"
+            raise TrainingError(
+                f"{constraint.label}: {name} is moved by an adapter of kind {adapter.kind!r}, which no "
+                f"{constraint.kind} can hold: leave that weight out of the adapter's targets, or train it {instead}"
+            )
+
+
+# Masks
+
+
+def _freeze_all(names: Names, constraint: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
+    """Freeze what a mask forbids; a parameter of which two names speak (tied weights) changes where both allow it."""
+    assert constraint.flags is not None
     flags: dict[nn.Parameter, Tensor] = {}
     experts: dict[nn.Parameter, Tensor] = {}
     for name, target in targets.items():
         parameter = target.parameter
-        if names.adapters_of(target) or _has_expert_adapter(names, target):
-            raise TrainingError(f"{wanted.label}: {LORA}")
+        if names.lora_of(target) or names.has_expert_lora(target):
+            raise TrainingError(f"{constraint.label}: {LORA}")
         if not trains(parameter):
             continue
-        own = wanted.flags(name, target.shape)
+        own = constraint.flags(name, target.shape)
         if target.piece.expert is None:
             flags[parameter] = flags[parameter] & own if parameter in flags else own
         else:
@@ -88,7 +160,7 @@ def _freeze_all(names: Names, wanted: Constraint, targets: Mapping[str, Target],
 
 
 def _with_expert(joined: Tensor | None, target: Target, own: Tensor) -> Tensor:
-    """The flags of fused experts with those of one more; experts that the mask does not speak of are free."""
+    """Return the flags of fused experts with those of one more; experts that the mask does not speak of are free."""
     shape = target.parameter.shape
     if joined is None:
         joined = torch.ones((*shape[:-1], 1), dtype=torch.bool)
@@ -98,154 +170,41 @@ def _with_expert(joined: Tensor | None, target: Target, own: Tensor) -> Tensor:
     return joined
 
 
-def _project_all(names: Names, wanted: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
-    basis = wanted.basis
-    assert basis is not None
-
-    def part(name: str, target: Target) -> tuple[Rows, Basis]:
-        return _rows(target), basis(name, target.shape)
-
-    return _hold_all(names, wanted, targets, trains, (_span_adapter, part, project))
+# Layer scales
 
 
-def _pull_all(names: Names, wanted: Constraint, targets: Mapping[str, Target], trains: Trains) -> list[Rule]:
-    """Of LoRA, the factor that reads (or writes) the directions is drawn back to nothing: B A began as nothing."""
-    directions_of, anchor = wanted.pull, wanted.anchor
-    assert directions_of is not None
-    on_device: dict[tuple[int, torch.device], Tensor] = {}  # weights that share an input share its directions
-
-    def part(name: str, target: Target) -> tuple[Rows, Pull, Tensor | None]:
-        own = directions_of(name, target.shape)
-        key = id(own.directions), target.parameter.device
-        here = on_device.setdefault(key, own.directions.to(target.parameter.device))
-        start = None if anchor is None else anchor(name, target.shape)
-        return _rows(target), own._replace(directions=here), start
-
-    return _hold_all(names, wanted, targets, trains, (_pull_adapter, part, pull))
-
-
-def _hold_all(
-    names: Names,
-    wanted: Constraint,
-    targets: Mapping[str, Target],
-    trains: Trains,
-    how: tuple[
-        Callable[[Adapter, Constraint, str, Trains], list[Rule]],
-        Callable[[str, Target], _Part],
-        Callable[[nn.Parameter, Sequence[_Part]], Rule],
-    ],
-) -> list[Rule]:
-    """Rules for the adapters on every weight, then one per parameter that is trained, of all weights that lie in it.
-
-    Args:
-        names: of the model.
-        wanted: a subspace.
-        targets: its weights.
-        trains: what the optimizer holds.
-        how: rules of an adapter; what a weight asks of its parameter; the rule of a parameter.
-
-    Raises:
-        TrainingError: an adapter or a parameter that directions cannot hold.
-    """
-    of_adapter, part, make = how
-    rules: list[Rule] = []
-    parts: dict[nn.Parameter, list[_Part]] = {}
-    for name, target in targets.items():
-        if _has_expert_adapter(names, target):
-            raise TrainingError(
-                f"{wanted.label}: {name} has LoRA on fused experts, whose factors a subspace cannot hold"
-            )
-        for adapter in names.adapters_of(target):
-            rules += of_adapter(adapter, wanted, name, trains)
-        if trains(target.parameter):
-            _refuse_part(wanted, name, target)
-            parts.setdefault(target.parameter, []).append(part(name, target))
-    return rules + [make(parameter, own) for parameter, own in parts.items()]
-
-
-def _pull_adapter(adapter: Adapter, wanted: Constraint, name: str, trains: Trains) -> list[Rule]:
-    factors = _factors(adapter, wanted, name, trains)
-    if factors is None:
-        return []
-    assert wanted.pull is not None
-    a, b, shape = factors
-    directions, strengths, axis = wanted.pull(name, shape)
-    of_inputs = (axis == 1) != adapter.transposed
-    factor = a if of_inputs else b
-    own = Pull(directions, strengths, axis=1 if of_inputs else 0)
-    return [pull(factor, [(None, own, torch.zeros(factor.shape))])] if trains(factor) else []
-
-
-def _rows(target: Target) -> Rows:
-    piece = target.piece
-    return None if piece.expert is None else (piece.expert, piece.start, piece.stop)
-
-
-def _refuse_part(wanted: Constraint, name: str, target: Target) -> None:
-    if target.piece.expert is not None and is_sharded(target.parameter):
-        raise TrainingError(
-            f"{wanted.label}: {name} is an expert of {target.name}, which FSDP2 spreads over processes, so it cannot "
-            "be projected alone; train unsharded, or apply the subspace with `fisherkit merge --subspace`"
-        )
-
-
-def _has_expert_adapter(names: Names, target: Target) -> bool:
-    return any(spelled(target.name).startswith(f"{module}.") for module in names.experts)
-
-
-def _span_adapter(adapter: Adapter, wanted: Constraint, name: str, trains: Trains) -> list[Rule]:
-    """B loses what lies in U, A what lies in V; where the weight is stored as [in, out], the other way round."""
-    factors = _factors(adapter, wanted, name, trains)
-    if factors is None:
-        return []
-    assert wanted.basis is not None
-    a, b, shape = factors
-    u, v = wanted.basis(name, shape)
-    outputs, inputs = (v, u) if adapter.transposed else (u, v)
-    rules = []
-    if outputs is not None:
-        rules.append(span(b, outputs, over=0))
-    if inputs is not None:
-        rules.append(span(a, inputs, over=1))
-    return rules
-
-
-def _factors(adapter: Adapter, wanted: Constraint, name: str, trains: Trains) -> _Factors | None:
-    """A, B and the weight's shape, fit to be held to directions; None where neither is trained."""
-    if not any(factor is not None and trains(factor) for factor in (adapter.a, adapter.b)):
-        return None
-    if adapter.magnitude is not None:
-        raise TrainingError(
-            f"{wanted.label}: {name} has a DoRA adapter, whose magnitudes scale whole rows out of any subspace; "
-            "use LoRA without use_dora"
-        )
-    if adapter.begun.lower().startswith(_FROM_WEIGHT):
-        raise TrainingError(
-            f"{wanted.label}: {name} has LoRA that was begun from the weight itself (init_lora_weights="
-            f"{adapter.begun!r}), which a subspace would take out of the model; use init_lora_weights=True"
-        )
-    if adapter.a is None or adapter.b is None or adapter.shape is None:
-        raise TrainingError(f"{wanted.label}: the adapter of {adapter.module} lacks a LoRA factor")
-    return adapter.a, adapter.b, adapter.shape
-
-
-def _scale_layers(model: nn.Module, wanted: Constraint, trains: Trains) -> list[Rule]:
-    """A rule for every trained parameter of a scaled layer, adapters and biases included."""
-    layers: dict[nn.Parameter, int] = {}
-    named = {spelled(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-    blocks = block_prefix(named)
-    for name, parameter in named.items():
-        layer = locate(name, blocks).layer
-        if layer is not None:
-            layers[parameter] = layer
-    missing = sorted(wanted.scales.keys() - layers.values())
+def _scale_layers(model: nn.Module, constraint: Constraint, trains: Trains) -> list[Rule]:
+    """Scale every trained parameter of a scaled layer, adapters and biases included."""
+    layers = _layers(model)
+    known = {number for own in layers.values() for number in own}
+    missing = sorted(constraint.scales.keys() - known)
     if missing:
         raise CheckpointError(
-            f"{wanted.label}: speaks of layer {missing[0]}, and this model has {len(set(layers.values()))} layers; "
+            f"{constraint.label}: speaks of layer {missing[0]}, and this model has {len(known)} layers; "
             "it was measured on another model"
         )
-    trained = {parameter: layer for parameter, layer in layers.items() if trains(parameter)}
-    if not trained:
-        raise TrainingError(f"{wanted.label}: the optimizer trains no parameter of any layer it speaks of")
-    rules = (scale(parameter, wanted.scales.get(layer, 1.0)) for parameter, layer in trained.items())
+    rules = (scale(parameter, _one_scale(constraint, own)) for parameter, own in layers.items() if trains(parameter))
     return [rule for rule in rules if rule is not None]
+
+
+def _one_scale(constraint: Constraint, layers: Sequence[int]) -> float:
+    """Return the scale of a parameter; some adapters (VB-LoRA, Uni-LoRA) train one tensor for many layers."""
+    scales = {constraint.scales.get(layer, 1.0) for layer in layers}
+    if len(scales) > 1:
+        raise TrainingError(
+            f"{constraint.label}: layers {layers[0]} to {layers[-1]} share one trained tensor, and their scales "
+            "differ; train weights or adapters that each layer has for itself, such as LoRA"
+        )
+    return scales.pop()
+
+
+def _layers(model: nn.Module) -> dict[nn.Parameter, list[int]]:
+    """Return the numbers of the layers that each parameter of a layer lies in; one, unless it is shared."""
+    named = [(spelled(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    blocks = block_prefix(name for name, _ in named)
+    found: dict[nn.Parameter, list[int]] = {}
+    for name, parameter in named:
+        layer = locate(name, blocks).layer
+        if layer is not None:
+            found.setdefault(parameter, []).append(layer)
+    return {parameter: sorted(set(own)) for parameter, own in found.items()}

@@ -109,7 +109,7 @@ def load_mask(path: str | Path) -> LazyMasks:
     return LazyMasks(file)
 
 
-def read_wanted(
+def read_constraint(
     mask: MaskLike,
     *,
     power: float = POWER,

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from fisherkit.errors import OptionError, TrainingError
 from fisherkit.training.callback import refuse_deepspeed
 from fisherkit.training.names import read_names
-from fisherkit.training.optimizer_hooks import Handle, Parity, unwrap
+from fisherkit.training.optimizer_hooks import Handle, Parity
+from fisherkit.training.optimizers import unwrap
 from fisherkit.training.rules import Rule, freeze
 
 

@@ -6,16 +6,15 @@ that the checkpoint holds apart. Names are compared in the spelling of ``names.s
 know are asked of transformers' own conversion.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
-from fisherkit.checkpoint.names.spelling import Piece, pieces, spelling
+from fisherkit.checkpoint.names.spelling import Piece, pieces
 from fisherkit.errors import TrainingError
+from fisherkit.training.adapters import Adapters, LoraAdapter, OtherAdapter, read_adapters, spelled, unwrapped
 
 DEEPSPEED = (
     "DeepSpeed keeps weights of its own, in flat pieces, and writes them over the model's at every step, so no mask "
@@ -25,16 +24,7 @@ FSDP1 = (
     "FSDP1 trains flat pieces in which no weight has a name or a shape, so no mask can be applied: "
     "use FSDP2 (fsdp_version: 2), or apply the mask after training with `fisherkit merge --mask`"
 )
-_FACTOR = re.compile(
-    r"(.*?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(?:\.weight)?"
-)
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")  # of each other, in any order
 _FROZEN_COPY = ".original_module."
-
-
-def spelled(name: str) -> str:
-    """The spelling of a parameter's name in a model under any number of wrappers."""
-    return spelling(_WRAPPERS.sub("", name))
 
 
 @dataclass(frozen=True)
@@ -56,56 +46,33 @@ class Target:
 
 
 @dataclass
-class Adapter:
-    """The LoRA factors of one weight under one adapter name; delta = s B A, transposed where the weight is [in, out].
-
-    Attributes:
-        module: name of the adapted module.
-        a: [r, in]; b: [out, r].
-        transposed: the weight is stored as [in, out] (Conv1D, embeddings).
-        magnitude: DoRA's, which rescales rows.
-        begun: peft's ``init_lora_weights``; a name where B A did not begin as nothing.
-    """
-
-    module: str
-    a: nn.Parameter | None = None
-    b: nn.Parameter | None = None
-    transposed: bool = False
-    magnitude: nn.Parameter | None = None
-    begun: str = ""
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """Shape of the weight as it is stored; None while a factor is missing."""
-        if self.a is None or self.b is None:
-            return None
-        shape = (self.b.shape[0], self.a.shape[1])
-        return shape[::-1] if self.transposed else shape
-
-
-@dataclass
 class Names:
     """The parameters of a model by the spelling of what they are, and the adapters on them.
 
     Attributes:
-        parameters: name in the model -> parameter; a tied parameter under each of its names.
-        adapters: spelling of a weight -> its adapters.
-        experts: spellings of modules whose fused experts carry adapters.
         targets: spelling of a weight -> where it lives; fused experts whole and one by one.
+        adapters: what peft put on the weights.
     """
 
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    adapters: dict[str, list[Adapter]] = field(default_factory=dict)
-    experts: list[str] = field(default_factory=list)
     targets: dict[str, Target] = field(default_factory=dict)
+    adapters: Adapters = field(default_factory=Adapters)
 
     def find(self, name: str) -> Target | None:
-        """Where the weight of that checkpoint name lives; None if the model has no such parameter."""
+        """Return where the weight of that checkpoint name lives; None if the model has no such parameter."""
         return self.targets.get(name) or self.targets.get(spelled(name))
 
-    def adapters_of(self, target: Target) -> list[Adapter]:
-        """The adapters on a weight."""
-        return self.adapters.get(target.piece.spelling, [])
+    def lora_of(self, target: Target) -> list[LoraAdapter]:
+        """Return the LoRA adapters on a weight."""
+        return self.adapters.lora.get(target.piece.spelling, [])
+
+    def others_of(self, target: Target) -> list[OtherAdapter]:
+        """Return the adapters of other kinds on a weight, or on the parameter that it is an expert of."""
+        keys = dict.fromkeys((target.piece.spelling, spelled(target.name)))
+        return [adapter for key in keys for adapter in self.adapters.others.get(key, [])]
+
+    def has_expert_lora(self, target: Target) -> bool:
+        """Return whether the fused experts that a weight belongs to carry LoRA."""
+        return any(spelled(target.name).startswith(f"{module}.") for module in self.adapters.experts)
 
 
 def read_names(model: nn.Module) -> Names:
@@ -115,22 +82,13 @@ def read_names(model: nn.Module) -> Names:
         TrainingError: its parameters are not there to be found (DeepSpeed, FSDP1).
     """
     _refuse_wrappers(model)
-    found = Names()
-    adapters: dict[tuple[str, str], Adapter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        match = _FACTOR.fullmatch(name)
-        if match:
-            _add_factor(adapters.setdefault((match[1], match[3]), Adapter(match[1])), match[2], parameter)
-        elif _FROZEN_COPY not in name:
-            found.parameters[name] = parameter
-    configs: dict[str, Any] = next(
-        (own for module in model.modules() if (own := getattr(module, "peft_config", None))), {}
-    )
-    for (_, label), adapter in adapters.items():
-        adapter.begun = str(getattr(configs.get(label), "init_lora_weights", ""))
-    _place_adapters(found, adapters, dict(model.named_modules()))
-    found.targets = _targets(found.parameters)
-    return found
+    adapters = read_adapters(model)
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in adapters.parameters and _FROZEN_COPY not in name
+    }
+    return Names(_targets(parameters), adapters)
 
 
 def find_all(names: Names, wanted: Iterable[str], model: nn.Module) -> dict[str, Target]:
@@ -150,33 +108,13 @@ def find_all(names: Names, wanted: Iterable[str], model: nn.Module) -> dict[str,
 def _targets(parameters: dict[str, nn.Parameter]) -> dict[str, Target]:
     """By spelling, fused experts piece by piece and whole; a spelling that two parameters share is nobody's."""
     owners: dict[str, list[Target]] = defaultdict(list)
-    bare = {_WRAPPERS.sub("", name): name for name in parameters}
+    bare = {unwrapped(name): name for name in parameters}
     for short, cut in pieces({short: tuple(parameters[name].shape) for short, name in bare.items()}).items():
         name = bare[short]
         whole = Piece(spelled(name), None, 0, 0)
         for piece in cut if cut[0].expert is None else (whole, *cut):
             owners[piece.spelling].append(Target(name, parameters[name], piece))
     return {key: own[0] for key, own in owners.items() if len({id(target.parameter) for target in own}) == 1}
-
-
-def _add_factor(adapter: Adapter, kind: str, parameter: nn.Parameter) -> None:
-    if kind == "lora_magnitude_vector":
-        adapter.magnitude = parameter
-    elif kind.endswith("A"):
-        adapter.a = parameter
-    else:
-        adapter.b = parameter
-    adapter.transposed = adapter.transposed or kind.startswith("lora_embedding")
-
-
-def _place_adapters(found: Names, adapters: dict[tuple[str, str], Adapter], modules: dict[str, nn.Module]) -> None:
-    for (path, _), adapter in adapters.items():
-        module = modules.get(path)
-        if getattr(module, "parameter_name", None) is not None:  # peft's adapter on a bare parameter: fused experts
-            found.experts.append(spelled(path))
-            continue
-        adapter.transposed = adapter.transposed or bool(getattr(module, "fan_in_fan_out", False))
-        found.adapters.setdefault(spelled(f"{path}.weight"), []).append(adapter)
 
 
 def _as_loaded(names: Iterable[str], model: nn.Module) -> Iterator[tuple[str, str]]:

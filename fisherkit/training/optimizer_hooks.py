@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fisherkit.artefacts.layer_importance import FLOOR, POWER
-from fisherkit.errors import OptionError, TrainingError
-from fisherkit.training.make_rules import make_rules
-from fisherkit.training.mask_input import MaskLike, read_wanted
-from fisherkit.training.names import DEEPSPEED
+from fisherkit.errors import OptionError
+from fisherkit.training.make_rules import ActiveRules, check_held
+from fisherkit.training.mask_input import MaskLike, read_constraint
+from fisherkit.training.optimizers import parameters_of, refuse_averaging, unwrap
 from fisherkit.training.rules import Rule
 
 Parity = Literal["paper"] | None
@@ -74,26 +74,14 @@ def constrain(
     """
     if parity not in (None, "paper"):
         raise OptionError(f"parity must be None or 'paper', not {parity!r}")
+    if parity is None:
+        refuse_averaging(optimizer)
     optimizer = unwrap(optimizer)
-    wanted = read_wanted(mask, power=power, floor=floor, pull=pull, anchor=anchor)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    rules = make_rules(model, wanted, lambda parameter: parameter.requires_grad and id(parameter) in held)
-    return Handle(optimizer, lambda: rules, on_gradients=parity == "paper")
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """The optimizer inside of accelerate's wrapper.
-
-    Raises:
-        TrainingError: DeepSpeed's, or nothing that steps as torch's optimizers do.
-    """
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
-        raise TrainingError(DEEPSPEED)
-    if not isinstance(optimizer, Optimizer):
-        raise TrainingError(f"{type(optimizer).__name__} is no torch optimizer, so there is no step to hold to a mask")
-    return optimizer
+    constraint = read_constraint(mask, power=power, floor=floor, pull=pull, anchor=anchor)
+    check_held(model, constraint, set(parameters_of(optimizer)).__contains__)
+    rules = ActiveRules(optimizer, model, constraint)
+    rules()  # what cannot be held is refused now, not at the first step
+    return Handle(optimizer, rules, on_gradients=parity == "paper")
 
 
 class Handle:
@@ -101,12 +89,14 @@ class Handle:
 
     Attributes:
         rules: asked before every step for what holds during it.
+        steps: how many steps of the optimizer have been held to them.
     """
 
     def __init__(
         self, optimizer: Optimizer, rules: Callable[[], Iterable[Rule]], *, on_gradients: bool = False
     ) -> None:
         self.rules = rules
+        self.steps = 0
         self._on_gradients = on_gradients
         self._peaks = {id(parameter): peak for parameter, _, peak in _rates(optimizer)}
         # A step may call the step of its base class, hooks and all: what is remembered last is enforced first.
@@ -128,6 +118,7 @@ class Handle:
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.steps += 1
         rules = list(self.rules())
         self._set_pace(optimizer, rules)
         if self._on_gradients:
@@ -137,7 +128,7 @@ class Handle:
         elif _steps_by_parameter(optimizer, args, kwargs):
             self._undo.append(_step_in_turns(optimizer, rules))
         else:
-            remembered = [(rule, rule.remember()) for rule in rules]
+            remembered = [(rule, rule.remember()) for rule in rules if rule.nbytes or _may_move(rule.parameter)]
             self._undo.append(lambda: _enforce(remembered))
 
     def _set_pace(self, optimizer: Optimizer, rules: Iterable[Rule]) -> None:
@@ -165,13 +156,18 @@ def _rates(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, float, float]]:
             yield parameter, rate, peak
 
 
+def _may_move(parameter: nn.Parameter) -> bool:
+    """Return False for a weight that is frozen again: what draws back after every step leaves it alone, too."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
 def _enforce(remembered: Iterable[tuple[Rule, Tensor]]) -> None:
     for rule, before in remembered:
         rule.enforce(before)
 
 
 def _steps_by_parameter(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a step may be taken by parts: no closure to run first, and no other hook that would come too late."""
+    """Return whether a step may be taken by parts: no closure to run first, no other hook that would come too late."""
     kind = type(optimizer)
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     return (
@@ -195,8 +191,8 @@ def _step_in_turns(optimizer: Optimizer, rules: Iterable[Rule]) -> Callable[[], 
             for turn in _turns(group["params"], by_parameter):
                 optimizer.param_groups = [{**group, "params": turn}]
                 held = [rule for parameter in turn for rule in by_parameter.get(parameter, ())]
-                acting = [rule for rule in held if rule.parameter.grad is not None or not rule.nbytes]
-                remembered = [(rule, rule.remember()) for rule in acting]
+                acting = (rule for rule in held if rule.parameter.grad is not None or not rule.nbytes)
+                remembered = [(rule, rule.remember()) for rule in acting if _may_move(rule.parameter)]
                 step(optimizer)
                 _enforce(remembered)
     except BaseException:
