@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fisherkit.methods.merge.merge import MergeReport, merge
     from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
     from fisherkit.training.mask_input import load_mask
+    from fisherkit.training.names import find_weights
 
 _HOMES = {
     "ExtractOptions": "fisherkit.options",
@@ -33,6 +34,7 @@ _HOMES = {
     "Summary": "fisherkit.methods.inspect.summary",
     "extract": "fisherkit.methods.extract.measure",
     "fapm": "fisherkit.methods.merge.fapm",
+    "find_weights": "fisherkit.training.names",
     "inspect": "fisherkit.methods.inspect.summary",
     "load_mask": "fisherkit.training.mask_input",
     "mask": "fisherkit.methods.mask.build",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "extract",
     "fapm",
+    "find_weights",
     "inspect",
     "load_mask",
     "mask",

@@ -1,103 +1,28 @@
-"""What other tools are told of a mask: exact counts for SHiRA, and settings that those tools read as they are meant."""
+"""peft's SHiRA trains exactly as many entries as a mask lets change; what a tool cannot take is refused."""
 
+import ast
 import importlib.util
-import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from export_masks import graded
 from mask_oracle import read_masks, write
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+import fisherkit
 from fisherkit import MaskOptions, extract, mask
 from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.methods.export.configs import export, write_export
 from fisherkit.options import ExportOptions, ExtractOptions
 
 Checkpoint = Callable[[str], Path]
-MODULES = ("self_attn.q_proj", "mlp.up_proj")
-
-
-def graded(folder: Path, layers: int = 12) -> Path:
-    """A global mask under which later layers may change more, and the first not at all."""
-    arrays = {
-        f"model.layers.{layer}.{module}.weight": np.full((10, 4), layer * (1 + (module == MODULES[1])), np.float32)
-        + np.arange(40, dtype=np.float32).reshape(10, 4) / 8
-        for layer in range(layers)
-        for module in MODULES
-    }
-    fisher = write(folder / "fisher.safetensors", arrays, architecture="LlamaForCausalLM")
-    return mask(fisher, folder / "mask.safetensors", MaskOptions(train="top", aggregate="none", scope="global")).path
-
-
-def told(path: Path, to: str, **options: Any) -> dict[str, Any]:
-    found = yaml.safe_load(export(path, ExportOptions(to=to, **options)))  # type: ignore[arg-type]
-    assert isinstance(found, dict)
-    return found
-
-
-def densities(path: Path) -> dict[int, float]:
-    flags = read_masks(path)
-    layers = sorted({int(name.split(".")[2]) for name in flags})
-    of = {n: np.concatenate([f.ravel() for name, f in flags.items() if f".{n}." in name]) for n in layers}
-    return {layer: float(found.mean()) for layer, found in of.items()}
-
-
-def test_mergekit_weighs_every_layer_by_its_density(tmp_path: Path) -> None:
-    path = graded(tmp_path)
-    config = told(path, "mergekit", tuned="org/tuned")
-    assert config["base_model"] == "org/tiny"
-    (model,) = config["models"]
-    assert model["model"] == "org/tuned"
-    assert model["parameters"]["weight"] == pytest.approx(list(densities(path).values()), abs=1e-6)
-    assert told(path, "mergekit", base="x: y")["base_model"] == "x: y"
-
-
-def test_mergekit_takes_layer_importance_as_well(tmp_path: Path) -> None:
-    importance = tmp_path / "layer_importance.json"
-    importance.write_text(json.dumps({"0": 1.0, "1": 4.0, "2": 1.0}))
-    assert told(importance, "mergekit")["models"][0]["parameters"]["weight"] == [1.0, 0.5, 1.0]
-
-
-def test_axolotl_trains_what_may_change_and_nothing_else(tmp_path: Path) -> None:
-    path = graded(tmp_path)
-    config, flags = told(path, "axolotl", learning_rate=2e-5), read_masks(path)
-    patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", pattern)) for pattern in config["unfrozen_parameters"]]
-    for name in [*flags, "model.layers.0.input_layernorm.weight", "lm_head.weight"]:
-        assert any(pattern.match(name) for pattern in patterns) == (name in flags and bool(flags[name].any()))
-    assert any(not flag.any() for flag in flags.values())
-
-
-def test_axolotl_rates_follow_the_density_and_layer_1_is_not_layer_10(tmp_path: Path) -> None:
-    path = graded(tmp_path)
-    config, shares = told(path, "axolotl", learning_rate=2e-5), densities(path)
-    rates = {module: group["lr"] for group in config["lr_groups"] for module in group["modules"]}
-    assert config["learning_rate"] == 2e-5
-    for layer, share in shares.items():
-        found = [rate for module, rate in rates.items() if module in f"model.layers.{layer}.mlp.up_proj.weight"]
-        assert found == ([pytest.approx(2e-5 * share / max(shares.values()), rel=1e-4)] if share else [])
-
-
-def test_llamafactory_trains_as_many_layers_at_the_better_end(tmp_path: Path) -> None:
-    path = graded(tmp_path)
-    config = told(path, "llamafactory")
-    assert config["finetuning_type"] == "freeze"
-    assert config["freeze_trainable_layers"] == round(sum(densities(path).values()))
-    assert config["freeze_trainable_modules"] == "mlp"
-    first = tmp_path / "layer_importance.json"
-    first.write_text(json.dumps([1.0, 1.0, 1.0, 100.0, 100.0]))
-    assert told(first, "llamafactory")["freeze_trainable_layers"] == -3
-    assert told(first, "llamafactory")["freeze_trainable_modules"] == "all"
-
-
-# SHiRA
 
 
 def imported(path: Path) -> ModuleType:
@@ -157,7 +82,7 @@ def test_shira_draws_with_a_seed_and_refuses_a_rank_that_the_mask_has_no_room_fo
     with pytest.raises(ValueError, match=rf"r=20 .*r={room} fits"):
         script.shira_config(base).mask_fn(layer, 20)
     del base.model.layers[2]
-    with pytest.raises(ValueError, match="14 of the 21 layers"):
+    with pytest.raises(CheckpointError, match="7 of 21 weights are not in this model"):
         script.shira_config(base)
 
 
@@ -174,6 +99,38 @@ def test_shira_takes_linear_layers_only(checkpoint: Checkpoint, prompts: Path, t
         text = export(path, ExportOptions(to="peft-shira"))
         assert ".experts." not in text
         assert f"all {left} layers" in text
+
+
+def test_shira_leaves_embeddings_out_and_says_so(tmp_path: Path) -> None:
+    outside = ("model.embed_tokens.weight", "lm_head.weight")
+    graded(tmp_path, outside=outside)
+    path = mask(tmp_path / "fisher.safetensors", tmp_path / "m.safetensors", MaskOptions(train="top", keep=0.9)).path
+    text = export(path, ExportOptions(to="peft-shira"))
+    assert "'lm_head.weight'" in text
+    assert "'model.embed_tokens.weight'" not in text
+    assert "1 weights of the mask are embeddings" in text
+
+
+def test_the_script_imports_public_names_only(llama_mask: Path) -> None:
+    text = export(llama_mask, ExportOptions(to="peft-shira"))
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [node for node in imports if isinstance(node, ast.ImportFrom) and "fisherkit" in (node.module or "")]
+    used = set(re.findall(r"fisherkit\.(\w+)", text))
+    assert used == {"load_mask", "find_weights"}
+    assert used <= set(fisherkit.__all__)
+
+
+def test_the_script_finds_its_mask_from_where_it_lies(llama_mask: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    for file in (llama_mask, llama_mask.with_suffix(".json")):
+        shutil.copy(file, tmp_path / "masks")
+    write_export(tmp_path / "masks" / llama_mask.name, tmp_path / "shira.py", ExportOptions(to="peft-shira"))
+    assert str(tmp_path) not in (tmp_path / "shira.py").read_text()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("masks", "shira.py"):
+        shutil.move(tmp_path / name, moved / name)
+    assert len(fisherkit.load_mask(imported(moved / "shira.py").MASK)) == 21
 
 
 # What is refused

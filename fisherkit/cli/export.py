@@ -23,7 +23,10 @@ def export(
     learning_rate: Annotated[
         float, typer.Option(help="axolotl: of the layer that may change most; others are scaled down.")
     ] = 1e-5,
-    base: Annotated[str | None, typer.Option(help="mergekit: the base; that of the Fisher otherwise.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model, where the mask does not name it: mergekit's base, and how many layers it has."),
+    ] = None,
     tuned: Annotated[str | None, typer.Option(help="mergekit: the fine-tune.")] = None,
     force: Force = False,
     debug: Debug = False,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fisherkit.training.fggm import FGGM, Task
     from fisherkit.training.mask_input import load_mask
     from fisherkit.training.migu import MIGU
+    from fisherkit.training.names import find_weights
     from fisherkit.training.optimizer_hooks import Handle, constrain
 
 _HOMES = {
@@ -25,10 +26,11 @@ _HOMES = {
     "MaskedUpdate": "fisherkit.training.callback",
     "Task": "fisherkit.training.fggm",
     "constrain": "fisherkit.training.optimizer_hooks",
+    "find_weights": "fisherkit.training.names",
     "load_mask": "fisherkit.training.mask_input",
 }
 
-__all__ = ["FGGM", "MIGU", "Handle", "MaskedUpdate", "Task", "constrain", "load_mask"]
+__all__ = ["FGGM", "MIGU", "Handle", "MaskedUpdate", "Task", "constrain", "find_weights", "load_mask"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fisherkit.checkpoint.names.spelling import Piece, pieces
-from fisherkit.errors import TrainingError
+from fisherkit.errors import CheckpointError, TrainingError
 from fisherkit.training.adapters import Adapters, LoraAdapter, OtherAdapter, read_adapters, spelled, unwrapped
 
 DEEPSPEED = (
@@ -89,6 +89,27 @@ def read_names(model: nn.Module) -> Names:
         if name not in adapters.parameters and _FROZEN_COPY not in name
     }
     return Names(_targets(parameters), adapters)
+
+
+def find_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model by the names that a checkpoint has for them.
+
+    Args:
+        model: wrapped or not, with adapters or without.
+        names: of weights as masks and Fishers have them.
+
+    Raises:
+        CheckpointError: a weight is not in this model, or is one expert of a parameter that holds all of them.
+    """
+    names = list(names)
+    found = find_all(read_names(model), names, model)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise CheckpointError(f"{len(missing)} of {len(names)} weights are not in this model, the first {missing[0]!r}")
+    for name, target in found.items():
+        if target.piece.expert is not None:
+            raise CheckpointError(f"{name} is no parameter of its own in this model: a part of {target.name}")
+    return {name: found[name].parameter for name in names}
 
 
 def find_all(names: Names, wanted: Iterable[str], model: nn.Module) -> dict[str, Target]:
