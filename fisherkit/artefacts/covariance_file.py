@@ -12,9 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
+
 from fisherkit.checkpoint.array_reader import ArrayReader
-from fisherkit.checkpoint.headers import parse_json
+from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.index import open_index
+from fisherkit.checkpoint.schema import anything, listed, maybe, named, number, read_object, table, text, whole
 from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Floats, widen
@@ -25,6 +28,21 @@ RULE = (
     "gradient of the sample's loss at what comes out of it"
 )
 Which = Literal["input", "output"]
+_ROW = table(
+    {
+        "side": text("input", "output"),
+        "tensors": listed(text(), 1),
+        "size": whole(1),
+        "sketch_rank": maybe(whole(1)),
+        "trace": number(0),
+    },
+    {"layer": maybe(whole()), "tokens": whole(), "energy": number()},
+)
+SCHEMA = table(
+    {"format": text(FORMAT), "file": text(), "moments": named(_ROW)},
+    {"content_sha256": text(), "model": named(anything), "left_out": listed(text())},
+)
+"""The JSON beside the file; see checkpoint.schema."""
 
 
 def path_beside(fisher: Path) -> Path:
@@ -45,8 +63,19 @@ def description(
         rows: per covariance its ``side``, ``tensors``, ``layer``, ``size``, ``sketch_rank`` and figures.
         without: matrices of the Fisher that have no covariance.
     """
-    about = {"format": FORMAT, "kind": "activations", "file": staged.name, "file_bytes": staged.stat().st_size}
+    about = {
+        "format": FORMAT,
+        "kind": "activations",
+        "file": staged.name,
+        "file_bytes": staged.stat().st_size,
+        "content_sha256": content_sha256(staged),
+    }
     return {**provenance, **about, "rule": RULE, "moments": dict(rows), "left_out": list(without)}
+
+
+def _wanted(row: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+    """Return type and shape of the tensor that a row of the JSON describes."""
+    return "F32", (row["size"], row["sketch_rank"] or row["size"])
 
 
 class StoredCovariance(NamedTuple):
@@ -77,19 +106,20 @@ class CovarianceFile:
 
     def __init__(self, path: Path) -> None:
         beside = path.with_suffix(".json")
-        try:
-            made = parse_json(beside, beside.read_bytes(), "description of the activations")
-        except OSError as error:
+        if not beside.is_file():
             raise CheckpointError(
-                f"{beside}: cannot be read ({error.strerror}); `extract --statistics activations` writes it and "
-                f"{path.name} together"
-            ) from None
-        rows = made.get("moments")
-        if made.get("format") != FORMAT or not isinstance(rows, dict) or made.get("file") != path.name:
-            raise CheckpointError(f"{beside}: does not describe {path.name} (format {FORMAT!r})")
-        index = open_index(path)
-        if rows.keys() != index.tensors.keys():
+                f"{beside}: is missing; `extract --statistics activations` writes it and {path.name} together"
+            )
+        made = read_object(beside, "activations", SCHEMA, "extract them anew")
+        if made["file"] != path.name:
+            raise CheckpointError(f"{beside}: belongs to {made['file']!r}, not to {path.name}; rename the two alike")
+        rows, index = made["moments"], open_index(path)
+        if {name: _wanted(row) for name, row in rows.items()} != {
+            info.name: (info.dtype, info.shape) for info in index.tensors.values()
+        }:
             raise CheckpointError(f"{path}: other tensors than {beside.name} describes; extract them anew")
+        if "content_sha256" in made and made["content_sha256"] != index.fingerprint():
+            raise CheckpointError(f"{beside}: describes another file than this {path.name}; extract both anew")
         self.path = path
         self.provenance = {key: value for key, value in made.items() if key not in ("moments", "left_out")}
         self._rows: Mapping[str, Mapping[str, Any]] = rows
@@ -114,11 +144,15 @@ class CovarianceFile:
         """Read the values of a covariance, by its name.
 
         Raises:
-            CheckpointError: the file ends early.
+            CheckpointError: the file ends early, or a value is not finite, or a factor has no orthogonal columns.
         """
         info, row = self._reader.info(covariance), self._rows[covariance]
         values = widen(self._reader.read(covariance), info.dtype).reshape(info.shape)
-        return StoredCovariance(covariance, values, row["sketch_rank"] is not None, float(row["trace"]))
+        is_factor = row["sketch_rank"] is not None
+        if not np.isfinite(values).all() or (is_factor and not _orthogonal(values)):
+            kind = "the factor that its JSON says" if is_factor else "a covariance"
+            raise CheckpointError(f"{self.path}: {covariance} is not {kind}; extract them anew")
+        return StoredCovariance(covariance, values, is_factor, float(row["trace"]))
 
     def check_model(self, provenance: Mapping[str, Any] | None, weights: Sequence[str]) -> None:
         """Hold the file against the Fisher that it is to be used with.
@@ -135,3 +169,16 @@ class CovarianceFile:
             raise CheckpointError(f"{self.path}: was measured on other weights than the Fisher; extract both from one")
         if not any(self.covariance_of(name, "input") for name in weights):
             raise CheckpointError(f"{self.path}: has no covariance of any weight of the Fisher; it is of another model")
+
+
+def _orthogonal(factor: Floats) -> bool:
+    """Return whether the columns of a factor [size, rank] are orthogonal, told from 64 of them spread over all.
+
+    A whole covariance that is taken for a factor has columns that lean on each other; a factor's differ from
+    orthogonal by rounding, far below a thousandth of the longest one's square.
+    """
+    columns = factor[:, :: -(-factor.shape[1] // 64)].astype(np.float64)
+    products = columns.T @ columns
+    squares = np.diagonal(products).copy()
+    np.fill_diagonal(products, 0)
+    return bool(np.abs(products).max(initial=0) <= 1e-3 * squares.max(initial=0))

@@ -8,16 +8,64 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fisherkit.checkpoint.content import content_sha256
+from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.names.location import block_prefix, locate
+from fisherkit.checkpoint.schema import anything, listed, maybe, named, number, shape, table, text, whole
 from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import OutputError
+from fisherkit.kernels.histogram import Histogram
 
 FORMAT = "fisherkit.fisher/1"
+_FIGURE = maybe(number())
+SCHEMA = table(
+    {
+        "format": text(FORMAT),
+        "tensors": named(
+            table({"shape": shape, "sum": _FIGURE, "max": _FIGURE, "zeros": whole(), "nonfinite": whole()})
+        ),
+        "histogram": listed(listed(number(0), 3)),
+    },
+    {
+        "file": text(),
+        "file_bytes": whole(),
+        "content_sha256": text(),
+        **dict.fromkeys(("model", "prompts", "estimator", "run"), named(anything)),
+    },
+)
+"""The sidecar; see checkpoint.schema. ``content_sha256`` is missing in files of the first builds."""
 
 
 def sidecar_path(target: Path) -> Path:
     """Return the JSON that describes a tensor file: ``fisher.json`` beside ``fisher.pt``; inside of a folder."""
     return target / "fisher.json" if is_folder(target) else target.with_suffix(".json")
+
+
+def why_not_of(sidecar: Mapping[str, Any], path: Path) -> str | None:
+    """Return why a sidecar does not describe the tensors at ``path``; None where it does, as far as can be told.
+
+    Size, names and shapes are compared, and the content (see checkpoint.content) where the sidecar notes it.
+
+    Raises:
+        CheckpointError: the tensors cannot be read.
+    """
+    try:
+        SCHEMA(sidecar, "")
+        Histogram.from_json(sidecar["histogram"])
+    except (TypeError, ValueError) as error:
+        return str(error)
+    size = path.stat().st_size
+    if path.suffix not in {".pt", ".pth", ".bin"}:  # a pickle's tensors cannot be listed without torch
+        index = open_index(path)
+        shapes = {name: list(info.shape) for name, info in index.tensors.items()}
+        if shapes != {name: figures["shape"] for name, figures in sidecar["tensors"].items()}:
+            return "other tensors"
+        size = sum(file.stat().st_size for file in {info.file for info in index.tensors.values()})
+    if sidecar.get("file_bytes") != size:
+        return f"{sidecar.get('file_bytes')} bytes there, {size} here"
+    if "content_sha256" in sidecar and sidecar["content_sha256"] != content_sha256(path):
+        return "other values"
+    return None
 
 
 def check_sidecar(target: Path) -> None:

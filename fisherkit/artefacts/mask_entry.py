@@ -12,8 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.checkpoint.layout import TensorSpec
+from fisherkit.checkpoint.schema import anything, flag, maybe, named, number, shape, table, text, whole
 
 FORMAT = "fisherkit.mask/1"
+_FIGURES = {"rank": maybe(whole()), "energy": maybe(number()), "effective_rank": maybe(number())}
+_SUBSPACE_ROW = table({"shape": shape}, _FIGURES)
+_COMMON = {"format": text(FORMAT), "file": text()}
+_MORE = {
+    "content_sha256": text(),
+    "direction": maybe(text("train", "protect")),
+    "options": named(anything),
+    "fisher": maybe(named(anything)),
+}
+_MASK_ROW = table({"shape": shape, "over": maybe(whole(0, 63)), "packed": flag, "kept": whole()})
+SCHEMAS = {
+    "mask": table({**_COMMON, "kind": text("mask"), "tensors": named(_MASK_ROW)}, _MORE),
+    "subspace": table(
+        {**_COMMON, "kind": text("subspace"), "tensors": named(_SUBSPACE_ROW)}, _MORE
+    ),
+}
+"""The JSON beside a mask, by kind; see checkpoint.schema."""
 
 Kind = Literal["mask", "subspace"]
 Direction = Literal["train", "protect"]

@@ -21,6 +21,7 @@ import numpy as np
 
 from fisherkit.artefacts.mask_entry import (
     FORMAT,
+    SCHEMAS,
     Direction,
     Flags,
     Kind,
@@ -34,8 +35,9 @@ from fisherkit.artefacts.mask_entry import (
     unpack,
 )
 from fisherkit.checkpoint.array_reader import ArrayReader
-from fisherkit.checkpoint.headers import TensorInfo, parse_json
+from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
+from fisherkit.checkpoint.schema import check, parse_file
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, widen
 from fisherkit.options import check_pull
@@ -64,10 +66,10 @@ def open_mask(path: str | Path) -> "MaskFile":
     index = open_index(path)
     if not beside.is_file():
         return MaskFile(index, *_guess(index), {})
-    try:
-        made = parse_json(beside, beside.read_bytes(), "description of the mask")
-    except OSError as error:
-        raise CheckpointError(f"{beside}: cannot be read: {error.strerror}") from None
+    made = parse_file(beside, "the description of a mask")
+    kind = made.get("kind") if isinstance(made, dict) else None
+    rule = SCHEMAS["subspace" if kind == "subspace" else "mask"]
+    check(beside, made, "a mask", rule, "make the mask anew, or take the JSON away")
     return MaskFile(index, *_described(index, beside, made), made)
 
 
@@ -261,13 +263,11 @@ def _described(
     index: CheckpointIndex, beside: Path, made: Mapping[str, Any]
 ) -> tuple[Kind, dict[str, MaskEntry | None]]:
     """What the JSON says, held against the tensors of the file."""
-    kind, rows = made.get("kind"), made.get("tensors")
-    if made.get("format") != FORMAT or kind not in ("mask", "subspace") or not isinstance(rows, dict):
-        raise CheckpointError(f"{beside}: does not describe a mask (format {made.get('format')!r}, not {FORMAT!r})")
-    if made.get("file") != index.path.name:
-        raise CheckpointError(
-            f"{beside}: belongs to {made.get('file')!r}, not to {index.path.name}; rename the two alike"
-        )
+    kind, rows = made["kind"], made["tensors"]
+    if made["file"] != index.path.name:
+        raise CheckpointError(f"{beside}: belongs to {made['file']!r}, not to {index.path.name}; rename the two alike")
+    if "content_sha256" in made and made["content_sha256"] != index.fingerprint():
+        raise CheckpointError(f"{beside}: describes another file than this {index.path.name}; make the mask anew")
     entries = {name: _entry(beside, name, row, kind) for name, row in rows.items()}
     described = {tensor for name in rows for tensor in _tensors(index, name, kind)}
     odd = sorted(described ^ index.tensors.keys())
@@ -284,17 +284,15 @@ def _tensors(index: CheckpointIndex, name: str, kind: Kind) -> list[str]:
     return [f"{name}.{side}" for side in SIDES if f"{name}.{side}" in index.tensors] or [f"{name}.U"]
 
 
-def _entry(beside: Path, name: str, row: Any, kind: Kind) -> MaskEntry:
+def _entry(beside: Path, name: str, row: Mapping[str, Any], kind: Kind) -> MaskEntry:
+    shape = tuple(row["shape"])
+    if kind == "subspace":
+        return MaskEntry(shape)
     try:
-        shape = tuple(row["shape"])
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(shape)
-        if kind == "subspace":
-            return MaskEntry(shape)
-        found = MaskEntry(shape, row["over"], row["packed"] is True, row["kept"])
-        if type(found.kept) is not int or not 0 <= found.kept <= found.numel:
+        found = MaskEntry(shape, row["over"], row["packed"], row["kept"])
+        if found.kept > found.numel:
             raise ValueError(found.kept)
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         raise CheckpointError(f"{beside}: what it says about {name!r} makes no sense; make the mask anew") from None
     return found
 

@@ -11,7 +11,6 @@ base's size, at 0.005 a hundredth. numpy only.
 """
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +19,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherkit.artefacts.fisher_sidecar import check_owned
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.atomic import disk_errors, publish, write_json
+from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
+from fisherkit.checkpoint.schema import anything, named, read_beside, read_object, table, text
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import STAGING
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.errors import CheckpointError, OutputError
+from fisherkit.errors import CheckpointError
 from fisherkit.floats import STORED, Stored
 
 FORMAT = "fisherkit.delta/1"
@@ -34,20 +36,28 @@ STRETCH = 1 << 16
 _PARTS = (".value", ".place", ".count")
 
 
+SCHEMA = table(
+    {"format": text(FORMAT), "file": text(), "base_fingerprint": text()},
+    {"content_sha256": text(), "base": text(), "made": named(anything)},
+)
+"""The JSON beside a sparse delta; see checkpoint.schema."""
+
+
 def sidecar_of(path: Path) -> Path:
-    """The JSON beside a sparse delta."""
+    """Return where the JSON beside a sparse delta lies."""
     return path.with_suffix(".json")
 
 
 def is_sparse_delta(path: Path) -> bool:
-    """Whether a file is one that this module wrote.
+    """Return whether a file is one that this module wrote.
 
     Raises:
         CheckpointError: its tensors are those of one, and the JSON beside it is not there, or another's.
     """
     if not path.is_file() or path.suffix != ".safetensors":
         return False
-    if _about(path).get("format") == FORMAT:
+    about = read_beside(sidecar_of(path)) or {}
+    if about.get("format") == FORMAT and about.get("file") == path.name:
         return True
     if all(name.endswith(_PARTS) for name in open_index(path).tensors):
         raise CheckpointError(
@@ -62,35 +72,48 @@ def check_sidecar(path: Path) -> None:
     Raises:
         OutputError: see above.
     """
-    beside = sidecar_of(path)
-    if os.path.lexists(beside) and not _about(path):
-        raise OutputError(f"{beside}: exists already, and what {path.name} is goes there; choose another name")
-
-
-def _about(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(sidecar_of(path).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and content.get("file") == path.name else {}
+    check_owned(sidecar_of(path), "file", path, "the facts")
 
 
 class SparseDelta:
-    """Reads a sparse delta and puts it into tensors of its base."""
+    """Reads a sparse delta and puts it into tensors of its base; a context.
+
+    Args:
+        path: the ``.safetensors`` file; its JSON lies beside it.
+        base: the checkpoint that it was made for.
+
+    Raises:
+        CheckpointError: made for another base, not described by its JSON, or its tensors cannot belong to the base's.
+    """
 
     def __init__(self, path: Path, base: CheckpointIndex) -> None:
-        about = _about(path)
-        if about.get("base_fingerprint") != base.fingerprint():
+        about = read_object(sidecar_of(path), "a sparse delta", SCHEMA, "make the delta anew")
+        if about["base_fingerprint"] != base.fingerprint():
             raise CheckpointError(
                 f"{path}: was made for another base ({about.get('base', 'unknown')}) than {base.path}; its entries are "
                 "values that replace those of that very checkpoint"
             )
+        index = open_index(path)
+        if "content_sha256" in about and about["content_sha256"] != index.fingerprint():
+            raise CheckpointError(f"{sidecar_of(path)}: describes another file than this {path.name}; make both anew")
         self._path = path
-        self._reader = ArrayReader(open_index(path))
-        names = self._reader.index.tensors
-        self.names = tuple(name for name in base.tensors if f"{name}.value" in names)
-        if 3 * len(self.names) != len(names):
+        self._base = base
+        self.names = tuple(name for name in base.tensors if f"{name}.value" in index.tensors)
+        if index.tensors.keys() != {name + part for name in self.names for part in _PARTS}:
             raise CheckpointError(f"{path}: holds tensors that {base.path} does not have; fetch both again")
+        for name in self.names:
+            self._check_layout(index, name)
+        self._reader = ArrayReader(index)
+
+    def _check_layout(self, index: CheckpointIndex, name: str) -> None:
+        """Hold types and lengths of a tensor's three parts against each other and the base."""
+        info = self._base.tensors[name]
+        value, place, count = (index.tensors[name + part] for part in _PARTS)
+        kept = value.shape[0] if len(value.shape) == 1 else -1
+        stretches = -(-info.numel // STRETCH)
+        wanted = [(info.dtype, (kept,)), ("U16", (kept,)), ("U32", (stretches,))]
+        if [(part.dtype, part.shape) for part in (value, place, count)] != wanted or kept > info.numel:
+            raise self._unfit(name)
 
     def __enter__(self) -> Self:
         return self
@@ -99,23 +122,32 @@ class SparseDelta:
         self._reader.__exit__(kind, error, at)
 
     def apply(self, name: str, out: Stored) -> None:
-        """Put the entries of a tensor into the flat ``out``.
+        """Put the entries of a tensor into the flat ``out``, which holds the base's.
 
         Raises:
-            CheckpointError: places and values do not belong together, or lie outside of the tensor.
+            CheckpointError: places lie outside of the tensor, twice, or out of order.
         """
-        values, indices = self._reader.read(f"{name}.value"), self.indices(name)
-        if values.dtype != out.dtype or values.shape != indices.shape or (indices.size and indices[-1] >= out.size):
-            raise CheckpointError(f"{self._path}: the entries of {name!r} do not fit it; fetch the file again")
-        out[indices] = values
+        out[self.indices(name)] = self._reader.read(f"{name}.value")
 
     def indices(self, name: str) -> NDArray[np.int64]:
-        """Flat indices of the kept entries, ascending."""
+        """Return the flat indices of the kept entries, ascending.
+
+        Raises:
+            CheckpointError: they lie outside of the tensor, twice, or out of order.
+        """
         counts = self._reader.read(f"{name}.count").astype(np.int64)
         places = self._reader.read(f"{name}.place").astype(np.int64)
         if int(counts.sum()) != places.size:
-            raise CheckpointError(f"{self._path}: the places of {name!r} are inconsistent; fetch the file again")
-        return np.repeat(np.arange(counts.size, dtype=np.int64) * STRETCH, counts) + places
+            raise self._unfit(name)
+        found = np.repeat(np.arange(counts.size, dtype=np.int64) * STRETCH, counts) + places
+        if found.size and (found[-1] >= self._base.tensors[name].numel or not (np.diff(found) > 0).all()):
+            raise self._unfit(name)
+        return found
+
+    def _unfit(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}: the entries of {name!r} are not what a tensor of this base can have; fetch the file again"
+        )
 
     def fingerprint(self) -> str:
         """Of its tensors."""
@@ -163,7 +195,9 @@ class SparseWriter:
                 self._copy(raw.fileno(), spec, writer)
             writer.seal()
         beside = sidecar_of(target)
-        write_json(self._staging / beside.name, {"format": FORMAT, "file": target.name, **about})
+        content = content_sha256(self._staging / target.name)
+        made = {"format": FORMAT, "file": target.name, "content_sha256": content, **about}
+        write_json(self._staging / beside.name, made)
         check_target(target, force=force)
         publish([(self._staging / path.name, path) for path in (beside, target)])
         self._raw.unlink()

@@ -1,20 +1,21 @@
-"""What ``inspect`` reads: one entry per tensor, from the statistics beside a Fisher or from the tensors themselves.
+"""The input of ``inspect``: one entry per tensor, from the statistics beside a Fisher or from the tensors themselves.
 
-The statistics (``fisher.json`` beside ``fisher.pt``) are used when they belong to the file, which is checked against
-its size and, where a header can be read without loading it, its tensors and shapes. Then nothing here imports torch.
-Otherwise every tensor is read once, a few megabytes at a time.
+The statistics (``fisher.json`` beside ``fisher.pt``) are used when they belong to the file: its size, a hash of sampled
+content and, where a header can be read without loading it, tensors and shapes are compared. Then nothing here imports
+torch. Otherwise every tensor is read once, a few megabytes at a time.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fisherkit.artefacts.fisher_sidecar import FORMAT
+from fisherkit.artefacts.fisher_sidecar import SCHEMA, why_not_of
+from fisherkit.artefacts.layer_importance import LayerRow, parse_rows
 from fisherkit.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from fisherkit.checkpoint.names.location import block_prefix, locate
+from fisherkit.checkpoint.schema import check, parse_file, read_beside
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels.histogram import Histogram
 from fisherkit.progress import Track
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fisherkit.kernels.stats import TensorStats
 
 Kind = Literal["fisher", "mask", "subspace", "checkpoint", "importance"]
-"""Progress: stage, done, total."""
 
 _ROWS_BYTES = 32 << 20
 
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What was read: a Fisher, a mask, a subspace, a plain checkpoint, or a ``layer_importance.json``.
+    """A Fisher, a mask, a subspace, a plain checkpoint, or a ``layer_importance.json``.
 
     Attributes:
         kind: what the file holds.
@@ -78,96 +78,92 @@ _NOT_INSPECTED = {
 
 
 def read_source(path: Path, track: Track | None = None) -> Source:
-    """Statistics of a file or folder of tensors, or of the JSON beside one; raises CheckpointError otherwise."""
+    """Read the statistics of a file or folder of tensors, or of the JSON beside one.
+
+    Args:
+        path: a Fisher, mask, subspace or checkpoint; or a sidecar, a mask's JSON, a ``layer_importance.json``.
+        track: progress, called where tensors are read.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or nothing that has a summary.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         return _read_json(path)
-    sidecar = path / "fisher.json" if path.is_dir() else path.with_suffix(".json")
-    found = _load(sidecar) if sidecar.is_file() else None
-    if isinstance(found, dict) and str(found.get("format", "")).startswith("fisherkit.fisher/"):
-        stale = _mismatch(found, path)
-        if stale is None:
-            return _from_sidecar(found, path)
-        note = f"{sidecar.name} does not belong to this file ({stale}): reading the tensors instead"
-        return _read_tensors(path, track, (note,))
-    if isinstance(found, dict) and str(found.get("format", "")).startswith("fisherkit.mask/"):
+    sidecar = _beside(path)
+    found = read_beside(sidecar)
+    form = str(found.get("format", "")) if found is not None else ""
+    if found is not None and form.startswith("fisherkit.fisher/"):
+        stale = why_not_of(found, path)
+        if stale is not None:
+            note = f"{sidecar.name} does not belong to this file ({stale}): reading the tensors instead"
+            return _read_tensors(path, track, (note,))
+        return _from_sidecar(found, path, _unhashed(found, sidecar, path))
+    if found is not None and form.startswith("fisherkit.mask/"):
         return _from_mask(found, path)
     for kind, use in _NOT_INSPECTED.items():
-        if isinstance(found, dict) and str(found.get("format", "")).startswith(kind):
+        if form.startswith(kind):
             raise CheckpointError(f"{path}: holds {use}")
     return _read_tensors(path, track, ())
 
 
 def provenance_of(path: Path) -> Mapping[str, Any] | None:
-    """How a Fisher was made, as extract wrote beside it; None where nothing is there that belongs to it."""
-    found = _load(path / "fisher.json" if path.is_dir() else path.with_suffix(".json"))
-    if not isinstance(found, dict) or _mismatch(found, path) is not None:
+    """Return how a Fisher was made, as extract wrote beside it; None where nothing is there that belongs to it.
+
+    Raises:
+        CheckpointError: there is a JSON that cannot be read.
+    """
+    found = read_beside(_beside(path))
+    if found is None or why_not_of(found, path) is not None:
         return None
     return {key: value for key, value in found.items() if key not in {"tensors", "histogram"}}
 
 
-def _load(path: Path) -> Any:
-    """The JSON in a file, or None when there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+def _beside(path: Path) -> Path:
+    """Return where a JSON would lie that describes these tensors."""
+    return path / "fisher.json" if path.is_dir() else path.with_suffix(".json")
+
+
+def _unhashed(sidecar: Mapping[str, Any], beside: Path, path: Path) -> tuple[str, ...]:
+    """Say that a sidecar of the first builds is believed without proof."""
+    if "content_sha256" in sidecar:
+        return ()
+    return (f"{beside.name} is old and notes no hash: only size, names and shapes say that it is {path.name}'s",)
 
 
 def _read_json(path: Path) -> Source:
-    content = _load(path)
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        problem = _malformed(content)
-        if problem:
-            raise CheckpointError(f"{path}: {problem}; run extract again or inspect the tensor file itself")
-        return _from_sidecar(content, path)
-    if isinstance(content, dict) and str(content.get("format", "")).startswith("fisherkit.mask/"):
+    content = parse_file(path, "what is there")
+    form = str(content.get("format", "")) if isinstance(content, dict) else ""
+    if form.startswith("fisherkit.fisher/"):
+        check(path, content, "a Fisher", SCHEMA, "run extract again or inspect the tensor file itself")
+        return _from_sidecar(content, path, ())
+    if form.startswith("fisherkit.mask/"):
         return _from_mask(content, path.with_name(str(content.get("file"))))
+    if isinstance(content, dict) and "format" in content:
+        raise CheckpointError(f"{path}: neither statistics of a Fisher nor a layer_importance.json")
     return _from_importance(content, path)
 
 
 # The statistics that extract wrote
 
 
-def _mismatch(sidecar: Mapping[str, Any], path: Path) -> str | None:
-    """Why the statistics are not those of the tensors at ``path``; None when they are."""
-    problem = _malformed(sidecar)
-    if problem or path.suffix in {".pt", ".pth", ".bin"}:  # a pickle's tensors cannot be listed without torch
-        return problem or _other_size(sidecar, path.stat().st_size)
-    index = open_index(path)
-    shapes = {name: list(info.shape) for name, info in index.tensors.items()}
-    if shapes != {name: info["shape"] for name, info in sidecar["tensors"].items()}:
-        return "other tensors"
-    return _other_size(sidecar, sum(file.stat().st_size for file in {info.file for info in index.tensors.values()}))
-
-
-def _malformed(sidecar: Mapping[str, Any]) -> str | None:
-    if sidecar.get("format") != FORMAT:
-        return f"format {sidecar.get('format')!r} is not {FORMAT}"
-    try:
-        _sidecar_entries(sidecar)
-        Histogram.from_json(sidecar["histogram"])
-        for section in ("model", "prompts", "estimator", "run"):
-            dict(sidecar.get(section, {}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return f"unreadable statistics: {type(error).__name__} {error}"
-    return None
-
-
-def _other_size(sidecar: Mapping[str, Any], size: int) -> str | None:
-    return None if sidecar.get("file_bytes") == size else f"{sidecar.get('file_bytes')} bytes there, {size} here"
-
-
-def _from_sidecar(sidecar: Mapping[str, Any], path: Path) -> Source:
-    made = {key: value for key, value in sidecar.items() if key not in {"tensors", "histogram"}}
+def _from_sidecar(sidecar: Mapping[str, Any], path: Path, notes: tuple[str, ...]) -> Source:
     return Source(
         kind="fisher",
         path=path,
         entries=_sidecar_entries(sidecar),
-        histogram=Histogram.from_json(sidecar["histogram"]),
-        provenance=made,
+        histogram=_histogram(sidecar, path),
+        provenance={key: value for key, value in sidecar.items() if key not in {"tensors", "histogram"}},
+        notes=notes,
     )
+
+
+def _histogram(sidecar: Mapping[str, Any], path: Path) -> Histogram:
+    try:
+        return Histogram.from_json(sidecar["histogram"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not describe a Fisher: {error}") from None
 
 
 def _sidecar_entries(sidecar: Mapping[str, Any]) -> tuple[Entry, ...]:
@@ -276,23 +272,11 @@ def _kind(index: CheckpointIndex, path: Path, negative: int) -> Kind:
 
 
 def _from_importance(content: Any, path: Path) -> Source:
-    """A ``layer_importance.json`` in any of its forms: ``{"layers": [...]}``, ``{"0": x, ...}``, ``[x, ...]``."""
-    try:
-        rows = content.get("layers", content) if isinstance(content, dict) else content
-        if isinstance(rows, dict):
-            entries = [_layer(int(layer), {"sum": value}) for layer, value in rows.items()]
-        elif rows and isinstance(rows[0], dict):
-            entries = [_layer(int(row["layer"]), row) for row in rows]
-        else:
-            entries = [_layer(layer, {"sum": value}) for layer, value in enumerate(rows)]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        entries = []
-    if not entries:
-        raise CheckpointError(f"{path}: neither statistics of a Fisher nor a layer_importance.json")
-    return Source(kind="importance", path=path, entries=tuple(entries))
+    rows = parse_rows(content, f"{path}: neither statistics of a Fisher nor a layer_importance.json")
+    return Source(kind="importance", path=path, entries=tuple(map(_layer, rows)))
 
 
-def _layer(layer: int, row: Mapping[str, Any]) -> Entry:
-    name = str(row.get("name", layer))
-    weights = int(row.get("weights", 0))
-    return Entry(name=name, layer=layer, layer_name=name, module="", weights=weights, sum=_number(row["sum"]))
+def _layer(row: LayerRow) -> Entry:
+    return Entry(
+        name=row.name, layer=row.layer, layer_name=row.name, module="", weights=row.weights, sum=_number(row.sum)
+    )

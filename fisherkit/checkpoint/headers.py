@@ -18,6 +18,7 @@ from fisherkit.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMS = 64  # what torch can hold; also keeps the product of a hostile shape cheap
+_MAX_NUMEL = 2**59  # entries of up to 16 bytes whose number of bytes fits 63 bits
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,37 @@ def file_size(path: Path) -> int:
 
 
 def parse_json(path: Path, raw: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in ``raw``; keys that occur twice are refused, since readers differ in which one they take.
+    """Return the JSON object in ``raw``; see parse_any.
 
     Raises:
         CheckpointError: it is not JSON in UTF-8, not an object, or has a key twice; ``what`` names it in the message.
     """
-    try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: {what} is not valid JSON: {reason}; fetch the file again") from None
+    found = parse_any(path, raw, what)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: {what} is not a JSON object; fetch the file again")
     return found
+
+
+def parse_any(path: Path, raw: bytes, what: str) -> Any:
+    """Return the JSON value in ``raw``; keys that occur twice are refused, since readers differ in which one they take.
+
+    Raises:
+        CheckpointError: it is not JSON in UTF-8, or has a key twice; ``what`` names it in the message.
+    """
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: {what} is not valid JSON: {reason}; fetch the file again") from None
+
+
+def fits_memory(sizes: Any) -> bool:
+    """Return whether a value is a list of sizes that torch and numpy can hold; [2**62, 0], though empty, is none."""
+    if not isinstance(sizes, list | tuple) or len(sizes) > _MAX_DIMS:
+        return False
+    if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        return False
+    return bool(math.prod(size for size in sizes if size) < _MAX_NUMEL)
 
 
 def looks_like(path: Path) -> str:
@@ -153,14 +172,14 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
+    if not isinstance(shape, list) or not fits_memory(shape):
         raise CheckpointError(f"{where}: its shape is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: its data_offsets are not a byte range")
     start, stop = offsets
     bits = math.prod(shape) * DTYPES[dtype].bits
     if bits != 8 * (stop - start):
-        raise CheckpointError(f"{where}: {dtype} of shape {shape} needs {bits / 8:.0f} bytes, not {stop - start}")
+        raise CheckpointError(f"{where}: {dtype} of shape {shape} needs {-(-bits // 8)} bytes, not {stop - start}")
     return TensorInfo(name, dtype, tuple(shape), path, base + start, stop - start)
 
 

@@ -169,8 +169,8 @@ def _is_below(shard: str) -> bool:
     return bool(parts) and not shard.startswith("/") and ".." not in parts and not set(shard) & {"\\", ":", "\0", "\n"}
 
 
-def _windows(nbytes: int) -> list[tuple[int, int]]:
-    """Start, middle and end of ``nbytes`` bytes; all of them when they are few."""
+def sample_windows(nbytes: int) -> list[tuple[int, int]]:
+    """Return the byte ranges that stand for ``nbytes`` bytes: start, middle and end; all of them when they are few."""
     if nbytes <= _SAMPLE_BYTES:
         return [(0, nbytes)]
     width = _SAMPLE_BYTES // 3
@@ -182,7 +182,7 @@ def _sample(file: Path, infos: Iterable[TensorInfo]) -> dict[str, bytes]:
     try:
         with file.open("rb") as stream:
             for info in infos:
-                parts = (os.pread(stream.fileno(), b - a, info.start + a) for a, b in _windows(info.nbytes))
+                parts = (os.pread(stream.fileno(), b - a, info.start + a) for a, b in sample_windows(info.nbytes))
                 digests[info.name] = hashlib.sha256(b"".join(parts)).digest()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
@@ -192,4 +192,4 @@ def _sample(file: Path, infos: Iterable[TensorInfo]) -> dict[str, bytes]:
 def _sample_torch(file: Path, infos: Iterable[TensorInfo]) -> dict[str, bytes]:
     from fisherkit.checkpoint.pickles import sample_digests
 
-    return sample_digests(file, {info.name: _windows(info.nbytes) for info in infos})
+    return sample_digests(file, {info.name: sample_windows(info.nbytes) for info in infos})

@@ -163,7 +163,7 @@ def _torch_slots(path: Path, specs: Sequence[TensorSpec]) -> list[Slot] | None:
     if sizes != {number: spec.nbytes for number, spec in enumerate(specs)}:
         return None
     with path.open("rb") as file:
-        return [Slot(spec, path, _data_offset(file.fileno(), records[n])) for n, spec in enumerate(specs)]
+        return [Slot(spec, path, data_offset(file.fileno(), records[n])) for n, spec in enumerate(specs)]
 
 
 def _storages(path: Path) -> dict[int, zipfile.ZipInfo]:
@@ -172,9 +172,16 @@ def _storages(path: Path) -> dict[int, zipfile.ZipInfo]:
         return {int(match[1]): record for match, record in named if match}
 
 
-def _data_offset(descriptor: int, record: zipfile.ZipInfo) -> int:
-    """Past the record's own header, whose name and padding can be longer than the directory's."""
-    name_bytes, extra_bytes = struct.unpack("<HH", os.pread(descriptor, 4, record.header_offset + 26))
+def data_offset(descriptor: int, record: zipfile.ZipInfo) -> int:
+    """Return where a record's bytes start: past its own header, whose name and padding can be longer than listed.
+
+    Raises:
+        ValueError: the file ends before that.
+    """
+    found = os.pread(descriptor, 4, record.header_offset + 26)
+    if len(found) < 4:
+        raise ValueError(f"the header of {record.filename!r} is missing")
+    name_bytes, extra_bytes = struct.unpack("<HH", found)
     return int(record.header_offset + 30 + name_bytes + extra_bytes)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fisherkit.checkpoint.content import content_sha256
 from fisherkit.kernels.stats import TensorStats, tensor_stats
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
@@ -38,6 +39,7 @@ def sidecar(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "file_bytes": path.stat().st_size
         if path.is_file()
         else sum(f.stat().st_size for f in path.glob("*.safetensors")),
+        "content_sha256": content_sha256(path),
         "model": {"id": "org/tiny", "revision": None, "architecture": "LlamaForCausalLM"},
         "prompts": {"source": "builtin", "rows": 200, "samples": 200, "loss": "all"},
         "estimator": {"name": "empirical", "labels": "data", "reduction": "mean", "layers": None},

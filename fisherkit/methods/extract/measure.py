@@ -19,6 +19,7 @@ from typing import Any
 from fisherkit.artefacts import covariance_file, fisher_sidecar
 from fisherkit.artefacts.fisher_paths import FisherPaths
 from fisherkit.checkpoint.atomic import publish, write_json
+from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
@@ -193,6 +194,7 @@ def _fill(paths: FisherPaths, prepared: Prepared, work: Work, track: Track, say:
     made = provenance(prepared, work.progress["mode"]) | {
         "file": paths.fisher.name,
         "file_bytes": sum(file.stat().st_size for file in files if file.suffix != ".json"),
+        "content_sha256": content_sha256(staged.fisher),
         "loss": work.progress.get("loss"),
     }
     made["run"] |= {"fingerprint": run, "seconds": round(time.monotonic() - started, 3)}

@@ -28,6 +28,7 @@ from fisherkit.artefacts import fisher_sidecar
 from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.mask_entry import Kind, MaskEntry, header
 from fisherkit.checkpoint.atomic import publish, write_json
+from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import OutputError
@@ -161,6 +162,7 @@ def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Mask
         made["tensors"][name] |= details
     version = {"fisherkit": __version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     facts = {"units": masked.units, "selected": masked.selected, "unreached": list(masked.unreached)}
+    made["content_sha256"] = content_sha256(staging / out.name)
     beside = fisher_sidecar.sidecar_path(out)
     write_json(staging / beside.name, made | version | facts | {"notes": list(masked.notes)})
     _check_output(out, made_from, options)  # again: hours may have passed
