@@ -345,3 +345,20 @@ def test_colours_run_from_dark_to_light_and_stay_at_the_ends() -> None:
     assert brightness == sorted(brightness)
     assert formatting.colour(-1) == formatting.colour(0)
     assert formatting.colour(2) == formatting.colour(1)
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, OptionError, ValueError, MemoryError])
+def test_an_error_is_one_line_of_at_most_300_characters(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise kind("what is wrong: " + "x\n" * 100_000 + "; what to do")
+
+    console.guard(fail)
+    line = capsys.readouterr().err
+    assert line.startswith("Error: ")
+    assert line.count("\n") == 1
+    assert len(line) <= 301
+    assert "what is wrong" in line
+    if kind in (CheckpointError, OptionError):
+        assert line.endswith("; what to do\n")

@@ -156,7 +156,8 @@ def test_what_a_tool_cannot_take_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         write_export(path, tmp_path / "there.yaml", ExportOptions(to="mergekit"))
-    with pytest.raises(OutputError, match="exists already"):
-        write_export(path, path, ExportOptions(to="mergekit", force=True))
+    for own in (path, path.with_suffix(".json")):
+        with pytest.raises(OutputError, match="is the mask itself, or what describes it"):
+            write_export(path, own, ExportOptions(to="mergekit", force=True))
     write_export(path, tmp_path / "there.yaml", ExportOptions(to="mergekit", force=True))
     assert "task_arithmetic" in (tmp_path / "there.yaml").read_text()

@@ -27,9 +27,7 @@ _MORE = {
 _MASK_ROW = table({"shape": shape, "over": maybe(whole(0, 63)), "packed": flag, "kept": whole()})
 SCHEMAS = {
     "mask": table({**_COMMON, "kind": text("mask"), "tensors": named(_MASK_ROW)}, _MORE),
-    "subspace": table(
-        {**_COMMON, "kind": text("subspace"), "tensors": named(_SUBSPACE_ROW)}, _MORE
-    ),
+    "subspace": table({**_COMMON, "kind": text("subspace"), "tensors": named(_SUBSPACE_ROW)}, _MORE),
 }
 """The JSON beside a mask, by kind; see checkpoint.schema."""
 

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from fisherkit.checkpoint.dtypes import dtype_code
 from fisherkit.checkpoint.headers import TensorInfo, file_size, looks_like, read_start
 from fisherkit.errors import CheckpointError
 
+_SHARED = 16
+"""Tensors may share a storage, as tied weights do: all together they are at most so many times the file's size."""
+
 
 def load_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a flat dict, or of the one flat dict inside a dict; mapped, so nothing is read yet.
@@ -24,8 +28,10 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: not such a file, damaged, asks for more than tensors, or holds something else.
     """
-    file_size(path)
+    size = file_size(path)
     zipped = read_start(path, 4) == b"PK\x03\x04"
+    if zipped:
+        _refuse_compressed(path)
     try:
         # weights_only is said out loud: an environment variable can turn the default off.
         with warnings.catch_warnings(action="ignore"):  # what torch mutters about a file that it then refuses
@@ -33,11 +39,47 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(_reason(path, error)) from None
     tensors = _unwrap(path, loaded)
+    _refuse_repeated(path, tensors, size)
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not dtype_code(tensor.dtype):
             kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
             raise CheckpointError(f"{path}: tensor {name!r} is {kind}; only dense ones of common types can be read")
     return tensors
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a zip that packed its records: mapped, their packed bytes would be taken for values.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # torch says what is wrong with it
+    if packed:
+        raise CheckpointError(
+            f"{path}: {len(packed)} records of it are compressed, such as {packed[0]}, which torch.save never does; "
+            "load it with torch.load where you trust it, and save it again"
+        )
+
+
+def _refuse_repeated(path: Path, tensors: Mapping[str, Tensor], size: int) -> None:
+    """Refuse views that make more of a storage than it holds: one element can pose as 10^12.
+
+    Raises:
+        CheckpointError: a tensor is larger than its storage, or all together far larger than the file.
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            continue  # refused by its kind
+        total += (nbytes := tensor.numel() * tensor.itemsize)
+        if nbytes > tensor.untyped_storage().nbytes() or total > _SHARED * max(size, 1 << 20):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} repeats what is stored, {nbytes:,} bytes of it; save its .contiguous()"
+            )
 
 
 def torch_infos(path: Path) -> dict[str, TensorInfo]:

@@ -96,6 +96,24 @@ def check_apart(written: Sequence[Path], inputs: Sequence[Path], out: Path | Non
             raise OutputError(f"{path}: lies in {out}, which is renamed into place as a whole; put it beside it")
 
 
+def check_separate(written: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Refuse files of which one is an input, lies inside of an input's folder, or holds an input.
+
+    Args:
+        written: files and folders that would be made; links are followed.
+        inputs: files and folders that are read; links are followed.
+
+    Raises:
+        OutputError: see above.
+    """
+    read = [path.resolve() for path in inputs]
+    for path in written:
+        real = path.resolve()
+        for one in read:
+            if real == one or one in real.parents or real in one.parents:
+                raise OutputError(f"{path}: is an input of this run, lies inside of one, or holds one; write elsewhere")
+
+
 def _manifest(folder: Path) -> set[str] | None:
     """The files of a whole model that fapm or merge wrote here; None if they did not."""
     try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fisherkit.methods.inspect.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
+_LINE = 290  # characters of an error, besides the word Error
 _PAUSE = 2.0  # seconds between two lines of progress
 
 
@@ -204,7 +205,12 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
 
 
 def explain(error: Exception) -> str:
-    """Say in one line what went wrong."""
+    """Say in one line of at most 300 characters what went wrong; of a longer one the beginning and the end."""
+    text = _reason(error)
+    return text if len(text) <= _LINE else f"{text[: _LINE - 105]} ... {text[-100:]}"
+
+
+def _reason(error: Exception) -> str:
     text = one_line(str(error))
     if isinstance(error, FisherkitError):
         return text

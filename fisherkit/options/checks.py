@@ -85,10 +85,13 @@ def parse_shares(option: str, text: str) -> tuple[float, ...]:
 def parse_layers(text: str) -> tuple[int, ...]:
     """Parse layer numbers: ``"0-7,12"`` is ``(0, 1, ..., 7, 12)``. Raises OptionError for anything else."""
     layers: set[int] = set()
+    most = 10_000
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise OptionError(f"--layers takes numbers and ranges such as 0-7,12; {part.strip()!r} is neither")
+        if any(len(digits) > 6 or int(digits) > most for digits in re.findall(r"\d+", part)):
+            raise OptionError(f"--layers {part.strip()[:40]}: no model has more than {most:,} layers")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(layers))
 

@@ -50,8 +50,10 @@ def write_export(source: str | os.PathLike[str], out: Path, options: ExportOptio
     Raises:
         OutputError: ``out`` exists (unless ``force``), is the source, or cannot be written.
     """
-    text = export(source, options, folder=out.parent)
-    if out.exists() and (out.resolve() == Path(source).resolve() or out.is_dir() or not options.force):
+    text, beside = export(source, options, folder=out.parent), Path(source).with_suffix(".json")
+    if out.resolve() in (Path(source).resolve(), beside.resolve()):
+        raise OutputError(f"{out}: is the mask itself, or what describes it; choose another name")
+    if out.exists() and (out.is_dir() or not options.force):
         raise OutputError(f"{out}: exists already; choose another name, or --force to replace a file")
     write_text(out, text)
     return out

@@ -27,6 +27,8 @@ from fisherkit.engine.covariance.plan import covariance_bytes, left_out, probe_o
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink, store_bytes, store_code
 from fisherkit.engine.model.plan import Plan
+from fisherkit.errors import FisherkitError, OutputError, ResumeError
+from fisherkit.methods.extract.checks import check_apart
 from fisherkit.methods.extract.engines import run_engine
 from fisherkit.methods.extract.prepare import Prepared, prepare
 from fisherkit.methods.extract.provenance import digest, fingerprint, provenance
@@ -83,6 +85,7 @@ def extract(
         _check_free(paths, options)
     prepared = prepare(os.fspath(model), os.fspath(prompts), options, say)
     assert prepared.prompts is not None
+    check_apart(paths, prepared.source, prepared.skeleton, os.fspath(prompts))
     say(prepared.prompts.report.line())
     say(prepared.line())
     ours = fingerprint(prepared)
@@ -94,10 +97,15 @@ def extract(
         return _report(paths, options)
     started = time.monotonic()
     with _open_work(paths.partial, ours, options, say) as work:
-        if "publishing" not in work.progress:
-            _check_free(paths, options)  # again: another run may have finished since
-            _fill(paths, prepared, work, track, say, digest(ours), started)
-        _publish(paths.fisher, options, work)
+        try:
+            if "publishing" not in work.progress:
+                _check_free(paths, options)  # again: another run may have finished since
+                _fill(paths, prepared, work, track, say, digest(ours), started)
+            _publish(paths.fisher, options, work)
+        except FisherkitError as error:
+            if _is_refusal(error, work.progress):
+                work.remove()
+            raise
         work.remove()
     return _report(FisherPaths.of(paths.fisher), options)
 
@@ -175,6 +183,16 @@ def _open_work(partial: Path, ours: Mapping[str, str], options: ExtractOptions, 
     elif partial.exists():
         say(f"{partial} is left over from an earlier run and is started over; --resume would go on with it")
     return Work.start(partial, ours)
+
+
+def _is_refusal(error: FisherkitError, progress: Mapping[str, Any]) -> bool:
+    """Return whether a run that failed would fail again, or has nothing to go on with: its work folder is dropped.
+
+    Once a part of the Fisher is finished nothing is dropped: a file that could not be read may be there tomorrow.
+    """
+    if isinstance(error, OutputError):
+        return "groups" not in progress  # refused before it began; a full disk can be emptied
+    return "sink" not in progress and not isinstance(error, ResumeError)
 
 
 def _fill(paths: FisherPaths, prepared: Prepared, work: Work, track: Track, say: Say, run: str, started: float) -> None:

@@ -16,7 +16,8 @@ from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.model.skeleton import Skeleton, blocks_in_groups, build_skeleton
-from fisherkit.errors import CheckpointError, OptionError, first_line
+from fisherkit.errors import CheckpointError, FisherkitError, first_line
+from fisherkit.methods.extract.checks import check_all_taken, check_counts, check_fit, folder_of
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
@@ -92,16 +93,13 @@ def prepare(model: str, prompts: str | None, options: ExtractOptions, say: Say, 
         UnsupportedModelError: no causal language model that can be measured.
     """
     source = resolve_model(model, weights=not dry_run)
-    config = read_config(source.path, trust_remote_code=options.trust_remote_code)
-    index = _open(source, dry_run)
     device = choose_device(options.device)
-    dtype = choose_dtype(config, index, options.dtype)
-    skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
+    skeleton = _skeleton(source, options, dry_run)
     tokenizer = _tokenizer(source, options, dry_run)
     samples = None
     if tokenizer is not None and prompts is not None:
         samples = load_prompts(prompts, tokenizer, options)
-        _check_fit(source, skeleton, samples)
+        check_fit(source, skeleton, samples)
     return Prepared(
         source=source,
         skeleton=skeleton,
@@ -122,14 +120,34 @@ def _open(source: ModelSource, dry_run: bool) -> CheckpointIndex | None:
         raise
 
 
+def _skeleton(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Skeleton:
+    """Build the model without weights, and hold the checkpoint against it."""
+    check_counts(source)
+    try:
+        config = read_config(source.path, trust_remote_code=options.trust_remote_code)
+        index = _open(source, dry_run)
+        dtype = choose_dtype(config, index, options.dtype)
+        skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
+    except FisherkitError:
+        raise
+    except Exception as error:  # transformers answers odd values in a config with whatever they lead to
+        detail = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(
+            f"{folder_of(source) / 'config.json'}: transformers makes no model of it ({detail})"
+        ) from error
+    if index is not None:
+        check_all_taken(source, skeleton)
+    return skeleton
+
+
 def _tokenizer(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Any:
     """Load the tokenizer beside the model; None where there is none and the run is dry."""
-    folder = source.path if source.path.is_dir() else source.path.parent
+    folder = folder_of(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises plain ones
         if dry_run:
             return None
         raise CheckpointError(
@@ -141,21 +159,6 @@ def _tokenizer(source: ModelSource, options: ExtractOptions, dry_run: bool) -> A
 def _longest(prompts: PromptSet | None, options: ExtractOptions) -> int:
     """Return the tokens of the longest sample; at most so many where there are no samples yet."""
     return max(len(sample.ids) for sample in prompts.samples) if prompts is not None else options.max_length
-
-
-def _check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet) -> None:
-    """Refuse samples that the model has no embeddings or no positions for."""
-    largest = max(max(sample.ids) for sample in prompts.samples)
-    rows = skeleton.model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise CheckpointError(
-            f"{source.path}: the tokenizer gives token {largest}, but the model embeds only {rows}; "
-            "the tokenizer belongs to another model"
-        )
-    longest = max(len(sample.ids) for sample in prompts.samples)
-    positions = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise OptionError(f"--max-length {longest}: the model has {positions} positions; use --max-length {positions}")
 
 
 def _make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device, longest: int, say: Say) -> Plan:

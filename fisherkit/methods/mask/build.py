@@ -111,6 +111,7 @@ def mask(
         _check_output(out, made_from, options)
         with Work.start(out.with_name(out.name + ".partial"), {"command": "mask"}) as work:
             try:
+                _check_output(out, made_from, options)  # again: another run may have finished since
                 masked = _make(out, made_from, options, work.staging, track)
                 _finish(out, made_from, options, masked, work.staging)
             finally:
