@@ -4,11 +4,10 @@ import errno
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import safetensors.torch
 import torch
@@ -36,7 +35,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_killed_run_leaves_no_target_and_continues_to_the_same_bytes(tmp_path: Path) -> None:
     code = KILLED.format(support=str(Path(__file__).parent / "support"), folder=str(tmp_path))
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert fork_server.run(["-c", code]).returncode == -signal.SIGKILL
     tensors = sample_tensors()
     (tmp_path / "whole").mkdir()
     for name in TARGETS:

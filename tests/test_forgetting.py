@@ -29,6 +29,8 @@ from benchmarks.forgetting.results import (  # noqa: E402
 from benchmarks.forgetting.sizes import SIZES  # noqa: E402
 from benchmarks.forgetting.world import World  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("forgetting")  # one worker makes the toy that most of these look at
+
 
 def _line(arm: tuple[str, str], pair: tuple[int, str], *stages: tuple[dict[str, float], float], first: int = 1) -> Any:
     """A line whose stages have these new scores and this General; losses are one minus the scores."""

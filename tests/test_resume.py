@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pairs
 import pytest
 import tiny
+from fork_server import Forked
 from kills import Killed, killed_after
 
 import fisherkit
@@ -98,15 +100,15 @@ def test_sigkill_leaves_no_target_and_can_be_resumed(checkpoint: Checkpoint, pro
 def test_interrupt_exits_130_and_tells_how_to_go_on(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     model, out = checkpoint("llama"), tmp_path / "fisher.pt"
     arguments = ["extract", str(model), str(prompts), "-o", str(out), "--group-size", "1", "--batch-tokens", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "fisherkit", *arguments], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "forward" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    process.stderr.close()
-    assert process.wait() == 130
+    read, write = os.pipe()
+    program = Forked(["-m", "fisherkit", *arguments], (0, 1, write))
+    os.close(write)
+    with open(read, encoding="utf-8") as told:
+        while "forward" not in told.readline():
+            pass
+        program.send_signal(signal.SIGINT)
+        rest = told.read()
+    assert program.wait() == 130
     assert "--resume goes on with it" in rest
     assert "Traceback" not in rest
     assert (tmp_path / "fisher.pt.partial").is_dir()
@@ -188,9 +190,7 @@ def test_damaged_progress_is_reported(damage: str, checkpoint: Checkpoint, promp
 def test_a_disk_that_fills_keeps_what_is_finished(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     model, out = checkpoint("llama"), tmp_path / "fisher.pt"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
-    code = limit + "import sys; sys.argv[0] = 'fisherkit'; from fisherkit.__main__ import main; main()"
-    arguments = ["extract", str(model), str(prompts), "-o", str(out), "--group-size", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = pairs.fisherkit("extract", model, prompts, "-o", out, "--group-size", "1", first=limit)
     assert done.returncode == 1
     assert "disk full" in done.stderr
     assert "--resume" in done.stderr

@@ -40,11 +40,16 @@ class Forked:
     """A running program, with as much of subprocess.Popen as tests need."""
 
     def __init__(
-        self, words: Sequence[str], streams: Sequence[Stream], *, cwd: Path | None, env: Mapping[str, str]
+        self,
+        words: Sequence[str],
+        streams: Sequence[Stream],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._wire = socket.socket(socket.AF_UNIX)
         self._wire.connect(os.environ[ADDRESS])
-        about = {"words": list(words), "cwd": str(cwd or Path.cwd()), "env": dict(env)}
+        about = {"words": list(words), "cwd": str(cwd or Path.cwd()), "env": dict(os.environ if env is None else env)}
         numbers = [one if isinstance(one, int) else one.fileno() for one in streams]
         socket.send_fds(self._wire, [b"s"], numbers)
         self._answers = self._wire.makefile("rw", encoding="utf-8")
@@ -56,10 +61,19 @@ class Forked:
         """Send a signal to the program."""
         os.kill(self.pid, number)
 
-    def wait(self) -> int:
-        """Wait for the program's end, and return its exit code, or the negative number of the signal that ended it."""
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the program's end, and return its exit code, or the negative number of the signal that ended it.
+
+        Args:
+            timeout: seconds after which the program and its children are killed, and TimeoutError is raised.
+        """
+        self._wire.settimeout(timeout)
         with self._wire, self._answers:
-            return int(self._answers.readline())
+            try:
+                return int(self._answers.readline())
+            except TimeoutError:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise
 
 
 def run(
@@ -69,6 +83,7 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     fresh: bool = False,
+    timeout: float = 300,
 ) -> Done:
     """Run ``python WORDS`` and catch what it prints, as subprocess.run does.
 
@@ -78,12 +93,19 @@ def run(
         cwd: the program's folder; None is this process's own.
         env: environment variables that are added to this process's own, or that replace them.
         fresh: start an interpreter that has imported nothing.
+        timeout: seconds after which the program is killed, and an exception raised.
     """
     environment = {**os.environ, **(env or {})}
     if fresh or not _can_fork(env or {}):
-        command = [sys.executable, *words]
         return subprocess.run(
-            command, capture_output=True, text=True, check=False, input=stdin, cwd=cwd, env=environment
+            [sys.executable, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            input=stdin,
+            cwd=cwd,
+            env=environment,
+            timeout=timeout,
         )
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryFile("w+", encoding="utf-8") as given:
         given.write(stdin or "")
@@ -93,7 +115,7 @@ def run(
         os.close(to_out)
         os.close(to_err)
         told = pool.map(_read_all, (out, err))
-        return subprocess.CompletedProcess([sys.executable, *words], program.wait(), *told)
+        return subprocess.CompletedProcess([sys.executable, *words], program.wait(timeout), *told)
 
 
 def _read_all(pipe: int) -> str:
@@ -175,6 +197,7 @@ def _keep(wire: socket.socket) -> NoReturn:
             answers.flush()
             os._exit(0)
     wire.close()
+    os.setsid()  # so that it can be killed with its children
     _take_over(streams)
     os._exit(_run(about))
 
