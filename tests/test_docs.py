@@ -5,14 +5,14 @@ Blocks of a page run in order, in a folder of the page's own. In it ``demo/`` is
 lines that matter, in order, whatever their numbers. ``python``: a program. Any other block is only shown.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import fork_server
+import on_path
 import pytest
 import tiny
 import torch
@@ -38,10 +38,9 @@ STRICT = "set -o pipefail; trap 'code=$?; [ $code = 141 ] || { echo \"failed: $B
 
 
 @pytest.fixture(scope="module")
-def search_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def search_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A PATH with ``fisherkit`` and ``python`` that start at once."""
-    with fork_server.programs(tmp_path_factory.mktemp("bin")) as folder:
-        yield f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return on_path.put(tmp_path_factory.mktemp("bin"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +75,17 @@ def test_what_a_page_shows_runs_as_it_stands(page: str, demo: Path, search_path:
             run("python block.py", tmp_path, search_path)
         elif lines := [line for line in block.splitlines(keepends=True) if not NOT_HERE.match(line)]:
             assert run("".join(lines), tmp_path, search_path), f"prints nothing:\n{block}"
+    if page == "docs/formats.md":
+        check_keys(tmp_path)
+
+
+def check_keys(folder: Path) -> None:
+    """A heading of docs/formats.md that is a JSON file's name is followed by a table of exactly its keys."""
+    tables = re.findall(r"^### (\S+\.json)\n(.*?)(?=^#|\Z)", TEXT["docs/formats.md"], re.DOTALL | re.MULTILINE)
+    assert len(tables) >= 6
+    for name, text in tables:
+        first_column = "".join(re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE))
+        assert set(re.findall(r"`(\w+)`", first_column)) == json.loads((folder / name).read_bytes()).keys(), name
 
 
 def check_console(block: str, folder: Path, search_path: str) -> None:
