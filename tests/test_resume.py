@@ -1,7 +1,9 @@
 """A run that was killed at any moment goes on to the same bits; what is not finished never looks finished."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +187,36 @@ def test_damaged_progress_is_reported(damage: str, checkpoint: Checkpoint, promp
     (tmp_path / "fisher.pt.partial" / "progress.json").write_text(damage)
     with pytest.raises(ResumeError, match="progress of a run"):
         extract(checkpoint("llama"), prompts, tmp_path / "fisher.pt", resume=True)
+
+
+@pytest.mark.parametrize("odd", [{"x": 1}, -1, "x"])
+def test_progress_that_does_not_add_up_is_refused_or_goes_on_to_the_same_bits(
+    odd: Any, checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    model = checkpoint("llama")
+    (tmp_path / "whole").mkdir()
+    extract(model, prompts, tmp_path / "whole" / "fisher.pt")
+    whole = (tmp_path / "whole" / "fisher.pt").read_bytes()
+    (tmp_path / "killed").mkdir()
+    with pytest.raises(Killed):
+        extract(model, prompts, tmp_path / "killed" / "fisher.pt", killed_after(27))
+    path = "fisher.pt.partial/progress.json"
+    progress = json.loads((tmp_path / "killed" / path).read_text())
+    assert {"sink", "mode", "groups", "backward"} <= progress.keys()
+    changes = [{key: odd} for key in progress] + [
+        {"groups": [[0], [1]]},
+        {"backward": 0},
+        {"sink": {"tensors": {}, "histogram": []}},
+        {"mode": progress["mode"] | {"engine": odd}},
+    ]
+    for number, change in enumerate(changes):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "killed", folder)
+        (folder / path).write_text(json.dumps(progress | change))
+        with contextlib.suppress(ResumeError):
+            extract(model, prompts, folder / "fisher.pt", resume=True)
+        finished = (folder / "fisher.pt").exists()
+        assert not finished or (folder / "fisher.pt").read_bytes() == whole, change
 
 
 def test_a_disk_that_fills_keeps_what_is_finished(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:

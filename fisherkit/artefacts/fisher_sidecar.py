@@ -18,13 +18,13 @@ from fisherkit.kernels.histogram import Histogram
 
 FORMAT = "fisherkit.fisher/1"
 _FIGURE = maybe(number())
+FIGURES = table({"shape": shape, "sum": _FIGURE, "max": _FIGURE, "zeros": whole(), "nonfinite": whole()})
+HISTOGRAM = listed(listed(number(0), 3))
 SCHEMA = table(
     {
         "format": text(FORMAT),
-        "tensors": named(
-            table({"shape": shape, "sum": _FIGURE, "max": _FIGURE, "zeros": whole(), "nonfinite": whole()})
-        ),
-        "histogram": listed(listed(number(0), 3)),
+        "tensors": named(FIGURES),
+        "histogram": HISTOGRAM,
     },
     {
         "file": text(),

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from fisherkit.checkpoint.atomic import disk_errors, write_bytes
-from fisherkit.errors import OutputError, ResumeError
+from fisherkit.checkpoint.schema import MisfitError, Rule, anything, named, parse_file, table, text
+from fisherkit.errors import CheckpointError, OutputError, ResumeError, first_line
 
 PROGRESS, LOCK = "progress.json", "lock"
 STAGING = "output"
@@ -64,13 +65,19 @@ class Work:
         return work
 
     @classmethod
-    def resume(cls, folder: Path, fingerprint: Mapping[str, str]) -> "Work | None":
+    def resume(cls, folder: Path, fingerprint: Mapping[str, str], rule: Rule = anything) -> "Work | None":
         """Open the folder of a killed run with the same fingerprint; None if there is nothing to go on with.
 
+        Args:
+            folder: the work folder.
+            fingerprint: of the run that wants to go on.
+            rule: for the progress; see checkpoint.schema.
+
         Raises:
-            ResumeError: the folder belongs to other prompts, options or another model, and which of them differ.
+            ResumeError: the folder belongs to other prompts, options or another model, and which of them differ; or
+                its progress is damaged.
         """
-        progress = read_progress(folder)
+        progress = read_progress(folder, rule)
         if progress is None:
             return None
         found = progress["fingerprint"]
@@ -107,8 +114,12 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def read_progress(folder: Path) -> dict[str, Any] | None:
+def read_progress(folder: Path, rule: Rule = anything) -> dict[str, Any] | None:
     """Return what a killed run noted in its work folder; None where there is no such run.
+
+    Args:
+        folder: the work folder.
+        rule: for the progress, besides its fingerprint.
 
     Raises:
         ResumeError: the file is damaged.
@@ -117,10 +128,13 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        progress = json.loads(path.read_text("utf-8"))
-        progress["fingerprint"] = dict(progress["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ResumeError(f"{path}: not the progress of a run; delete {folder} and start again") from error
+        progress = parse_file(path, "the progress")
+        table({"fingerprint": named(text())})(progress, "")
+        rule(progress, "")
+    except (CheckpointError, MisfitError) as error:
+        raise ResumeError(
+            f"{path}: not the progress of a run ({first_line(error)}); delete {folder} and start again"
+        ) from error
     return dict(progress)
 
 

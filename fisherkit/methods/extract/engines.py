@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from fisherkit.artefacts import fisher_sidecar
+from fisherkit.checkpoint.schema import flag, listed, maybe, named, number, table, text, whole
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink
@@ -23,6 +25,23 @@ from fisherkit.prompts.dataset import batches
 Mode = dict[str, Any]
 """How a run goes: ``engine``, the ``reason``, ``singles`` (batches of one sample), ``general`` (left to autograd)."""
 
+PROGRESS = table(
+    {},
+    {
+        "groups": listed(listed(whole(), 1), 1),
+        "mode": table(
+            {"engine": text("stream", "resident"), "reason": text(), "singles": flag, "general": listed(text())}
+        ),
+        "laid_out": flag,
+        **dict.fromkeys(("forward", "backward", "resident"), whole()),
+        "loss": number(),
+        "heard": named(text()),
+        "moments": table({}, {"heard": named(text()), "figures": named(named(maybe(number())))}),
+        "sink": table({"tensors": named(fisher_sidecar.FIGURES), "histogram": fisher_sidecar.HISTOGRAM}),
+        "publishing": table({"force": flag}),
+    },
+)
+"""What the work folder of a run may say; see checkpoint.schema."""
 _STARTED_OVER = ("forward", "backward", "outer", "sink", "loss", "heard", "moments")
 """What the work folder forgets when another mode starts over."""
 

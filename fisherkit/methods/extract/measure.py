@@ -29,7 +29,7 @@ from fisherkit.engine.fisher.sink import FisherSink, store_bytes, store_code
 from fisherkit.engine.model.plan import Plan
 from fisherkit.errors import FisherkitError, OutputError, ResumeError
 from fisherkit.methods.extract.checks import check_apart
-from fisherkit.methods.extract.engines import run_engine
+from fisherkit.methods.extract.engines import PROGRESS, run_engine
 from fisherkit.methods.extract.prepare import Prepared, prepare
 from fisherkit.methods.extract.provenance import digest, fingerprint, provenance
 from fisherkit.options import ExtractOptions
@@ -79,7 +79,7 @@ def extract(
     """
     options = options or ExtractOptions()
     paths = FisherPaths.of(Path(out))
-    left = read_progress(paths.partial) if options.resume else None
+    left = read_progress(paths.partial, PROGRESS) if options.resume else None
     may_be_finished = options.resume and left is None and paths.fisher.exists()
     if not may_be_finished and not (left and "publishing" in left):
         _check_free(paths, options)
@@ -175,7 +175,7 @@ def _is_of(paths: FisherPaths, run: str) -> bool:
 def _open_work(partial: Path, ours: Mapping[str, str], options: ExtractOptions, say: Say) -> Work:
     """Go on with a killed run, or start afresh, and say which."""
     if options.resume:
-        work = Work.resume(partial, ours)
+        work = Work.resume(partial, ours, PROGRESS)
         if work is not None:
             say(f"going on with what is finished in {partial}")
             return work
@@ -199,6 +199,8 @@ def _fill(paths: FisherPaths, prepared: Prepared, work: Work, track: Track, say:
     """Measure, and bring every file of the output into the staging folder."""
     groups = work.progress.get("groups")  # free memory may be another when a run goes on: its groups stay
     if groups is not None:
+        if [block for group in groups for block in group] != list(range(len(prepared.skeleton.blocks))):
+            raise _damaged(work)
         prepared = dataclasses.replace(prepared, plan=Plan(tuple(map(tuple, groups)), prepared.plan.targets))
     work.commit(groups=prepared.plan.groups)
     with _open_writer(paths, prepared, work) as writer, _open_covariances(paths, prepared, work) as covariances:
@@ -206,6 +208,8 @@ def _fill(paths: FisherPaths, prepared: Prepared, work: Work, track: Track, say:
         if "sink" in work.progress:
             sink.restore(work.progress["sink"])
         run_engine(prepared, work, sink, covariances, track, say)
+        if sink.figures.keys() != {tensor.name for tensor in prepared.plan.tensors}:
+            raise _damaged(work)
         names = writer.seal()
     staged = paths.staged
     files = [staged.fisher / name for name in names] if paths.as_folder else [staged.fisher]
@@ -222,6 +226,10 @@ def _fill(paths: FisherPaths, prepared: Prepared, work: Work, track: Track, say:
     details = {"tensors": fisher_sidecar.placed(state["tensors"]), "histogram": state["histogram"]}
     write_json(staged.sidecar, made | details)
     write_json(staged.importance, fisher_sidecar.layer_sums(prepared.source.id, paths.fisher, state["tensors"]))
+
+
+def _damaged(work: Work) -> ResumeError:
+    return ResumeError(f"{work.folder}: its progress does not add up; run again without --resume to start over")
 
 
 def _open_writer(paths: FisherPaths, prepared: Prepared, work: Work) -> StreamedWriter:
