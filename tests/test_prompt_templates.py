@@ -1,7 +1,6 @@
 """Chat templates: what they mark, refuse, leave out or never finish; tools; turns that do not count."""
 
 import json
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,12 +10,11 @@ import pytest
 from prompt_sets import DIALOGUE, QA, load, marked, texts
 from tiny_tokenizers import CHATML, GEMMA, LLAMA, THINKING, CharTokenizer, tiny_tokenizer
 
-from fisherkit.errors import CheckpointError, OptionError, PromptError
+from fisherkit.errors import OptionError, PromptError
 from fisherkit.options import PromptOptions
 from fisherkit.prompts import templates
 from fisherkit.prompts.spans import common_length
 from fisherkit.prompts.time_limit import within
-from fisherkit.prompts.tokenizer import hash_tokenizer, load_tokenizer
 
 # Generations that a template marks
 
@@ -253,6 +251,16 @@ def test_a_template_that_refuses_everything_is_an_error_with_its_reason(tmp_path
         assert len(str(caught.value)) <= 300
 
 
+def test_where_nothing_is_left_the_advice_fits_the_reason(tmp_path: Path) -> None:
+    for row, template, advice in (
+        (QA, "{% nonsense %}", "use --chat-template off"),
+        ({"prompt": " "}, CHATML, "is prompt the right --field"),
+        ({"prompt": "hello " * 300, "completion": "a"}, CHATML, "raise --max-length"),
+    ):
+        with pytest.raises(PromptError, match=f"no sample left of 1 row .*{advice}"):
+            load(tmp_path, [row], tiny_tokenizer(template))
+
+
 def test_reasons_do_not_grow_with_the_rows(tmp_path: Path) -> None:
     rows = [{"prompt": f"a {n}"} for n in range(50)]
     tokenizer = tiny_tokenizer(
@@ -323,7 +331,7 @@ def test_a_time_limit_returns_raises_and_interrupts() -> None:
     assert ended.wait(5)
 
 
-# Options and tokenizer files
+# Options
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x"])
@@ -332,63 +340,12 @@ def test_template_variables_that_json_cannot_hold_are_usage_errors(value: Any) -
         PromptOptions(chat_template_kwargs={"a": value})
 
 
-BROKEN = {
-    "tokenizer.json": [
-        "",
-        "{",
-        "[]",
-        "{}",
-        "null",
-        '{"model": {"type": "Nope"}}',
-        "[" * 5000,
-        "\0",
-        '{"version": 1e999}',
-    ],
-    "tokenizer_config.json": ["", "{", "[]", "null", "3", '{"tokenizer_class": 3}', '{"tokenizer_class": "Nope"}'],
-}
-
-
-@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in BROKEN.items() for text in texts])
-def test_broken_tokenizer_files_are_one_short_line_or_harmless(tmp_path: Path, name: str, content: str) -> None:
-    tiny_tokenizer(CHATML).save_pretrained(tmp_path)
-    (tmp_path / name).write_text(content)
-    message = None
-    try:
-        ids = load_tokenizer(tmp_path)("hello").input_ids
-    except CheckpointError as error:
-        message = str(error)
-    if message is None:
-        assert name == "tokenizer_config.json"  # it only adds to the other file
-        assert ids == tiny_tokenizer()("hello").input_ids
-    else:
-        assert message.startswith(f"{tmp_path}: no tokenizer that transformers can load")
-        assert "\n" not in message
-
-
 def test_a_template_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     for template in (3, ["a"], {"default": 3}, {"a": "b"}):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
         with pytest.raises(PromptError, match="refused by the chat template"):
             load(tmp_path, [QA], tokenizer)
-
-
-def test_a_tokenizer_that_fails_on_text_is_one_line(tmp_path: Path) -> None:
-    class Failing(CharTokenizer):
-        def _tokenize(self, text: str, **_: Any) -> list[str]:
-            raise RuntimeError("no such token")
-
-    with pytest.raises(PromptError, match="the tokenizer fails: no such token"):
-        load(tmp_path, [QA], Failing())
-
-
-def test_the_hash_of_a_tokenizer_is_that_of_its_rules(tmp_path: Path) -> None:
-    tiny_tokenizer(CHATML).save_pretrained(tmp_path)
-    assert hash_tokenizer(load_tokenizer(tmp_path)) == hash_tokenizer(load_tokenizer(tmp_path))
-    assert hash_tokenizer(CharTokenizer()) != hash_tokenizer(tiny_tokenizer())
-    shutil.rmtree(tmp_path)
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        load_tokenizer(tmp_path)
 
 
 def test_thoughts_and_tools_do_not_disturb_each_other(tmp_path: Path) -> None:

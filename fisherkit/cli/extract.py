@@ -21,16 +21,23 @@ def extract(
         str, typer.Argument(metavar="MODEL", help="A checkpoint: folder, file, org/name or org/name@revision.")
     ],
     prompts: Annotated[
-        str,
+        list[str] | None,
         typer.Argument(
-            metavar="PROMPTS", help="txt, jsonl, json, csv, tsv, parquet, a hub data set, - for stdin, or builtin."
+            metavar="PROMPTS",
+            help="Files (txt, jsonl, json, csv, tsv, parquet; .gz and .zst too), folders, a hub data set, - for stdin, "
+            "or builtin.",
+            show_default="builtin",
         ),
-    ] = "builtin",
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help=".pt, .safetensors, or no suffix for a folder.", rich_help_panel=OUTPUT)
     ] = Path("fisher.pt"),
     field: Annotated[
-        str | None, typer.Option(help="Column with the prompt; found by itself otherwise.", rich_help_panel=PROMPTS)
+        str | None,
+        typer.Option(
+            help="Column with the prompt, or prompt=..,context=..,completion=..; found by itself otherwise.",
+            rich_help_panel=PROMPTS,
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(help="Use the first so many rows; 0 for all.", rich_help_panel=PROMPTS)] = 200,
     max_length: Annotated[
@@ -147,11 +154,11 @@ def extract(
         )
         from fisherkit.methods.extract import measure
 
-        say = sayer(quiet)
+        say, source = sayer(quiet), prompts or ["builtin"]
         if dry_run:
-            console.show_facts(measure.plan_extract(model, prompts, options, say=say), as_json=as_json)
+            console.show_facts(measure.plan_extract(model, source, options, say=say), as_json=as_json)
             return
-        report = measure.extract(model, prompts, out, options, track=console.tracker("extract", quiet=quiet), say=say)
+        report = measure.extract(model, source, out, options, track=console.tracker("extract", quiet=quiet), say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 
     run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")

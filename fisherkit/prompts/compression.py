@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 from fisherkit.errors import MissingLibraryError
 
 BROKEN: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading from an opened file may raise."""
+"""Errors that reading from an opened file may raise."""
 
 
 def split_compression(path: Path) -> tuple[str, str]:

@@ -5,8 +5,6 @@ from ``sources`` and are read no further than ``limit``; what a row's columns me
 text in ``templates``. In messages, rows count from 1, as editors do. This module knows no tensors.
 """
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -46,7 +44,7 @@ class Sample:
 
     @property
     def loss_tokens(self) -> int:
-        """The number of tokens that count."""
+        """Number of tokens that count."""
         return sum(self.counts)
 
 
@@ -75,7 +73,7 @@ def load_prompts(
         MissingLibraryError: parquet and the hub need ``datasets``.
         OptionError: ``chat_template_kwargs`` sets what is not the caller's to set.
     """
-    name = "stdin" if source == "-" else clipped(source_name(source), 150)
+    name = "stdin" if source_name(source) == "-" else clipped(source_name(source), 150)
     rows = list(islice(read_rows(source), None if options.limit is None else min(options.limit, sys.maxsize)))
     if not rows:
         raise PromptError(f"{name}: no prompts in it")
@@ -85,7 +83,7 @@ def load_prompts(
     if remark is not None:
         say(remark)
     loss, template = _pick_loss(name, fields, conversations, options), _pick_template(conversations, tokenizer, options)
-    reader = _Reader(rows, tokenizer, options, loss, template)
+    reader = _Reader(rows, fields.field, tokenizer, options, loss, template)
     samples = tuple(filter(None, (reader.sample(n, conversation) for n, conversation in enumerate(conversations))))
     if not samples:
         raise PromptError(_nothing_left(name, reader))
@@ -143,9 +141,16 @@ class _Reader:
     """Turns conversations into samples and keeps count of what happened to them."""
 
     def __init__(
-        self, rows: Sequence[NamedRow], tokenizer: Any, options: PromptOptions, loss: str, template: ChatTemplate | None
+        self,
+        rows: Sequence[NamedRow],
+        field: str,
+        tokenizer: Any,
+        options: PromptOptions,
+        loss: str,
+        template: ChatTemplate | None,
     ) -> None:
-        self.rows, self.tokenizer, self.options, self.loss, self.template = rows, tokenizer, options, loss, template
+        self.rows, self.field = rows, field
+        self.tokenizer, self.options, self.loss, self.template = tokenizer, options, loss, template
         self.skipped: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
 
@@ -200,9 +205,16 @@ class _Reader:
 
 
 def _nothing_left(name: str, reader: _Reader) -> str:
+    """Say why there is no sample, and what to do about the commonest reason."""
+    reason = max(reader.skipped, key=lambda reason: reader.skipped[reason])
+    if "chat template" in reason:
+        advice = "use --chat-template off, or prompts of the form that it takes"
+    elif "loss token" in reason or "not found" in reason:
+        advice = f"raise --max-length (now {reader.options.max_length}) or use --loss all (now {reader.loss})"
+    else:
+        advice = f"is {clipped(reader.field, 60)} the right --field?"
     return (
-        f"{name}: no sample left of {counted(reader.skipped.total(), 'row')} ({reasons_of(reader.skipped)}); "
-        f"raise --max-length (now {reader.options.max_length}) or use --loss all (now {reader.loss})"
+        f"{name}: no sample left of {counted(reader.skipped.total(), 'row')} ({reasons_of(reader.skipped)}); {advice}"
     )
 
 
@@ -230,13 +242,8 @@ def _report(
         loss=reader.loss,
         max_length=reader.options.max_length,
         sha256=hash_samples((sample.ids, sample.counts) for sample in samples),
-        template_sha256=_hash_template(reader.template) if reader.template else None,
+        template_sha256=reader.template.sha256 if reader.template else None,
         chat_template_kwargs=dict(reader.options.chat_template_kwargs),
         rows_used=ranges([sample.row for sample in samples]),
         dropped_turns=reader.seen["dropped"],
     )
-
-
-def _hash_template(template: ChatTemplate) -> str:
-    text = template.source if isinstance(template.source, str) else json.dumps(template.source, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -48,12 +48,12 @@ class PromptFields:
 
     @property
     def field(self) -> str:
-        """The columns that are read, e.g. ``instruction+input+output``."""
+        """Columns that are read, e.g. ``instruction+input+output``."""
         return "+".join(self.columns)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, in the order of the text."""
+        """Columns that are read, in the order of the text."""
         if self.needs:
             return tuple(need.partition(".")[0] for need in self.needs)
         user = (self.context, self.ask) if self.context_first else (self.ask, self.context)

@@ -31,6 +31,20 @@ def source_name(source: PromptSource) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more" if names else "nothing"
 
 
+def input_files(source: PromptSource) -> list[Path]:
+    """List the files of this machine that a prompt set is read from; of a saved data set, its folder."""
+    found: list[Path] = []
+    for name in _as_names(source):
+        folder, split = _folder_and_split(name)
+        if folder is not None:
+            found += [folder] if is_saved(folder) else data_files(folder, split)
+        elif os.path.exists(name):
+            found.append(Path(name))
+        else:
+            found += [Path(path) for path in _matches(name)]
+    return found
+
+
 def read_rows(source: PromptSource) -> Iterator[NamedRow]:
     """Read the rows of a prompt set, one at a time.
 
@@ -87,10 +101,14 @@ def _folder_rows(source: str, folder: Path, split: str | None) -> Iterator[Named
 
 
 def _pattern_rows(pattern: str) -> Iterator[NamedRow]:
-    paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    paths = _matches(pattern)
     if not paths:
         raise PromptError(f"{pattern}: no file fits the pattern")
     return chain.from_iterable(_numbered(path, _file_rows(Path(path))) for path in paths)
+
+
+def _matches(pattern: str) -> list[str]:
+    return [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
 
 
 def _hub_rows(source: str) -> Iterator[NamedRow]:

@@ -5,6 +5,7 @@ a word, or never end. Each of these is found out here, for one row at a time.
 """
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,12 @@ class ChatTemplate:
         texts = self.source.values() if isinstance(self.source, dict) else [self.source]
         if any(map(_has_power, texts)):
             raise PromptError("the chat template computes powers (**), which may take forever; use --chat-template off")
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the template's text, in hex; of all of them as JSON where there are several."""
+        text = self.source if isinstance(self.source, str) else json.dumps(self.source, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def render(self, conversation: Conversation, loss: str) -> Rendered:
         """Render a conversation; one that ends with a question gets the generation prompt.

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model, and a hash of it."""
+"""A tokenizer loaded from beside its model, and a hash of it."""
 
 import hashlib
 import json

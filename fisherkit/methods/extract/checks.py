@@ -1,6 +1,5 @@
 """What ``extract`` refuses before the work: inputs that do not belong together, and outputs that would replace one."""
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from fisherkit.checkpoint.target import check_separate
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.prompts.dataset import PromptSet
+from fisherkit.prompts.sources import PromptSource, input_files
 
 _SIDE_FILES = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_")
 """Beginnings of the names of files that are read beside the weights."""
@@ -91,7 +91,7 @@ def check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet) -> No
         raise OptionError(f"--max-length {longest}: the model has {positions} positions; use --max-length {positions}")
 
 
-def check_apart(paths: FisherPaths, source: ModelSource, skeleton: Skeleton, prompts: str) -> None:
+def check_apart(paths: FisherPaths, source: ModelSource, skeleton: Skeleton, prompts: PromptSource) -> None:
     """Refuse an output of which a file is an input, lies inside of one, or holds one.
 
     Raises:
@@ -101,8 +101,7 @@ def check_apart(paths: FisherPaths, source: ModelSource, skeleton: Skeleton, pro
     if skeleton.index is not None:
         inputs += skeleton.index.files  # which may be links to anywhere
     inputs += [path for path in folder_of(source).iterdir() if path.name.startswith(_SIDE_FILES)]
-    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
-        inputs += [Path(prompts)] if Path(prompts).exists() else []
+    inputs += input_files(prompts)
     check_separate((paths.fisher, *paths.described(), paths.partial), inputs)
 
 

@@ -34,6 +34,7 @@ from fisherkit.methods.extract.prepare import Prepared, prepare
 from fisherkit.methods.extract.provenance import digest, fingerprint, provenance
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say, Track
+from fisherkit.prompts.sources import PromptSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ExtractReport:
 
 def extract(
     model: str | os.PathLike[str],
-    prompts: str | os.PathLike[str],
+    prompts: PromptSource,
     out: str | os.PathLike[str],
     options: ExtractOptions | None = None,
     *,
@@ -66,7 +67,7 @@ def extract(
 
     Args:
         model: a local checkpoint, or ``org/name[@revision]``.
-        prompts: a file of prompts, ``builtin``, ``-`` for stdin, or a data set of the hub.
+        prompts: a file, folder or pattern, ``builtin``, ``-`` for stdin, a data set of the hub, or several of these.
         out: ``.pt``, ``.safetensors``, or a folder; bf16 (or fp32) tensors shaped like the weights, by their
             checkpoint names.
         options: what to measure and how.
@@ -83,9 +84,9 @@ def extract(
     may_be_finished = options.resume and left is None and paths.fisher.exists()
     if not may_be_finished and not (left and "publishing" in left):
         _check_free(paths, options)
-    prepared = prepare(os.fspath(model), os.fspath(prompts), options, say)
+    prepared = prepare(os.fspath(model), prompts, options, say)
     assert prepared.prompts is not None
-    check_apart(paths, prepared.source, prepared.skeleton, os.fspath(prompts))
+    check_apart(paths, prepared.source, prepared.skeleton, prompts)
     say(prepared.prompts.report.line())
     say(prepared.line())
     ours = fingerprint(prepared)
@@ -112,7 +113,7 @@ def extract(
 
 def plan_extract(
     model: str | os.PathLike[str],
-    prompts: str | os.PathLike[str] | None,
+    prompts: PromptSource | None,
     options: ExtractOptions | None = None,
     *,
     say: Say = lambda line: None,
@@ -130,8 +131,7 @@ def plan_extract(
         cannot be known without prompts or tokenizer is None.
     """
     options = options or ExtractOptions()
-    source = os.fspath(prompts) if prompts is not None else None
-    prepared = prepare(os.fspath(model), source, options, say, dry_run=True)
+    prepared = prepare(os.fspath(model), prompts, options, say, dry_run=True)
     plan, need = prepared.plan, prepared.needs()
     samples = prepared.prompts.report if prepared.prompts is not None else None
     return {

@@ -2,11 +2,9 @@
 
 import dataclasses
 import hashlib
-import json
 from typing import Any
 
 import torch
-import transformers
 
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
@@ -21,6 +19,8 @@ from fisherkit.methods.extract.checks import check_all_taken, check_counts, chec
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
+from fisherkit.prompts.sources import PromptSource
+from fisherkit.prompts.tokenizer import hash_tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,9 @@ class Prepared:
         return bool(self.weight_bytes() + self.needs().device <= HEADROOM * available_bytes(self.device))
 
 
-def prepare(model: str, prompts: str | None, options: ExtractOptions, say: Say, *, dry_run: bool = False) -> Prepared:
+def prepare(
+    model: str, prompts: PromptSource | None, options: ExtractOptions, say: Say, *, dry_run: bool = False
+) -> Prepared:
     """Look at everything and decide everything; reads headers, prompts and config, but no weights.
 
     Args:
@@ -98,7 +100,7 @@ def prepare(model: str, prompts: str | None, options: ExtractOptions, say: Say, 
     tokenizer = _tokenizer(source, options, dry_run)
     samples = None
     if tokenizer is not None and prompts is not None:
-        samples = load_prompts(prompts, tokenizer, options)
+        samples = load_prompts(prompts, tokenizer, options, say=say)
         check_fit(source, skeleton, samples)
     return Prepared(
         source=source,
@@ -142,18 +144,12 @@ def _skeleton(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Sk
 
 def _tokenizer(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Any:
     """Load the tokenizer beside the model; None where there is none and the run is dry."""
-    folder = folder_of(source)
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # the tokenizers library raises plain ones
+        return load_tokenizer(folder_of(source), trust_remote_code=options.trust_remote_code)
+    except CheckpointError:
         if dry_run:
             return None
-        raise CheckpointError(
-            f"{folder}: no tokenizer that transformers can load ({first_line(error)}); "
-            "save it beside the model with tokenizer.save_pretrained(FOLDER)"
-        ) from error
+        raise
 
 
 def _longest(prompts: PromptSet | None, options: ExtractOptions) -> int:
@@ -188,11 +184,3 @@ def _covariance_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) 
 def sha256(text: str) -> str:
     """Return the SHA-256 of a text's UTF-8 bytes, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_tokenizer(tokenizer: Any) -> str:
-    """Return the SHA-256 of all that decides how a tokenizer splits text, in hex."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return sha256(backend.to_str())
-    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())))
