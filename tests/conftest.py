@@ -16,7 +16,6 @@ import transformers
 
 import fisherkit
 from fisherkit.options import ExtractOptions
-from fisherkit.training import optimizer_hooks
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -89,9 +88,6 @@ def experts(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["at once", "in turns"])
-def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optimizers step all parameters at once, or a few at a time: TURN_BYTES of the test's module, which is small."""
-    if request.param == "in turns":
-        monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", request.module.TURN_BYTES)
-    else:
-        monkeypatch.setattr(optimizer_hooks, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
+def turns(request: pytest.FixtureRequest) -> int | None:
+    """Bytes that are remembered at a time during a step: all, or TURN_BYTES of the test's module, which is small."""
+    return int(request.module.TURN_BYTES) if request.param == "in turns" else None

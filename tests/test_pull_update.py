@@ -53,12 +53,11 @@ def test_a_step_divides_the_whole_change_in_the_directions_and_is_free_outside(a
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.usefixtures("turns")
-def test_every_optimizer_is_drawn_back_once_per_step(name: str, tmp_path: Path) -> None:
+def test_every_optimizer_is_drawn_back_once_per_step(name: str, tmp_path: Path, turns: int | None) -> None:
     model, twin = three_weights(), three_weights()
     pulls = write(tmp_path / "s.safetensors", held(model), sides="VU")
     optimizer = OPTIMIZERS[name](model.parameters())
-    constrain(optimizer, model, tmp_path / "s.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors").turn_bytes = turns
     by_hand = ByHand(twin, OPTIMIZERS[name](twin.parameters()), pulls)
     for seed in range(4):
         step(model, optimizer, seed)

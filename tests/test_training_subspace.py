@@ -36,14 +36,13 @@ def share_inside(change: Tensor, u: Tensor | None, v: Tensor | None) -> float:
 
 @pytest.mark.parametrize("sides", ["UV", "U", "V"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd-momentum", "unknown"])
-@pytest.mark.usefixtures("turns")
-def test_an_update_stays_out_of_the_protected_directions(name: str, sides: str) -> None:
+def test_an_update_stays_out_of_the_protected_directions(name: str, sides: str, turns: int | None) -> None:
     model = llama()
     optimizer = OPTIMIZERS[name](model.parameters())
     learn(model, optimizer, 1)
     weights = matrices(model)
     before, parts = copies(weights), subspaces(weights, sides=sides)
-    constrain(optimizer, model, parts)
+    constrain(optimizer, model, parts).turn_bytes = turns
     learn(model, optimizer, 5)
     for key, weight in weights.items():
         change = weight.detach() - before[key]

@@ -33,14 +33,14 @@ TURN_BYTES = 1 << 12  # bytes a turn, so that the tiny model takes many
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "elements"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.usefixtures("turns")
-def test_frozen_entries_keep_their_bits_under_every_optimizer(name: str, kind: str) -> None:
+def test_frozen_entries_keep_their_bits_under_every_optimizer(name: str, kind: str, turns: int | None) -> None:
     model = llama()
     optimizer = OPTIMIZERS[name](model.parameters())
     learn(model, optimizer, 1)  # momentum is warm when the mask comes
     weights = matrices(model)
     before, flags = copies(weights), masks(weights, kind)
     handle = constrain(optimizer, model, flags)
+    handle.turn_bytes = turns
     learn(model, optimizer, 3)
     check_frozen(before, weights, flags)
     handle.remove()
@@ -49,12 +49,11 @@ def test_frozen_entries_keep_their_bits_under_every_optimizer(name: str, kind: s
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.usefixtures("turns")
-def test_entries_that_may_change_change_as_without_a_mask(name: str) -> None:
+def test_entries_that_may_change_change_as_without_a_mask(name: str, turns: int | None) -> None:
     free, held = llama(), llama()
     flags = masks(matrices(held))
     optimizers = [OPTIMIZERS[name](model.parameters()) for model in (free, held)]
-    constrain(optimizers[1], held, flags)
+    constrain(optimizers[1], held, flags).turn_bytes = turns
     gradients = [torch.randn_like(p) for p in free.parameters()]
     for model, optimizer in zip((free, held), optimizers, strict=True):
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -65,19 +64,16 @@ def test_entries_that_may_change_change_as_without_a_mask(name: str) -> None:
         assert torch.equal(parameter[allowed], other[allowed]), key
 
 
-def test_a_step_in_turns_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_turns_is_the_same_step() -> None:
     results = []
-    for by_parameter in (True, False):
-        monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", TURN_BYTES)
-        if not by_parameter:
-            monkeypatch.setattr(optimizer_hooks, "_steps_by_parameter", lambda optimizer, args, kwargs: False)
+    for turn_bytes in (TURN_BYTES, None):
         model = llama()
         optimizer = torch.optim.AdamW(
             [{"params": list(model.model.parameters())}, {"params": list(model.lm_head.parameters()), "lr": 1e-4}],
             lr=1e-2,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-        constrain(optimizer, model, masks(matrices(model), "elements"))
+        constrain(optimizer, model, masks(matrices(model), "elements")).turn_bytes = turn_bytes
         for step in range(3):
             model(**batch(step)).loss.backward()
             optimizer.step()
@@ -89,10 +85,10 @@ def test_a_step_in_turns_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_in_turns_no_more_is_remembered_than_a_turn_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_hooks, "_TURN_BYTES", TURN_BYTES)
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     handle = constrain(optimizer, model, masks(matrices(model), "elements"))
+    handle.turn_bytes = TURN_BYTES
     held: list[int] = []
     enforce = optimizer_hooks._enforce
     monkeypatch.setattr(

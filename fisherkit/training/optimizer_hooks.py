@@ -90,6 +90,7 @@ class Handle:
     Attributes:
         rules: asked before every step for what holds during it.
         steps: how many steps of the optimizer have been held to them.
+        turn_bytes: how much is remembered at a time, where a step may be taken by parts; None for all at once.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Handle:
     ) -> None:
         self.rules = rules
         self.steps = 0
+        self.turn_bytes: int | None = _TURN_BYTES
         self._on_gradients = on_gradients
         self._peaks = {id(parameter): peak for parameter, _, peak in _rates(optimizer)}
         # A step may call the step of its base class, hooks and all: what is remembered last is enforced first.
@@ -125,8 +127,8 @@ class Handle:
             for rule in rules:
                 if rule.parameter.grad is not None:
                     rule.on_gradient(rule.parameter.grad)
-        elif _steps_by_parameter(optimizer, args, kwargs):
-            self._undo.append(_step_in_turns(optimizer, rules))
+        elif self.turn_bytes is not None and _steps_by_parameter(optimizer, args, kwargs):
+            self._undo.append(_step_in_turns(optimizer, rules, self.turn_bytes))
         else:
             remembered = [(rule, rule.remember()) for rule in rules if rule.nbytes or _may_move(rule.parameter)]
             self._undo.append(lambda: _enforce(remembered))
@@ -178,7 +180,7 @@ def _steps_by_parameter(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Map
     )
 
 
-def _step_in_turns(optimizer: Optimizer, rules: Iterable[Rule]) -> Callable[[], None]:
+def _step_in_turns(optimizer: Optimizer, rules: Iterable[Rule], turn_bytes: int) -> Callable[[], None]:
     """Take the whole step a few parameters at a time; what follows the hook then finds no parameter left to update.
 
     Returns:
@@ -188,7 +190,7 @@ def _step_in_turns(optimizer: Optimizer, rules: Iterable[Rule]) -> Callable[[], 
     groups, by_parameter = optimizer.param_groups, _by_parameter(rules)
     try:
         for group in groups:
-            for turn in _turns(group["params"], by_parameter):
+            for turn in _turns(group["params"], by_parameter, turn_bytes):
                 optimizer.param_groups = [{**group, "params": turn}]
                 held = [rule for parameter in turn for rule in by_parameter.get(parameter, ())]
                 acting = (rule for rule in held if rule.parameter.grad is not None or not rule.nbytes)
@@ -209,15 +211,17 @@ def _by_parameter(rules: Iterable[Rule]) -> dict[nn.Parameter, list[Rule]]:
     return found
 
 
-def _turns(parameters: list[nn.Parameter], rules: Mapping[nn.Parameter, list[Rule]]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in order, as many at a time as have _TURN_BYTES to remember."""
+def _turns(
+    parameters: list[nn.Parameter], rules: Mapping[nn.Parameter, list[Rule]], turn_bytes: int
+) -> Iterator[list[nn.Parameter]]:
+    """Yield parameters in order, as many at a time as have ``turn_bytes`` to remember."""
     turn: list[nn.Parameter] = []
-    room = _TURN_BYTES
+    room = turn_bytes
     for parameter in parameters:
         need = sum(rule.nbytes for rule in rules.get(parameter, ()))
         if turn and need > room:
             yield turn
-            turn, room = [], _TURN_BYTES
+            turn, room = [], turn_bytes
         turn.append(parameter)
         room -= need
     if turn:
