@@ -39,6 +39,10 @@ def _write(name: str, text: str) -> Edit:
     return lambda folder: bool((folder / name).write_text(text)) and None
 
 
+def _write_config(text: str) -> Edit:
+    return _write("adapter_config.json", text)
+
+
 MERGE_FIRST = r"merge it first: from peft import .*merge_and_unload\(\); model.save_pretrained\('merged'\)$"
 REFUSED: dict[str, tuple[Edit, str]] = {
     "another method": (_set(peft_type="IA3"), "an adapter with peft_type 'IA3' is not read here; " + MERGE_FIRST),
@@ -111,9 +115,45 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         _put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 32)),
         "0 trainable tokens of 'model.embed_tokens'.* 2",
     ),
-    "alpha": (_set(lora_alpha="8"), "lora_alpha.*'8'.*number"),
-    "alpha of NaN": (_set(lora_alpha=float("nan")), "lora_alpha.*nan.*number"),
-    "patterns": (_set(alpha_pattern={"q_(proj": 3}), "'q_.proj'.*regular expression"),
+    "alpha": (_set(lora_alpha="8"), 'lora_alpha.*"8".*number'),
+    "alpha of NaN": (_set(lora_alpha=float("nan")), "lora_alpha.*NaN.*number"),
+    "patterns": (_set(alpha_pattern={"q_(proj": 3}), '"q_.proj" is not a regular expression'),
+    "possessive patterns": (
+        _set(alpha_pattern={"(q_p)*+roj": 3}),
+        "alpha_pattern: .* holds .* which is not understood here; " + MERGE_FIRST,
+    ),
+    "long patterns": (_set(rank_pattern={"q" * 1001: 3}), "has more than 1000 characters; merge it first"),
+    "deep patterns": (_set(rank_pattern={"(" * 60 + "q*" + ")" * 60: 3}), "has more than 50 groups inside of each"),
+    "a huge alpha": (_set(lora_alpha=10**400), "lora_alpha is 1000000.* not a number to scale by"),
+    "an alpha beyond digits": (
+        _write_config('{"peft_type": "LORA", "lora_alpha": 1' + "0" * 5000 + "}"),
+        "JSON|lora_alpha",
+    ),
+    "an absurd scale": (_set(alpha_pattern={"q_proj": 1e300}), r"alpha_pattern\[.*q_proj.*\] is 1e\+300, not a number"),
+    "no rank": (_set(r=0), "r is 0, not a rank"),
+    "half a rank": (_set(r=2.5), "r is 2.5, not a rank"),
+    "a rank of text": (_set(rank_pattern={"q_proj": "4"}), "rank_pattern.* not a rank"),
+    "another rank": (_set(r=8), "says rank 8 for 'model.layers.0..*', and '.*lora_A.weight' in .* has 4"),
+    "another rank by a pattern": (_set(rank_pattern={"v_proj": 2}), "says rank 2 for '.*v_proj', and .* has 4"),
+    "a flag of text": (_set(use_rslora="false"), 'use_rslora is "false", neither true nor false'),
+    "a flag of DoRA": (_set(use_dora=1), "use_dora is 1, neither true nor false"),
+    "a name of lists": (_set(base_model_name_or_path=["a"]), "base_model_name_or_path is .*, not a text"),
+    "a revision": (_set(revision=7), "revision is 7, not a text"),
+    "tokens that are not there": (_set(trainable_token_indices=[1, 2]), "names 2 trainable tokens, and the file"),
+    "tokens of a module": (
+        _set(trainable_token_indices={"embed_tokens": [5]}),
+        "names 1 trainable tokens of 'embed_tokens', and the file beside it holds none",
+    ),
+    "tokens without rows": (
+        lambda folder: (
+            _set(trainable_token_indices=[1])(folder),
+            _put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.tensor(1.0))(folder),
+        )[0],
+        "trainable_tokens_delta' has no rows",
+    ),
+    "deep JSON": (_write_config('{"r": ' + "[" * 100_000 + "]" * 100_000 + "}"), "not valid JSON: nested too deeply"),
+    "deep settings": (_write_config('{"peft_type": ' + "[" * 500 + "]" * 500 + "}"), "peft_type"),
+    "an endless name": (_put("base_model.model." + ".base_layer" * 1000, torch.ones(2)), "name has 11,017 characters"),
     "patterns of lists": (_set(rank_pattern=[3]), "rank_pattern.*object"),
     "names": (_set(modules_to_save="lm_head"), "modules_to_save.*list of names"),
     "indices": (
@@ -171,7 +211,7 @@ def test_tied_embeddings_that_come_apart_are_refused(
     ("indices", "message"),
     [
         ([5, 3], "2 trainable tokens of 'model.embed_tokens'.* 3"),
-        ({"wte": [5, 3, 1]}, "0 trainable tokens of 'model.embed_tokens'"),
+        ({"wte": [5, 3, 1]}, "3 trainable tokens of 'wte', and the file beside it holds none"),
         ([5, 400, 3], "token 400.*'model.embed_tokens.weight'.*has 400"),
         ([5, -1, 3], "token -1"),
     ],

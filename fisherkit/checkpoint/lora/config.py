@@ -4,17 +4,23 @@ Only what changes the merged weights is kept. Anything that would make them diff
 adapter's tensors is refused here, before a tensor is read. Standard library only.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.headers import parse_json
+from fisherkit.checkpoint.lora.patterns import ModulePattern
 from fisherkit.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
+_MOST = 1e6  # ranks and scales beyond this are damage
+
+Patterns = tuple[tuple[ModulePattern, float], ...]
+"""Values for the modules whose names a pattern matches; the first that does counts."""
 
 # Fields that stand for something other than plain low-rank factors, unless they are empty.
 _VARIANTS: Mapping[str, str] = {
@@ -37,7 +43,7 @@ class AdapterConfig:
 
     Attributes:
         path: the file.
-        rank: inner size of factors where no pattern says otherwise; what counts are the shapes of the tensors.
+        rank: inner size of factors where no pattern says otherwise; those of the tensors must be the same.
         rank_pattern: other sizes, by regular expression on the end of a module's name.
         alpha: numerator of the scale where no pattern says otherwise.
         alpha_pattern: other numerators, in the same way.
@@ -54,9 +60,9 @@ class AdapterConfig:
 
     path: Path
     rank: float
-    rank_pattern: Mapping[str, float]
+    rank_pattern: Patterns
     alpha: float
-    alpha_pattern: Mapping[str, float]
+    alpha_pattern: Patterns
     rank_stabilised: bool
     dora: bool
     fan_in_fan_out: bool
@@ -82,19 +88,19 @@ class AdapterConfig:
         _refuse_variants(path, raw)
         return cls(
             path=path,
-            rank=_number(path, "r", raw.get("r", 8)),
-            rank_pattern=_pattern(path, "rank_pattern", raw),
+            rank=_rank(path, "r", raw.get("r", 8)),
+            rank_pattern=_patterns(path, "rank_pattern", raw, _rank),
             alpha=_number(path, "lora_alpha", raw.get("lora_alpha", 8)),
-            alpha_pattern=_pattern(path, "alpha_pattern", raw),
-            rank_stabilised=bool(raw.get("use_rslora")),
-            dora=bool(raw.get("use_dora")),
-            fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+            alpha_pattern=_patterns(path, "alpha_pattern", raw, _number),
+            rank_stabilised=_flag(path, "use_rslora", raw),
+            dora=_flag(path, "use_dora", raw),
+            fan_in_fan_out=_flag(path, "fan_in_fan_out", raw),
             input_first=_version(raw.get("peft_version")) < (0, 19),
             parameters=_names(path, "target_parameters", raw),
             token_indices=_token_indices(path, raw.get("trainable_token_indices")),
             saved=_names(path, "modules_to_save", raw),
-            base_model=raw.get("base_model_name_or_path") or None,
-            revision=raw.get("revision") or None,
+            base_model=_text(path, "base_model_name_or_path", raw),
+            revision=_text(path, "revision", raw),
         )
 
     def scale(self, module: str, rank: int) -> float:
@@ -103,16 +109,13 @@ class AdapterConfig:
         Args:
             module: its name in the model that was trained, or that of the parameter.
             rank: inner size of its factors.
-
-        Raises:
-            CheckpointError: a key of the patterns is not a regular expression.
         """
-        alpha = self._by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
     def rank_of(self, module: str) -> float:
-        """Return the inner size that a module's factors should have; arguments and errors as for scale."""
-        return self._by_pattern(self.rank_pattern, module, self.rank)
+        """Return the inner size that a module's factors should have."""
+        return _first_match(self.rank_pattern, module, self.rank)
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """Names of the parameters of ``module`` that were adapted directly, such as ``gate_up_proj``; sorted."""
@@ -129,16 +132,6 @@ class AdapterConfig:
     def is_saved(self, name: str) -> bool:
         """Return whether tensor ``name`` belongs to a module that was trained whole."""
         return any(f".{module}." in f".{name}." for module in self.saved)
-
-    def _by_pattern(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        """Value of the first pattern that matches the end of the name, from a dot on."""
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                raise CheckpointError(f"{self.path}: {pattern!r} is not a regular expression: {error}") from None
-        return default
 
 
 def merge_first(folder: Path) -> str:
@@ -168,10 +161,44 @@ def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
             )
 
 
+def _first_match(patterns: Patterns, module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.matches(module)), default)
+
+
 def _number(path: Path, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{path}: {field} is {value!r}, not a number; fetch the adapter again")
+    # Compared before anything is converted: JSON has whole numbers beyond every float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST <= value <= _MOST:
+        raise CheckpointError(f"{path}: {field} is {_short(value)}, not a number to scale by; fetch the adapter again")
     return float(value)
+
+
+def _rank(path: Path, field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= _MOST or value % 1:
+        raise CheckpointError(f"{path}: {field} is {_short(value)}, not a rank of 1 or more; fetch the adapter again")
+    return float(value)
+
+
+def _flag(path: Path, field: str, raw: Mapping[str, Any]) -> bool:
+    value = raw.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {field} is {_short(value)}, neither true nor false; fetch the adapter again")
+    return bool(value)
+
+
+def _text(path: Path, field: str, raw: Mapping[str, Any]) -> str | None:
+    value = raw.get(field)
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{path}: {field} is {_short(value)}, not a text; fetch the adapter again")
+    return value or None
+
+
+def _short(value: Any) -> str:
+    """A value as a person may look at it."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):  # a whole number of too many digits
+        return "too large to show"
+    return text if len(text) <= 40 else text[:40] + " ..."
 
 
 def _names(path: Path, field: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -181,11 +208,17 @@ def _names(path: Path, field: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _pattern(path: Path, field: str, raw: Mapping[str, Any]) -> dict[str, float]:
+def _patterns(path: Path, field: str, raw: Mapping[str, Any], number: Callable[[Path, str, Any], float]) -> Patterns:
     value = raw.get(field) or {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: {field} is not an object; fetch the adapter again")
-    return {key: _number(path, f"{field}[{key!r}]", number) for key, number in value.items()}
+    found = []
+    for key, given in value.items():
+        try:
+            found.append((ModulePattern(key), number(path, f"{field}[{_short(key)}]", given)))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {field}: {_short(key)} {error}; {merge_first(path.parent)}") from None
+    return tuple(found)
 
 
 def _version(value: Any) -> tuple[int, ...]:

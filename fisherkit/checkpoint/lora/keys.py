@@ -34,6 +34,7 @@ _ENDINGS: tuple[tuple[Role, str], ...] = (
 _ROLES = tuple(
     (role, re.compile(rf"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.{ending}")) for role, ending in _ENDINGS
 )
+_MAX_NAME = 1000
 _FOREIGN = re.compile(r"\.(?:lora_|trainable_tokens|token_adapter\b|original_module\b)")
 
 
@@ -67,6 +68,8 @@ def parse_keys(names: Iterable[str], file: Path) -> list[Key]:
     keys: list[Key] = []
     adapters: set[str] = set()
     for name in names:
+        if len(name) > _MAX_NAME:  # the expressions below take time quadratic in it
+            raise CheckpointError(f"{file}: a tensor's name has {len(name):,} characters; fetch the adapter again")
         key, adapter = _parse(name)
         if key.role == "whole" and _FOREIGN.search(name):
             raise CheckpointError(f"{file}: what {name!r} stands for is not known here; {merge_first(file.parent)}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from fisherkit.checkpoint.lora.base_weights import BaseWeights, Place
 from fisherkit.checkpoint.lora.config import AdapterConfig, merge_first
+from fisherkit.checkpoint.lora.consistency import refuse_missing_tokens, unused_settings
 from fisherkit.checkpoint.lora.keys import Key, Role
 from fisherkit.checkpoint.lora.updates import Factors, LowRank, Rows, Update, Whole
 from fisherkit.checkpoint.names.spelling import Piece, Shape, pieces, spelling
@@ -46,6 +47,8 @@ class Plan:
         self._file = factors.reader.index.path
         self._changed: dict[tuple[str, Piece], str] = {}  # by which key; copies of the base do not count
         self._copies = {key.text for key in keys if key.role == "copy"}
+        self._adapted: dict[str, None] = {}  # names of what has factors
+        refuse_missing_tokens(keys, config, base)
         self._add_tensors([key for key in keys if key.role in {"copy", "whole"}])
         for key in keys:
             if key.role == "tokens":
@@ -53,6 +56,7 @@ class Plan:
         for module, nested in _by_module(keys).items():
             self._add_module(module, nested)
         self._refuse_unused(keys)
+        self.notes += unused_settings(keys, self._adapted, config, base)
 
     # Tensors that replace others
 
@@ -82,10 +86,10 @@ class Plan:
 
     def _add_rows(self, key: Key) -> None:
         rows, shape = self._config.tokens_of(key.module), self._shape(key.text)
-        if rows is None or len(rows) != shape[0]:
+        if rows is None or shape[:1] != (len(rows),):
             raise CheckpointError(
                 f"{self._config.path}: names {len(rows or ())} trainable tokens of {key.module!r}, and {key.text!r} "
-                f"has {shape[0]}; fetch the adapter again"
+                f"has {shape[0] if shape else 'no rows'}; fetch the adapter again"
             )
         for place in self._base.find(spelling(f"{key.module}.weight")):
             self._check(key.text, (place.shape[0], *shape[1:]), place)
@@ -166,12 +170,18 @@ class Plan:
         a, b, _ = self._pair(own, group)
         rank, rest = divmod(self._shape(a)[0], experts)
         expected = self._config.rank_of(own)
-        if rest or not rank or (experts > 1 and rank != expected):
+        if experts == 1 and rank != expected:
+            raise CheckpointError(
+                f"{self._config.path}: says rank {expected:g} for {own!r}, and {a!r} in {self._file.name} has {rank}; "
+                "fetch the adapter again"
+            )
+        if rest or not rank or rank != expected:
             raise CheckpointError(
                 f"{self._file}: {a!r} has {self._shape(a)[0]} rows, which are not {expected:g} for each of the "
                 f"{experts} experts in {self._base.index.path}; {_WRONG_MODEL}"
             )
         self.ranks.add(rank)
+        self._adapted[own] = None
         return LowRank(
             piece=place.piece,
             a=a,

@@ -109,7 +109,8 @@ class Side:
             return None
         if place.layer >= depth:
             return place.layer_name
-        shared = self._text_config.get("num_kv_shared_layers") or 0
+        shared = self._text_config.get("num_kv_shared_layers")
+        shared = shared if isinstance(shared, int) else 0
         return "unused key or value" if place.layer >= depth - shared and _SHARED_KEYS.match(place.module) else None
 
     @cached_property
