@@ -132,10 +132,13 @@ def kill_everywhere(
         left = pairs.files(folder / "killed" / str(at))
         output = {name: data for name, data in left.items() if name.startswith("out/")}
         assert output in ({}, before, expected), f"a mixture after kill {at}"
-        under_way = (folder / "killed" / str(at) / "out.partial").is_dir()
+        work = folder / "killed" / str(at) / "out.partial"
+        noted = json.loads((work / "progress.json").read_text()) if (work / "progress.json").is_file() else {}
         for flags, second in after.items():
             got = pairs.files(folder / "killed" / f"{at}{flags or 'again'}")
-            if output and flags != "force" and not (flags == "resume" and under_way):  # nobody asked to replace it
+            resumes = flags == "resume" and work.is_dir() and (not noted or noted.get("may_replace"))
+            completes = flags == "force" or resumes or "finished" in noted
+            if output and not completes:  # nobody asked to replace it
                 assert second == 1
                 assert {name: data for name, data in got.items() if name.startswith("out/")} == output
             else:
@@ -267,8 +270,9 @@ def test_a_resumed_run_remembers_its_warnings(pair: Pair, tmp_path: Path, monkey
         assert any(whole.warnings[0] in line for line in said)
 
 
-def test_a_run_killed_when_all_but_the_tidying_was_done_is_resumed(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_killed_when_all_but_the_tidying_was_done_is_completed(
+    resume: bool, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note_every_tensor(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -281,11 +285,12 @@ def test_a_run_killed_when_all_but_the_tidying_was_done_is_resumed(
         with pytest.raises(Killed):
             fapm(*pair, "out")
     finished = pairs.files(tmp_path / "out")
-    with pytest.raises(OutputError, match="exists already"):
-        fapm(*pair, "out")
-    fapm(*pair, "out", FapmOptions(resume=True))
+    assert "out.partial" in os.listdir()
+    fapm(*pair, "out", FapmOptions(resume=resume), track=killed_after(1, stage="writing"))  # computes nothing
     assert pairs.files(tmp_path / "out") == finished
     assert os.listdir() == ["out"]
+    with pytest.raises(OutputError, match="exists already"):
+        fapm(*pair, "out", FapmOptions(resume=resume))
 
 
 def test_what_is_gone_on_with_must_be_the_same_run(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,37 +319,6 @@ def test_an_adapters_settings_belong_to_the_run(pair: Pair, tmp_path: Path, monk
     (lora / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 16}))
     with pytest.raises(ResumeError, match="other tuned"):
         fapm(pair[0], lora, tmp_path / "out", FapmOptions(resume=True))
-
-
-def test_a_sparse_delta_is_started_over(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    note_every_tensor(monkeypatch)
-    delta = Path("delta.safetensors")
-    fapm(*pair, "out", sparse=delta)
-    expected = pairs.files(tmp_path)
-    for name in ("out", "delta.safetensors", "delta.json"):
-        shutil.rmtree(name) if name == "out" else Path(name).unlink()
-    with pytest.raises(Killed):
-        fapm(*pair, "out", sparse=delta, track=killed_after(9, stage="writing"))
-    assert not delta.exists()
-    said: list[str] = []
-    fapm(*pair, "out", FapmOptions(resume=True), sparse=delta, say=said.append)
-    assert "starting over" in said[0]
-    assert pairs.files(tmp_path) == expected
-
-    def kill(*_: Any, **__: Any) -> None:
-        raise Killed
-
-    for name in ("delta.safetensors", "delta.json"):
-        Path(name).unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "fisherkit.artefacts.sparse_delta.SparseWriter.finish", kill
-        )  # the model is there, the delta is not
-        with pytest.raises(Killed):
-            fapm(*pair, "out", FapmOptions(force=True), sparse=delta)
-    fapm(*pair, "out", FapmOptions(resume=True), sparse=delta)
-    assert pairs.files(tmp_path) == expected
 
 
 def test_two_runs_do_not_share_a_work_folder(pair: Pair, tmp_path: Path) -> None:

@@ -10,26 +10,19 @@ A `.safetensors` file; for each tensor NAME with kept entries
 base's size, at 0.005 a hundredth. numpy only.
 """
 
-import contextlib
-import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.artefacts.fisher_sidecar import check_owned
 from fisherkit.checkpoint.array_reader import ArrayReader
-from fisherkit.checkpoint.atomic import disk_errors, publish, write_json
-from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.checkpoint.schema import anything, named, read_beside, read_object, table, text
-from fisherkit.checkpoint.target import check_target
-from fisherkit.checkpoint.work_folder import STAGING
-from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.errors import CheckpointError
-from fisherkit.floats import STORED, Stored
+from fisherkit.floats import Stored
 
 FORMAT = "fisherkit.delta/1"
 STRETCH = 1 << 16
@@ -152,67 +145,3 @@ class SparseDelta:
     def fingerprint(self) -> str:
         """Of its tensors."""
         return self._reader.index.fingerprint()
-
-
-class SparseWriter:
-    """Collects kept entries tensor by tensor on disk, and makes a sparse delta of them at the end."""
-
-    def __init__(self, work: Path) -> None:
-        self._staging = work / STAGING
-        self._raw = work / "entries.raw"
-        self._file = self._raw.open("wb")
-        self._specs: list[TensorSpec] = []
-
-    def add(self, name: str, size: int, code: str, indices: NDArray[np.int64], values: Stored) -> None:
-        """Add a tensor of ``size`` entries: ascending flat indices, and the values there."""
-        if not indices.size:
-            return
-        counts = np.bincount(indices // STRETCH, minlength=-(-size // STRETCH)).astype(np.uint32)
-        places = (indices % STRETCH).astype(np.uint16)
-        for suffix, kind, data in (("value", code, values), ("place", "U16", places), ("count", "U32", counts)):
-            self._specs.append(TensorSpec(f"{name}.{suffix}", kind, data.shape))
-            with disk_errors(self._raw, data.nbytes):
-                self._file.write(np.ascontiguousarray(data).view(np.uint8).data)
-
-    def close(self) -> None:
-        """Close the file of collected entries."""
-        with contextlib.suppress(OSError):  # what could not be written is of no use any more
-            self._file.close()
-
-    def finish(self, target: Path, about: dict[str, Any], *, force: bool) -> Path:
-        """Write ``target`` and the JSON beside it.
-
-        Raises:
-            CheckpointError: nothing was kept.
-            OutputError: the target exists (unless ``force``) or cannot be written.
-        """
-        with disk_errors(self._raw, self._raw.stat().st_size):
-            self._file.close()
-        if not self._specs:
-            raise CheckpointError(f"{target}: no entry was kept, so there is nothing to write")
-        with StreamedWriter.create(target, self._specs, work=self._staging) as writer, self._raw.open("rb") as raw:
-            for spec in self._specs:
-                self._copy(raw.fileno(), spec, writer)
-            writer.seal()
-        beside = sidecar_of(target)
-        content = content_sha256(self._staging / target.name)
-        made = {"format": FORMAT, "file": target.name, "content_sha256": content, **about}
-        write_json(self._staging / beside.name, made)
-        check_target(target, force=force)
-        publish([(self._staging / path.name, path) for path in (beside, target)])
-        self._raw.unlink()
-        return target
-
-    @staticmethod
-    def _copy(raw: int, spec: TensorSpec, writer: StreamedWriter) -> None:
-        kind, left = STORED[spec.dtype], spec.shape[0]
-        done, step = 0, (8 << 20) // kind.itemsize
-        while done < left:
-            part = os.read(raw, min(step, left - done) * kind.itemsize)
-            part += b"" if len(part) % kind.itemsize == 0 else os.read(raw, kind.itemsize - len(part) % kind.itemsize)
-            if not part:
-                raise CheckpointError("the entries put aside ended early; run it again")
-            elements = np.frombuffer(part, kind)
-            writer.write_stored(spec.name, elements, done)
-            done += elements.size
-        writer.mark_written([spec.name])

@@ -108,9 +108,11 @@ def publish(files: Sequence[tuple[Path, Path]]) -> None:
         OutputError: the system refuses.
     """
     for staged, target in files:
-        if os.path.lexists(staged):
-            with disk_errors(target):
+        with disk_errors(target):
+            if os.path.lexists(staged):
                 swap_in(staged, target)
+            else:
+                _drop_replaced(target)  # which the killed run had not come to
 
 
 def swap_in(staged: Path, target: Path) -> None:
@@ -132,9 +134,14 @@ def swap_in(staged: Path, target: Path) -> None:
             raise
     else:
         staged.replace(target)
+    _drop_replaced(target)
+    _sync_folder(target.parent)
+
+
+def _drop_replaced(target: Path) -> None:
+    """Remove what stepped aside for a target."""
     for left in _leftovers(target, f".{target.name}.replaced-", ""):
         left.unlink() if left.is_symlink() else shutil.rmtree(left)
-    _sync_folder(target.parent)
 
 
 def size_text(nbytes: int) -> str:

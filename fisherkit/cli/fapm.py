@@ -1,7 +1,7 @@
 """``fisherkit fapm``."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,7 +85,6 @@ def fapm(
         if dry_run and (shares is not None or report is not None):
             raise OptionError("--dry-run writes nothing and tries nothing out; it goes without --sweep and --report")
         _check(out, sparse, report, figure, alone=shares is not None or dry_run, force=force)
-        check_apart(_written(sparse, report, figure), (Path(base), Path(tuned)), out)
         from fisherkit.methods.merge import fapm as methods
         from fisherkit.methods.merge import fapm_preview
 
@@ -93,6 +92,8 @@ def fapm(
         if dry_run:
             console.show_facts(fapm_preview.plan_fapm(base, tuned, options, say=say), as_json=as_json)
         elif shares is not None:
+            if report is not None:
+                check_apart((report,), (Path(base), Path(tuned)), None)
             swept = fapm_preview.sweep_fapm(base, tuned, shares, options, track=track, say=say)
             _show_sweep(swept, report, as_json=as_json)
         else:
@@ -102,20 +103,16 @@ def fapm(
                 out,
                 options,
                 sparse=sparse,
+                beside=_beside(report, figure),
                 figure=figure is not None,
                 command=shared.typed(),
                 track=track,
                 say=say,
             )
-            shared.write_report(made, report)
-            if figure is not None:
-                from fisherkit.render import files
-
-                files.write_pruning(made, figure)
             console.say_kept(made.totals, selects=options.selects, quiet=quiet)
             shared.show_made(made, out or sparse or report or figure, as_json=as_json)
 
-    run(command, debug=debug, hint=shared.hint(out))
+    run(command, debug=debug, hint=shared.hint(out or sparse or report or figure))
 
 
 def _check(
@@ -129,15 +126,19 @@ def _check(
     from fisherkit.render.files import check_figure, check_report
 
     if report is not None:
-        check_report(report, force=force)
+        check_report(report, force=force or not alone)  # the run itself knows what a killed one has put there
     if figure is not None:
-        check_figure(figure, force=force)
+        check_figure(figure, force=True)
 
 
-def _written(sparse: Path | None, report: Path | None, figure: Path | None) -> list[Path]:
-    """Return the files beside OUT."""
-    beside = sparse.with_suffix(".json") if sparse is not None else None
-    return [path for path in (sparse, beside, report, figure) if path is not None]
+def _beside(report: Path | None, figure: Path | None) -> "dict[Path, Callable[[FapmReport], bytes]]":
+    """Return what is made of the report, by path."""
+    from fisherkit.render.files import pruning_bytes
+
+    made: dict[Path, Callable[[FapmReport], bytes]] = {**shared.report_beside(report)}
+    if figure is not None:
+        made[figure] = lambda one: pruning_bytes(one, figure.suffix.lower())
+    return made
 
 
 def _show_sweep(reports: "Sequence[FapmReport]", report: Path | None, *, as_json: bool) -> None:

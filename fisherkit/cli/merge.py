@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from fisherkit.checkpoint.target import check_apart
 from fisherkit.cli import console, shared
 from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, ShardSize, Skip, Tuned
@@ -76,10 +75,7 @@ def merge(
         if report is not None:
             from fisherkit.render.files import check_report
 
-            check_report(report, force=force)
-            given = [path for path in (mask, subspace, layer_scale) if path is not None]
-            beside = [path.with_suffix(".json") for path in given]
-            check_apart((report,), (Path(base), Path(tuned), Path(tuned).with_suffix(".json"), *given, *beside), out)
+            check_report(report, force=True)  # the run itself knows what a killed one has put there
         from fisherkit.methods.merge import merge as methods
 
         made = methods.merge(
@@ -87,11 +83,11 @@ def merge(
             tuned,
             out,
             options,
+            beside=shared.report_beside(report),
             command=shared.typed(),
             track=console.tracker("merge", quiet=quiet),
             say=sayer(quiet),
         )
-        shared.write_report(made, report)
         console.say_kept(made.totals, selects=False, quiet=quiet)
         shared.show_made(made, out, as_json=as_json)
 

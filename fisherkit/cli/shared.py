@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -66,12 +67,11 @@ class _Made(Protocol):
         """Return it as plain values."""
 
 
-def write_report(made: _Made, report: Path | None) -> None:
-    """Write the figures per tensor, where they were asked for."""
-    if report is not None:
-        from fisherkit.checkpoint.atomic import write_json
+def report_beside(report: Path | None) -> dict[Path, Callable[[_Made], bytes]]:
+    """Return what makes the file of figures per tensor from a report, by its path; empty where none is asked for."""
+    from fisherkit.checkpoint.atomic import json_text
 
-        write_json(report, made.as_json())
+    return {report: lambda made: json_text(report, made.as_json()).encode()} if report is not None else {}
 
 
 def show_made(made: _Made, path: Path | None, *, as_json: bool) -> None:

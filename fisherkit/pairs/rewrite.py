@@ -1,20 +1,21 @@
-"""A checkpoint like BASE, written tensor by tensor, in constant memory, with resume; it appears when it is whole."""
+"""Tensors of a pair computed one after the other and written as they are, with resume, in constant memory."""
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from fisherkit.artefacts.sparse_delta import sidecar_of
+from fisherkit.artefacts.sparse_writer import Entries, SparseWriter
 from fisherkit.checkpoint.index import CheckpointIndex
-from fisherkit.checkpoint.target import check_target, is_folder
+from fisherkit.checkpoint.target import is_folder
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.errors import CheckpointError, OptionError, OutputError
+from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Stored
-from fisherkit.pairs.pair import Pair
+from fisherkit.pairs.outputs import DELTA, FINISHED, Targets, check_targets, open_work, publish_all
 from fisherkit.pairs.reader import Tensors
 from fisherkit.progress import Track
 
@@ -25,162 +26,202 @@ _COMMIT_SECONDS = 5.0
 _WRITE_BYTES = 8 << 20  # per call of the system
 
 
-def work_folder(out: Path) -> Path:
-    """Return the folder in which an output is made."""
-    return out.parent / f"{out.name}.partial"
+class Changed(NamedTuple):
+    """One tensor as the output should have it.
 
-
-def may_replace(out: Path, *, force: bool, resume: bool) -> bool:
-    """Return whether an earlier output of fisherkit's may be replaced.
-
-    By --force; and where a run is resumed that was given it, or that was killed when all but the tidying was done.
+    Attributes:
+        data: [n] stored entries in the base's type.
+        row: of the report.
+        entries: what of it goes into the sparse delta; None for nothing, or where there is none.
     """
-    return force or (resume and is_folder(out) and work_folder(out).is_dir())
 
-
-def check_output(out: Path, pair: Pair, *, force: bool, resume: bool = False) -> None:
-    """Refuse an output that is one of the inputs, lies in one, or holds one; and what check_target refuses.
-
-    Args:
-        out: the target.
-        pair: the inputs.
-        force: an earlier output of fisherkit's may be replaced.
-        resume: a killed run is gone on with.
-
-    Raises:
-        OutputError: see above.
-    """
-    target = out.resolve()
-    for role, source in (("BASE", pair.base_source), ("FT", pair.tuned_source)):
-        path = source.path.resolve()
-        if target == path or target in path.parents or path in target.parents:
-            raise OutputError(f"{out}: is {role} itself, or one lies inside of the other; choose another output")
-        if work_folder(out).resolve() in path.parents:
-            raise OutputError(f"{out}: {role} lies in {work_folder(out)}, where the output is made; move it away first")
-    if re.fullmatch(r"\.[a-z]+", out.suffix.lower()) and out.suffix.lower() != ".safetensors":
-        raise OutputError(f"{out}: models are written as safetensors; give a folder's name, or one in .safetensors")
-    check_target(out, force=may_replace(out, force=force, resume=resume))
+    data: Stored
+    row: Row
+    entries: Entries | None = None
 
 
 class Rewrite:
-    """A checkpoint like BASE in the making; made by ``rewriting``.
+    """Outputs of a pair in the making; made by ``rewriting``. Call write_all, seal and publish, in this order.
 
     Attributes:
-        rows: what is reported of the tensors that are written; at first, of those that a killed run has left.
+        rows: what is reported of the tensors that are done; at first, of those that a killed run has left.
     """
 
-    def __init__(self, tensors: Tensors, writer: StreamedWriter, work: Work, *, is_folder: bool, force: bool) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        targets: Targets,
+        work: Work,
+        writer: StreamedWriter | None,
+        delta: SparseWriter | None,
+        *,
+        force: bool,
+    ) -> None:
         self.rows: dict[str, Row] = dict(work.progress.get("rows", {}))
         self._tensors = tensors
-        self._writer = writer
+        self._targets = targets
         self._work = work
-        self._is_folder = is_folder
+        self._writer = writer
+        self._delta = delta
         self._force = force
         self._committed = time.monotonic()
 
     @property
     def folder(self) -> Path | None:
-        """Folder that will be renamed, for what is to lie beside the weights; None for a single file."""
-        return self._writer.staged if self._is_folder else None
+        """Folder that will be renamed, for what is to lie beside the weights; None if there is none, or no more."""
+        return self._writer.staged if self._writer is not None and is_folder(self._targets.main) else None
 
-    def write_all(self, change: Callable[[str], tuple[Stored, Row]], track: Track) -> None:
-        """Write every tensor that is not written yet.
+    def write_all(self, names: Sequence[str], change: Callable[[str], Changed], track: Track) -> None:
+        """Compute and write every tensor that is not done yet.
 
         One is written, and from time to time synced, while the next one is computed.
 
         Args:
-            change: from a name to the flat tensor to write, in the base's type, and its row of the report.
+            names: the tensors, in BASE's order.
+            change: from a name to the tensor as it is to be written.
             track: progress in bytes.
         """
-        names = list(self._tensors.checkpoints.base.index.tensors)
+        stage = "writing" if self._writer is not None else "pruning"
         total = sum(self._tensors.info(name).nbytes for name in names)
         done = sum(self._tensors.info(name).nbytes for name in self.rows)
         with ThreadPoolExecutor(1, thread_name_prefix="fisherkit-write") as behind:
             writing: Future[None] | None = None
             for name in self._tensors.walk([name for name in names if name not in self.rows]):
-                track("writing", done, total)
-                data, row = change(name)
+                track(stage, done, total)
+                changed = change(name)
                 if writing is not None:
                     writing.result()
-                writing = behind.submit(self._write, name, data, row)
-                if not self._tensors.double_buffer(data):  # the next tensor is read over this one
+                writing = behind.submit(self._store, name, changed)
+                if not self._tensors.double_buffer(changed.data):  # the next tensor is read over this one
                     writing.result()
-                done += data.nbytes
+                done += changed.data.nbytes
             if writing is not None:
                 writing.result()
-        track("writing", total, total)
+        track(stage, total, total)
 
-    def _write(self, name: str, data: Stored, row: Row) -> None:
-        step = max(1, _WRITE_BYTES // data.itemsize)
-        for start in range(0, data.size, step):
-            self._writer.write_stored(name, data[start : start + step], start)
-        self._writer.mark_written([name])
-        self.rows[name] = row
+    def _store(self, name: str, changed: Changed) -> None:
+        if self._writer is not None:
+            step = max(1, _WRITE_BYTES // changed.data.itemsize)
+            for start in range(0, changed.data.size, step):
+                self._writer.write_stored(name, changed.data[start : start + step], start)
+            self._writer.mark_written([name])
+        if self._delta is not None and changed.entries is not None:
+            self._delta.add(name, changed.entries)
+        self.rows[name] = changed.row
         if time.monotonic() - self._committed > _COMMIT_SECONDS:
-            self._writer.sync()  # before the progress says so
-            self._work.commit(rows=self.rows)
-            self._committed = time.monotonic()
+            self._commit()
 
-    def publish(self) -> tuple[Path, ...]:
-        """Rename the output into place; returns its files.
+    def _commit(self) -> None:
+        """Sync what is written, and then note that it is."""
+        if self._writer is not None:
+            self._writer.sync()
+        state = {"delta": self._delta.sync()} if self._delta is not None else {}
+        self._work.commit(rows=self.rows, **state)
+        self._committed = time.monotonic()
+
+    def seal(self, about: Mapping[str, Any]) -> tuple[Path, ...]:
+        """Complete checkpoint and delta where they are made.
+
+        Args:
+            about: goes into the JSON beside the delta.
+
+        Returns:
+            The files that they will be.
 
         Raises:
-            OutputError: the target exists, or the disk is full.
+            CheckpointError: nothing was kept for the delta.
+            OutputError: the disk is full.
         """
-        return self._writer.finish(force=self._force)
+        if FINISHED not in self._work.progress:
+            self._commit()
+            names = self._writer.seal() if self._writer is not None else ()
+            if self._delta is not None and self._targets.delta is not None:
+                self._delta.stage(self._work.folder / DELTA, self._targets.delta, about)
+            self._work.commit(files=list(names))
+        out, delta = self._targets.checkpoint, self._targets.delta
+        files = [] if out is None else [out / name if is_folder(out) else out for name in self._work.progress["files"]]
+        return (*files, *((delta, sidecar_of(delta)) if delta is not None else ()))
+
+    def publish(self, beside: Mapping[Path, bytes]) -> None:
+        """Rename everything into place.
+
+        Args:
+            beside: contents of the targets beside the checkpoint.
+
+        Raises:
+            OutputError: a target has appeared meanwhile, or the disk is full.
+        """
+        publish_all(self._targets, self._work, beside, force=self._force)
 
 
 @contextmanager
 def rewriting(
     tensors: Tensors,
-    out: Path,
+    targets: Targets,
+    names: Sequence[str],
     *,
     fingerprint: Mapping[str, str],
     shard_bytes: int | None,
     resume: bool,
     force: bool,
 ) -> Iterator[Rewrite]:
-    """Lay out ``out`` with BASE's tensors; nothing appears there before ``publish``.
+    """Lay out the outputs; nothing appears at its place before ``publish``.
 
     Args:
         tensors: both checkpoints.
-        out: the folder (or `.safetensors` file) to make.
+        targets: what is to be made.
+        names: the tensors that will be computed.
         fingerprint: what a run must have in common with one that it goes on with.
         shard_bytes: largest shard; None for the base's own division.
         resume: go on with what a killed run left.
-        force: replace an earlier output.
+        force: replace earlier outputs.
 
     Raises:
-        OutputError: the target exists or the disk is full.
+        OutputError: a target exists, the disk is full, or another run makes this output.
         ResumeError: the work folder belongs to another run.
     """
-    index = tensors.checkpoints.base.index
-    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in index.tensors.values()]
-    shards = plan_shards(index, shard_bytes) if is_folder(out) else None
-    force = may_replace(out, force=force, resume=resume)
-    with _open_work(out, fingerprint, resume) as work:
-        make = StreamedWriter.reopen if work.progress.get("rows") else StreamedWriter.create
+    force = check_targets(targets, fingerprint, force=force, resume=resume)
+    with open_work(targets, fingerprint, force=force, resume=resume) as work:
         rewrite: Rewrite | None = None
         try:
-            with make(out, specs, work=work.folder, shards=shards) as writer:
-                rewrite = Rewrite(tensors, writer, work, is_folder=is_folder(out), force=force)
-                writer.mark_written(rewrite.rows)
+            with ExitStack() as stack:
+                is_open = FINISHED not in work.progress  # else everything is finished, and only to be renamed
+                writer = stack.enter_context(_open_writer(tensors, targets, work, shard_bytes)) if is_open else None
+                delta = stack.enter_context(_open_delta(targets, work)) if is_open else None
+                rewrite = Rewrite(tensors, targets, work, writer, delta, force=force)
                 yield rewrite
         except (CheckpointError, OptionError):
-            written = len(rewrite.rows) if rewrite is not None else 0
-            if written == len(specs) or not work.progress.get("rows"):
+            done = len(rewrite.rows) if rewrite is not None else 0
+            if done == len(names) or not work.progress.get("rows"):
                 work.remove()  # the inputs were refused, and there is nothing to go on with
             raise
         work.remove()
 
 
-def _open_work(out: Path, fingerprint: Mapping[str, str], resume: bool) -> Work:
-    folder = work_folder(out)
-    if resume and (folder / out.name).exists():  # else it was killed before anything, or after everything
-        found = Work.resume(folder, dict(fingerprint))
-        if found is not None:
-            return found
-    return Work.start(folder, dict(fingerprint))
+@contextmanager
+def _open_writer(
+    tensors: Tensors, targets: Targets, work: Work, shard_bytes: int | None
+) -> Iterator[StreamedWriter | None]:
+    out, rows = targets.checkpoint, work.progress.get("rows")
+    if out is None:
+        yield None
+        return
+    index = tensors.checkpoints.base.index
+    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in index.tensors.values()]
+    shards = plan_shards(index, shard_bytes) if is_folder(out) else None
+    make = StreamedWriter.reopen if rows else StreamedWriter.create
+    with make(out, specs, work=work.staging, shards=shards) as writer:
+        writer.mark_written(rows or ())
+        yield writer
+
+
+@contextmanager
+def _open_delta(targets: Targets, work: Work) -> Iterator[SparseWriter | None]:
+    if targets.delta is None:
+        yield None
+        return
+    with closing(SparseWriter(work.folder, work.progress.get("delta"))) as delta:
+        yield delta
 
 
 def plan_shards(index: CheckpointIndex, shard_bytes: int | None) -> list[tuple[str, Sequence[str]]]:

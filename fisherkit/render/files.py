@@ -62,13 +62,16 @@ def write_pruning(report: "FapmReport", target: Path) -> None:
         MissingLibraryError: ``.png`` without matplotlib.
     """
     check_figure(target, force=True)
+    write_bytes(target, pruning_bytes(report, target.suffix.lower()))
+
+
+def pruning_bytes(report: "FapmReport", suffix: str) -> bytes:
+    """Return the figure of what fapm kept as the content of a file; the suffix is ``.html``, ``.svg`` or ``.png``."""
     from fisherkit.render import png, svg_fapm
 
-    kind = target.suffix.lower()
-    if kind == ".png":
-        write_bytes(target, png.pruning_png(report))
-    else:
-        write_bytes(target, _encode(svg_fapm.picture(report) if kind == ".svg" else pruning_page(report)))
+    if suffix == ".png":
+        return png.pruning_png(report)
+    return _encode(svg_fapm.picture(report) if suffix == ".svg" else pruning_page(report))
 
 
 def check_report(target: Path, *, force: bool) -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fisherkit.artefacts.sparse_delta import SparseWriter
+from fisherkit.artefacts.sparse_writer import Entries
 from fisherkit.floats import Stored
 from fisherkit.kernels.density import DensityMap
 from fisherkit.kernels.prune import SAMPLE_STREAM, block_scores
@@ -18,7 +18,7 @@ from fisherkit.methods.merge.pair_run import Loaded, Run, load_pair, refuse_bad_
 from fisherkit.methods.merge.quotas import SharedThresholds, random_stream, survey
 from fisherkit.options import FapmOptions
 from fisherkit.pairs.prune import Outcome, Pruning
-from fisherkit.pairs.rewrite import Row
+from fisherkit.pairs.rewrite import Changed, Row
 
 DEFAULT_SPARSITY = 0.9
 ADAPTER_SPARSITY = 0.1
@@ -134,15 +134,12 @@ def make_pruners(
     ]
 
 
-def change_tensor(
-    pruner: Pruner, name: str, delta: SparseWriter | None, density_map: DensityMap | None
-) -> tuple[Stored, Row]:
-    """Return a tensor as the output should have it, and its row; an empty one where it does not take part.
+def change_tensor(pruner: Pruner, name: str, density_map: DensityMap | None) -> Changed:
+    """Return a tensor as the output should have it; its row is empty where it does not take part.
 
     Args:
         pruner: how.
         name: the tensor.
-        delta: gets the entries that are FT's.
         density_map: gets a sample.
 
     Raises:
@@ -151,33 +148,31 @@ def change_tensor(
     run, options = pruner.run, pruner.options
     data = untouched(run.tensors, name, run.chosen, options)
     if data is not None:
-        if delta is not None and run.chosen.is_left_out(name) and options.rest == "tuned":
-            data = _list_changed(pruner, name, data, delta)
-        return data, {}
+        is_tuned = run.chosen.is_left_out(name) and options.rest == "tuned"
+        return _list_changed(pruner, name, data) if is_tuned and pruner.pruning.list_kept else Changed(data, {})
     loaded = pruner.load(name)
     sample = _take_sample(pruner, name, loaded.pair) if density_map is not None else None  # before it is overwritten
     pair, outcome = pruner.prune(name, loaded.pair)
     refuse_bad_values(run.tensors, name, outcome.counts.nonfinite, options, pair.base)
-    if delta is not None and outcome.indices is not None:
-        info = run.tensors.info(name)
+    entries = None
+    if outcome.indices is not None:
         kept = converted(pair.tuned[outcome.indices], pair.tuned_code, pair.base_code)
-        delta.add(name, info.numel, info.dtype, outcome.indices, kept)
+        entries = Entries(pair.base_code, pair.base.size, outcome.indices, kept)
     if density_map is not None and sample is not None:
         _add_to_map(density_map, pruner, name, sample, outcome.threshold)
-    return pair.base, pruner.row(name, outcome, loaded.remarks)
+    return Changed(pair.base, pruner.row(name, outcome, loaded.remarks), entries)
 
 
-def _list_changed(pruner: Pruner, name: str, tuned: Stored, delta: SparseWriter) -> Stored:
-    """Put into the sparse delta where a tensor that becomes FT's differs from BASE; returns the tensor.
+def _list_changed(pruner: Pruner, name: str, tuned: Stored) -> Changed:
+    """A tensor that becomes FT's, with the entries in which it differs from BASE.
 
     ``tuned`` lies in the buffer that BASE is read into, so it is copied before BASE is read again.
     """
     info, bits, tuned = pruner.run.tensors.info(name), np.dtype(f"u{tuned.itemsize}"), tuned.copy()
     base = pruner.run.tensors.base(name)
     indices = np.flatnonzero(tuned.view(bits) != base.view(bits))
-    delta.add(name, info.numel, info.dtype, indices, tuned[indices])
     base[:] = tuned
-    return base
+    return Changed(base, {}, Entries(info.dtype, info.numel, indices, tuned[indices]))
 
 
 def recall_samples(pruner: Pruner, rows: Mapping[str, Row], density_map: DensityMap) -> None:

@@ -82,7 +82,7 @@ def make_report(
             "prune"
         )
     return FapmReport(
-        path=run.request.out,
+        path=run.request.targets.checkpoint if run.request.targets is not None else None,
         files=(),
         metric=options.metric,
         density=float(share),

@@ -6,14 +6,12 @@ layer, the gentler), ``alpha``. None of them given, it is the interpolation ``(1
 (arXiv 2109.01903). No mask is promised to protect.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError
-from fisherkit.floats import Stored
 from fisherkit.methods.merge.merge_inputs import MergeInputs, open_inputs, read_treatment, unmasked
 from fisherkit.methods.merge.output import (
     find_warnings,
@@ -26,7 +24,8 @@ from fisherkit.methods.merge.output import (
 from fisherkit.methods.merge.pair_run import Request, Run, load_pair, open_run, refuse_bad_values, untouched
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.blend import blend
-from fisherkit.pairs.rewrite import Row, rewriting
+from fisherkit.pairs.outputs import Targets
+from fisherkit.pairs.rewrite import Changed, Row, rewriting
 from fisherkit.progress import Say, Track
 
 
@@ -74,6 +73,7 @@ def merge(
     out: str | Path,
     options: MergeOptions | None = None,
     *,
+    beside: Mapping[Path, Callable[[MergeReport], bytes]] | None = None,
     command: Sequence[str] | None = None,
     track: Track = lambda stage, done, total: None,
     say: Say = lambda line: None,
@@ -85,6 +85,7 @@ def merge(
         tuned: the fine-tuned model, a PEFT adapter's folder, or a sparse delta that fapm wrote.
         out: folder to make.
         options: see MergeOptions.
+        beside: files to make of the report, such as itself as JSON; they appear together with the checkpoint.
         command: the command line, for the model card.
         track: progress, called with stage, done and total.
         say: gets remarks for people.
@@ -95,31 +96,33 @@ def merge(
         OutputError: the output exists, is one of the inputs, or cannot be written.
         ResumeError: the work folder belongs to another run.
     """
-    options = options or MergeOptions()
-    out = Path(out)
+    options, out, beside = options or MergeOptions(), Path(out), beside or {}
     given = [path for path in (options.mask, options.subspace, options.layer_scale) if path is not None]
-    check_apart((out,), given, None)
-    request = Request("merge", str(base), str(tuned), out, options, command, track, say)
-    with open_run(request) as run, open_inputs(run, options) as inputs:
+    targets = Targets(checkpoint=out, beside=tuple(beside))
+    request = Request("merge", str(base), str(tuned), targets, options, command, track, say)
+    with open_run(request, given) as run, open_inputs(run, options) as inputs:
         _say_unmasked(run, options, unmasked(inputs, options, run.chosen))
         settings = {
             **provenance(request, run.checkpoints)["options"],
             "inputs": [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in given],
             "names": run.chosen.names,
         }
+        names = list(run.checkpoints.base.index.tensors)
         with rewriting(
             run.tensors,
-            out,
+            targets,
+            names,
             fingerprint=fingerprint(run.checkpoints, settings),
             shard_bytes=options.shard_bytes,
             resume=options.resume,
             force=options.force,
         ) as rewrite:
-            rewrite.write_all(lambda name: _merge_tensor(run, options, inputs, name), track)
+            rewrite.write_all(names, lambda name: _merge_tensor(run, options, inputs, name), track)
             report = _make_report(run, options, out, inputs, rewrite.rows)
             if rewrite.folder is not None:
                 write_side_files(rewrite.folder, run, report.as_json(), _facts(report.as_json()))
-            report = replace(report, files=rewrite.publish())
+            report = replace(report, files=rewrite.seal({}))
+            rewrite.publish({path: make(report) for path, make in beside.items()})
         say_warnings(report.warnings, say)
         return report
 
@@ -133,13 +136,13 @@ def _say_unmasked(run: Run, options: MergeOptions, names: Sequence[str]) -> None
         )
 
 
-def _merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: str) -> tuple[Stored, Row]:
-    """A tensor as the output should have it, and its row; an empty one where it does not take part."""
+def _merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: str) -> Changed:
+    """A tensor as the output should have it; its row is empty where it does not take part."""
     data = untouched(run.tensors, name, run.chosen, options)
     if data is None and options.mask is not None and name not in inputs.masks and options.rest == "base":
         data = run.tensors.base(name)
     if data is not None:
-        return data, {}
+        return Changed(data, {})
     info, place = run.tensors.info(name), run.chosen.places[name]
     treatment = read_treatment(inputs, options, run.chosen, name, info.shape)
     pair, remarks = load_pair(run.tensors, name, options, selects=treatment.selects)
@@ -159,7 +162,7 @@ def _merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: st
         "energy": counts.energy,
         "energy_kept": counts.energy_kept / counts.energy if counts.energy else 0.0,
     }
-    return pair.base, row | remarks
+    return Changed(pair.base, row | remarks)
 
 
 def _make_report(

@@ -8,16 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Stored, widen
 from fisherkit.kernels.tensor_pair import TensorPair, converted
 from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
+from fisherkit.pairs.outputs import Targets, check_output
 from fisherkit.pairs.pair import Pair, open_pair
 from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.prune import flipped_signs
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import Row, check_output, refuse_unwritable
+from fisherkit.pairs.rewrite import Row, refuse_unwritable
 from fisherkit.progress import Say, Track
 
 _UNRELATED = 0.45  # share of flipped signs; independent weights have a half
@@ -32,7 +34,7 @@ class Request:
         method: ``fapm`` or ``merge``.
         base: as given.
         tuned: as given.
-        out: the target; None where only a report is wanted.
+        targets: what is to be made; None for nothing.
         options: of the command.
         command: the command line for the card; None writes the call in Python.
         track: progress.
@@ -42,7 +44,7 @@ class Request:
     method: str
     base: str
     tuned: str
-    out: Path | None
+    targets: Targets | None
     options: PairOptions
     command: Sequence[str] | None
     track: Track
@@ -67,18 +69,23 @@ class Run:
 
 
 @contextmanager
-def open_run(request: Request) -> Iterator[Run]:
-    """Open and match the pair, and refuse an output that could not be written.
+def open_run(request: Request, inputs: Sequence[Path] = ()) -> Iterator[Run]:
+    """Open and match the pair, and refuse outputs that are inputs or could not be written.
+
+    Args:
+        request: what is asked for.
+        inputs: files that are read besides the pair.
 
     Raises:
         CheckpointError: the two cannot be read, or do not belong together.
         OptionError: --only and --skip leave nothing.
-        OutputError: the output exists, is one of the inputs, or cannot be written.
+        OutputError: an output is one of the inputs, or could not be written.
     """
     with ExitStack() as stack:
         checkpoints = stack.enter_context(open_pair(request.base, request.tuned))
-        if request.out is not None:
-            check_output(request.out, checkpoints, force=request.options.force, resume=request.options.resume)
+        if request.targets is not None:
+            _check_apart(request.targets, checkpoints, inputs)
+        if request.targets is not None and request.targets.checkpoint is not None:
             refuse_unwritable(checkpoints.base.index)
         pool = stack.enter_context(BlockPool())
         tensors = stack.enter_context(Tensors(checkpoints, pool))
@@ -86,6 +93,15 @@ def open_run(request: Request) -> Iterator[Run]:
         for note in checkpoints.tuned.notes:
             request.say(f"note: {note}")
         yield Run(request, checkpoints, tensors, chosen)
+
+
+def _check_apart(targets: Targets, checkpoints: Pair, inputs: Sequence[Path]) -> None:
+    """Refuse outputs that would replace an input or a part of one, or each other."""
+    if targets.checkpoint is not None:
+        check_output(targets.checkpoint, checkpoints)
+        check_apart((targets.checkpoint,), inputs, None)
+    read = (checkpoints.base_source.path, checkpoints.tuned_source.path, *inputs)
+    check_apart(targets.around, (*read, *(path.with_suffix(".json") for path in read)), targets.checkpoint)
 
 
 class Loaded(NamedTuple):

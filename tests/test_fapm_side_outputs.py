@@ -1,0 +1,260 @@
+"""Reports, figures and sparse deltas are part of the run: killed or short of room, it goes on to the same files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pairs
+import pytest
+from kills import Killed, killed_after
+from pairs import Pair, cli_in, fisherkit, one_line, worked
+
+from fisherkit.errors import OutputError, ResumeError
+from fisherkit.methods.merge.fapm import fapm
+from fisherkit.methods.merge.fapm_report import FapmReport
+from fisherkit.methods.merge.merge import merge
+from fisherkit.options import FapmOptions, MergeOptions
+from fisherkit.pairs import rewrite
+
+BESIDE = ["--sparse", "d.safetensors", "--report", "r.json", "--figure", "f.html"]
+COMMANDS = {
+    "checkpoint and all": ["fapm", "BASE", "TUNED", "out", *BESIDE, "--scope", "layer"],
+    "no checkpoint": ["fapm", "BASE", "TUNED", *BESIDE],
+    "merge": ["merge", "BASE", "TUNED", "out", "--alpha", "0.5", "--report", "r.json"],
+}
+
+# Forks the command line and kills it at the n-th operation that makes, renames or removes something, for each of the
+# last ``count``; then runs it again in a copy of what that left, as it was and with --resume by turns.
+_KILLER = """
+import contextlib, io, json, os, shutil, sys
+from pathlib import Path
+import fisherkit.cli, fisherkit.methods.merge.fapm, fisherkit.methods.merge.merge, fisherkit.render.files
+import fisherkit.render.fapm_view, fisherkit.render.svg_fapm
+from fisherkit.__main__ import main
+
+words, root, count = json.loads(sys.argv[1])
+EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.link"}
+
+def run(folder, at, *flags):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seen = [0]
+    os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
+    def hook(event, details):
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in EVENTS or writes) and not str(details[0]).startswith("/dev/"):
+            seen[0] += 1
+            if seen[0] == at:
+                os.kill(os.getpid(), 9)
+    os.chdir(folder)
+    sys.argv = ["fisherkit", *words, *flags, "--quiet"]
+    sys.addaudithook(hook)
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    if not at:
+        Path(root, "operations").write_text(str(seen[0]))
+    os._exit(code)
+
+whole = Path(root, "whole")
+whole.mkdir()
+assert run(whole, 0) == 0
+operations = int(Path(root, "operations").read_text())
+found = []
+for at in range(max(1, operations - count), operations + 1):
+    folder = Path(root, str(at))
+    folder.mkdir()
+    assert run(folder, at) == -9, at
+    after = {}
+    for flag in [("", "--resume")[at % 2]]:
+        shutil.copytree(folder, f"{folder}{flag}again")
+        after[flag] = run(f"{folder}{flag}again", 0, *([flag] if flag else []))
+    found.append([at, after])
+os.write(3, json.dumps(found).encode())
+"""
+
+
+def filled(words: Sequence[str], pair: Pair) -> list[str]:
+    """The words of a command with the names of a pair."""
+    names = {"BASE": str(pair[0]), "TUNED": str(pair[1])}
+    return [names.get(word, word) for word in words]
+
+
+def kill_command(words: Sequence[str], root: Path, count: int) -> list[tuple[int, dict[str, int]]]:
+    """Per kill, the exit code of the run after it by its flag."""
+    reading, writing = os.pipe()
+    code = _KILLER.replace("os.write(3,", f"os.write({writing},")
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([list(words), str(root), count])],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pairs.ROOT,
+        pass_fds=[writing],
+    )
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    assert done.returncode == 0, done.stderr
+    return [(at, after) for at, after in json.loads(text)]
+
+
+@pytest.mark.parametrize(("name", "count"), [("checkpoint and all", 22), ("no checkpoint", 14), ("merge", 8)])
+def test_killed_anywhere_near_the_end_a_second_run_has_every_file(
+    name: str, count: int, pair: Pair, tmp_path: Path
+) -> None:
+    kills = kill_command(filled(COMMANDS[name], pair), tmp_path, count)
+    expected = pairs.files(tmp_path / "whole")
+    assert len(kills) > count
+    for at, after in kills:
+        left = pairs.files(tmp_path / str(at))
+        final = {file: data for file, data in left.items() if ".partial/" not in file}
+        assert final.items() <= expected.items(), f"a file that is not whole after kill {at}"
+        for flag, code in after.items():
+            got = pairs.files(tmp_path / f"{at}{flag}again")
+            if final == expected and code:  # the run was over, but for what is left of its work folder
+                assert not any("progress.json" in file for file in left), (at, flag)
+                assert {file: data for file, data in got.items() if ".partial/" not in file} == expected
+            else:
+                assert code == 0, (at, flag)
+                assert got == expected, (at, flag)
+
+
+@pytest.mark.parametrize("out", ["out", None])
+def test_a_killed_run_goes_on_with_its_sparse_delta(
+    out: str | None, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewrite, "_COMMIT_SECONDS", 0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    options = {"rest": "tuned", "skip": ("norm",)}
+    fapm(*pair, out, FapmOptions(**options), sparse="d.safetensors")
+    expected = pairs.files(tmp_path)
+    stage = "writing" if out else "pruning"
+    for steps in (1, 5, 14):
+        for name in os.listdir():
+            shutil.rmtree(name) if name == "out" else Path(name).unlink()
+        with pytest.raises(Killed):
+            fapm(*pair, out, FapmOptions(**options), sparse="d.safetensors", track=killed_after(steps, stage=stage))
+        assert [name for name in os.listdir() if not name.endswith(".partial")] == []
+        (work,) = Path().glob("*.partial")
+        with (work / "entries.raw").open("ab") as raw:  # of a tensor whose end was not reached
+            raw.write(b"half of a tensor")
+        seen: list[int] = []
+        fapm(
+            *pair,
+            out,
+            FapmOptions(**options, resume=True),
+            sparse="d.safetensors",
+            track=lambda at, done, total, seen=seen: seen.append(done) if at == stage else None,
+        )
+        assert seen[0] > 0, "began anew"
+        assert pairs.files(tmp_path) == expected, steps
+
+
+def test_a_delta_is_not_gone_on_with_without_its_entries(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewrite, "_COMMIT_SECONDS", 0)
+    with pytest.raises(Killed):
+        fapm(*pair, "out", sparse="d.safetensors", track=killed_after(9, stage="writing"))
+    os.truncate("out.partial/entries.raw", 3)
+    with pytest.raises(ResumeError, match="is not what the run had put aside"):
+        fapm(*pair, "out", FapmOptions(resume=True), sparse="d.safetensors")
+    with pytest.raises(ResumeError, match="other options"):  # none was being made
+        fapm(*pair, "out", FapmOptions(resume=True))
+    fapm(*pair, "out", sparse="d.safetensors")
+
+
+def test_no_room_for_a_figure_leaves_nothing_and_loses_nothing(pair: Pair, tmp_path: Path) -> None:
+    words = ["fapm", *pair, "out", *BESIDE]
+    first = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"  # the figure has 90 kB
+    assert "disk full" in one_line(fisherkit(*words, first=first, cwd=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    computed = "import fisherkit.pairs.prune as p; p.Pruning.by_quota = None"  # would fail
+    worked(fisherkit(*words, "--resume", first=computed, cwd=tmp_path))
+    (tmp_path / "whole").mkdir()
+    worked(fisherkit(*words, cwd=tmp_path / "whole"))
+    expected = pairs.files(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")
+    assert pairs.files(tmp_path) == expected
+
+
+def test_what_is_there_is_refused_at_once_and_never_replaced(pair: Pair, tmp_path: Path) -> None:
+    for words, name in ((BESIDE, "r.json"), (BESIDE, "f.html"), (BESIDE, "d.safetensors"), (BESIDE, "d.json")):
+        (tmp_path / name).write_text("{}")
+        line = one_line(cli_in(tmp_path, "fapm", *pair, "out", *words))
+        assert f"{name}: exists already" in line
+        assert pairs.files(tmp_path) == {name: b"{}"}
+        (tmp_path / name).unlink()
+
+
+def test_what_appears_during_the_run_is_not_replaced_and_nothing_is_lost(pair: Pair, tmp_path: Path) -> None:
+    def make(report: FapmReport) -> bytes:
+        (tmp_path / "r.json").write_text("somebody else's")
+        return b"report"
+
+    def never(report: FapmReport) -> bytes:
+        raise AssertionError("made twice")
+
+    out, report = tmp_path / "out", tmp_path / "r.json"
+    with pytest.raises(OutputError, match="exists already"):
+        fapm(*pair, out, beside={report: make})
+    assert report.read_text() == "somebody else's"
+    assert not out.exists()
+    with pytest.raises(OutputError, match="exists already"):
+        fapm(*pair, out, beside={report: lambda _: b"report"})
+    report.unlink()
+    fapm(*pair, out, beside={report: lambda _: b"report"}, track=killed_after(1, stage="writing"))  # computes nothing
+    assert report.read_bytes() == b"report"
+    assert pairs.is_whole(out)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_forced_run_that_was_killed_may_replace_what_it_might_have(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "_COMMIT_SECONDS", 0)
+    out, report = tmp_path / "out", tmp_path / "r.json"
+    merge(*pair, out, MergeOptions(alpha=0.25))
+    older = pairs.files(out)
+    report.write_text("older")
+    options = {"alpha": 0.5}
+    with pytest.raises(Killed):
+        merge(
+            *pair,
+            out,
+            MergeOptions(**options, force=True),
+            beside={report: lambda _: b"new"},
+            track=killed_after(9, stage="writing"),
+        )
+    with pytest.raises(OutputError, match="exists already"):
+        merge(*pair, out, MergeOptions(**options), beside={report: lambda _: b"new"})
+    assert (pairs.files(out), report.read_text()) == (older, "older")
+    merge(*pair, out, MergeOptions(**options, resume=True), beside={report: lambda _: b"new"})
+    assert report.read_text() == "new"
+    assert pairs.files(out) != older
+
+
+def test_reports_of_one_name_in_two_folders_and_on_two_file_systems(pair: Pair, tmp_path: Path) -> None:
+    other = Path("/dev/shm")  # noqa: S108
+    places = [tmp_path / "a", tmp_path / "b"]
+    if other.is_dir() and other.stat().st_dev != tmp_path.stat().st_dev and os.access(other, os.W_OK):
+        places.append(other / f"fisherkit-test-{os.getpid()}")
+    try:
+        for place in places:
+            place.mkdir()
+        fapm(*pair, tmp_path / "out", beside={place / "r.txt": lambda _, p=place: str(p).encode() for place in places})
+        assert [(place / "r.txt").read_text() for place in places] == [str(place) for place in places]
+        assert [os.listdir(place) for place in places] == [["r.txt"]] * len(places)
+    finally:
+        for place in places[2:]:
+            shutil.rmtree(place)
