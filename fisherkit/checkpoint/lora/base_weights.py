@@ -74,5 +74,5 @@ class BaseWeights:
         text = config.get("text_config")
         parts = (config, text if isinstance(text, dict) else {})
         by_files = _HEAD not in self._places
-        tied = next((part[_TIE] for part in parts if part.get(_TIE) is not None), by_files)
+        tied = next((part[_TIE] for part in parts if isinstance(part.get(_TIE), bool)), by_files)
         return (embedding, _HEAD) if embedding is not None and tied else ()
