@@ -164,6 +164,29 @@ def test_schedule_free_optimizers_are_refused_by_name() -> None:
             constrain(kind(model.parameters(), lr=0.1), model, masks(matrices(model)))
 
 
+class Copies(torch.optim.Optimizer):
+    """Steps on copies of the weights and writes them over the model's, as BAdam does."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.copies = [p.detach().clone().requires_grad_() for p in self.param_groups[0]["params"]]
+        self.base_optimizer = torch.optim.SGD(self.copies, lr=0.1)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter, copy in zip(self.param_groups[0]["params"], self.copies, strict=True):
+            copy.grad = parameter.grad
+        self.base_optimizer.step()
+        for parameter, copy in zip(self.param_groups[0]["params"], self.copies, strict=True):
+            parameter.copy_(copy)
+
+
+def test_an_optimizer_that_steps_on_copies_is_refused() -> None:
+    model = llama()
+    with pytest.raises(TrainingError, match="Copies steps on copies of the weights"):
+        constrain(Copies(model.parameters()), model, masks(matrices(model)))
+
+
 def test_an_optimizer_that_never_steps_is_refused() -> None:
     model = llama()
     stepless = type("Stepless", (torch.optim.Optimizer,), {})(model.parameters(), {})

@@ -17,7 +17,7 @@ from fisherkit.artefacts.layer_importance import FLOOR, POWER
 from fisherkit.errors import OptionError
 from fisherkit.training.make_rules import ActiveRules, check_held
 from fisherkit.training.mask_input import MaskLike, read_constraint
-from fisherkit.training.optimizers import parameters_of, refuse_averaging, unwrap
+from fisherkit.training.optimizers import parameters_of, refuse_copies, unwrap
 from fisherkit.training.rules import Rule
 
 Parity = Literal["paper"] | None
@@ -75,7 +75,7 @@ def constrain(
     if parity not in (None, "paper"):
         raise OptionError(f"parity must be None or 'paper', not {parity!r}")
     if parity is None:
-        refuse_averaging(optimizer)
+        refuse_copies(optimizer)
     optimizer = unwrap(optimizer)
     constraint = read_constraint(mask, power=power, floor=floor, pull=pull, anchor=anchor)
     check_held(model, constraint, set(parameters_of(optimizer)).__contains__)

@@ -43,18 +43,29 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def refuse_averaging(optimizer: Any) -> None:
-    """Raise TrainingError if an optimizer keeps a second set of weights that it puts into the model outside of a step.
+def refuse_copies(optimizer: Any) -> None:
+    """Raise TrainingError if an optimizer keeps weights of its own beside the model's, which no rule would reach.
 
-    Schedule-free optimizers and SPlus do: they train one point and evaluate another, and Trainer calls ``eval()`` at
-    every evaluation and checkpoint. A rule around ``step()`` sees neither the second set nor the switch.
+    Schedule-free optimizers and SPlus train one point and evaluate another, and Trainer calls their ``eval()`` at every
+    evaluation and checkpoint. BAdam and optimizers for float16 step on copies and write these over the model's weights.
     """
-    for own in _chain(optimizer):
-        if callable(getattr(own, "eval", None)) and callable(getattr(own, "train", None)) and not _is_wrapper(own):
+    instead = "use an optimizer such as AdamW, or apply the mask after training with `fisherkit merge --mask`"
+    own = set(parameters_of(optimizer)) if isinstance(optimizer, Optimizer) else None
+    for inner in _chain(optimizer):
+        name = type(inner).__name__
+        if (
+            callable(getattr(inner, "eval", None))
+            and callable(getattr(inner, "train", None))
+            and not _is_wrapper(inner)
+        ):
             raise TrainingError(
-                f"{type(own).__name__} keeps a second set of weights, which its eval() writes over the model's, so no "
-                "mask holds: use an optimizer without train() and eval(), such as AdamW with a schedule, or apply the "
-                "mask after training with `fisherkit merge --mask`"
+                f"{name} keeps a second set of weights, which its eval() writes over the model's, so no mask holds: "
+                f"{instead}"
+            )
+        if own is not None and not own.issuperset(parameters_of(inner)):
+            raise TrainingError(
+                f"{type(optimizer).__name__} steps on copies of the weights and writes them over the model's, so what "
+                f"a mask takes back returns with the next step: {instead}"
             )
 
 
