@@ -43,7 +43,7 @@ class PromptError(FisherkitError):
 
 
 class UnsupportedModelError(FisherkitError):
-    """The model is not a causal language model that can be measured as it is."""
+    """A model that is not a causal language model that can be measured as it is."""
 
 
 class TrainingError(FisherkitError):
@@ -51,11 +51,11 @@ class TrainingError(FisherkitError):
 
 
 class OutputError(FisherkitError):
-    """The target exists already, cannot be written, or the disk is full."""
+    """A target that exists already, cannot be written, or lies on a full disk."""
 
 
 class ResumeError(FisherkitError):
-    """The work folder does not belong to this model, these prompts and these options."""
+    """A work folder that does not belong to this model, these prompts and these options."""
 
 
 class MissingLibraryError(FisherkitError):
@@ -66,7 +66,7 @@ class MissingLibraryError(FisherkitError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """Return what an error says, in one line; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

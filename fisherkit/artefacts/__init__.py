@@ -1,1 +1,1 @@
-"""The files that fisherkit itself defines: what is in them, and how they are read and written."""
+"""Files that fisherkit itself defines: their content, their readers and writers."""

@@ -1,4 +1,4 @@
-"""The file of covariances beside a Fisher: where it is, what describes it, and how it is read again.
+"""File of covariances beside a Fisher: where it is, what describes it, and how it is read again.
 
 A covariance here is the uncentered one, a mean of outer products. ``<stem>.activations.safetensors`` holds in float32,
 for every distinct input of a linear layer, ``<tensor>.input``: E[x x^T] [in, in]; and for every layer

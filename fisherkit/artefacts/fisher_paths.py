@@ -14,7 +14,7 @@ IMPORTANCE = "layer_importance.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FisherPaths:
-    """The files of one output; all but ``partial`` lie inside of the Fisher where that is a folder.
+    """Paths of one output; all but ``partial`` lie inside of the Fisher where that is a folder.
 
     Attributes:
         fisher: the tensors: ``.pt``, ``.safetensors``, or a folder of shards.
@@ -52,17 +52,17 @@ class FisherPaths:
 
     @property
     def covariances_json(self) -> Path:
-        """What describes the covariances."""
+        """JSON that describes the covariances."""
         return self.covariances.with_suffix(".json")
 
     @property
     def as_folder(self) -> bool:
-        """Whether all files lie inside of a folder, which appears as a whole."""
+        """True where all files lie inside of a folder, which appears as a whole."""
         return self.sidecar.parent == self.fisher
 
     @property
     def staged(self) -> "FisherPaths":
-        """The same files, finished but not yet renamed, in the work folder."""
+        """Paths of the same files, finished but not yet renamed, in the work folder."""
         staging = self.partial / STAGING
         folder = staging / self.fisher.name if self.as_folder else staging
         return FisherPaths(

@@ -1,4 +1,4 @@
-"""The files beside a Fisher: ``<stem>.json`` with provenance and statistics, and ``layer_importance.json``."""
+"""Files beside a Fisher: ``<stem>.json`` with provenance and statistics, and ``layer_importance.json``."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""How the mask of one weight is stored: its entry in the JSON, its flags, eight of them to a byte.
+"""Storage of the mask of one weight: its entry in the JSON, its flags, eight of them to a byte.
 
 The format itself is told in ``artefacts.mask_file``. numpy and the standard library only; knows no file.
 """
@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """How the mask of one weight is stored.
+    """Storage of the mask of one weight.
 
     Attributes:
         shape: the weight's.
@@ -73,7 +73,7 @@ class MaskEntry:
         return tuple(size for axis, size in enumerate(self.shape) if axis != self.over)
 
     def spec(self, name: str) -> TensorSpec:
-        """The tensor that holds it."""
+        """Return the tensor that holds it."""
         return (
             TensorSpec(name, "U8", (-(-self.numel // 8),))
             if self.packed
@@ -81,13 +81,13 @@ class MaskEntry:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What the JSON beside the file says about it."""
+        """Return its row of the JSON beside the file."""
         known = {"shape": list(self.shape), "over": self.over, "packed": self.packed}
         return {**known, "kept": self.kept, "density": self.density}
 
 
 def entry(flags: Flags, shape: Sequence[int], *, over: int | None = None, packed: bool = False) -> MaskEntry:
-    """The entry of flags that are about to be written for a weight of ``shape``.
+    """Return the entry of flags that are about to be written for a weight of ``shape``.
 
     Raises:
         ValueError: the flags are not shaped as MaskEntry.flags_shape says.
@@ -105,7 +105,7 @@ def pack(flags: Flags) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], shape: Sequence[int]) -> Flags:
-    """The flags that ``pack`` packed.
+    """Return the flags that ``pack`` packed.
 
     Raises:
         ValueError: another number of bytes than ``shape`` needs.
@@ -126,7 +126,7 @@ def fit(flags: Flags, shape: Sequence[int]) -> Flags:
 
 
 def fit_shape(flags: Shape, shape: Shape) -> Shape:
-    """The shape in which flags of unknown kind are broadcastable to a weight of ``shape``.
+    """Return the shape in which flags of unknown kind are broadcastable to a weight of ``shape``.
 
     Those of the weight's own shape are taken as they are, and so are those with one entry along some axes; those that
     lack the last axis count for rows.
@@ -142,7 +142,7 @@ def fit_shape(flags: Shape, shape: Shape) -> Shape:
 
 
 def spans(modes: Sequence[Shape | None], weight: Shape) -> bool:
-    """Whether U, S and V of these shapes are modes of a weight of that shape; None is a part that is missing."""
+    """Return whether U, S and V of these shapes are modes of a weight of that shape; None is a part that is missing."""
     u, s, v = modes
     rank = next((part[-1] for part in modes if part), None)
     if len(weight) < 2 or rank is None or (u is None and v is None):
@@ -160,7 +160,7 @@ def header(
     options: Mapping[str, Any] | None = None,
     fisher: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON beside the mask file named ``file``; the writer may add keys of its own.
+    """Return the JSON beside the mask file named ``file``; the writer may add keys of its own.
 
     Args:
         kind: of the file.

@@ -105,19 +105,19 @@ class MaskFile:
 
     @property
     def direction(self) -> Direction | None:
-        """Whether the top was chosen to be trained or to be protected; None where nothing says so."""
+        """Direction: the top was chosen to be trained or to be protected; None where nothing says so."""
         found = self.made.get("direction")
         return found if found in ("train", "protect") else None
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """What it was made with."""
+        """Options that it was made with."""
         found = self.made.get("options")
         return found if isinstance(found, Mapping) else {}
 
     @property
     def pull(self) -> float | None:
-        """Of a soft subspace, see kernels.pull; None for a hard one.
+        """Pull of a soft subspace, see kernels.pull; None for a hard one.
 
         Raises:
             CheckpointError: what the JSON says is no pull, or there is none where there has to be.
@@ -159,7 +159,7 @@ class MaskFile:
         return found.shape if found else None
 
     def read(self, name: str, shape: Sequence[int] | None = None) -> Flags:
-        """The mask of one weight, broadcastable to it: with size 1 at the axis that it is over.
+        """Read the mask of one weight, broadcastable to it: with size 1 at the axis that it is over.
 
         Args:
             name: the weight.
@@ -182,7 +182,7 @@ class MaskFile:
             raise CheckpointError(self._misfit(name, flags.shape, shape)) from None
 
     def modes(self, name: str, shape: Sequence[int] | None = None) -> Modes:
-        """The protected directions of one weight, float32.
+        """Read the protected directions of one weight, float32.
 
         Args:
             name: the weight.
@@ -200,12 +200,12 @@ class MaskFile:
         return found
 
     def has_sides(self, name: str) -> tuple[bool, bool]:
-        """Whether there are U and V for a weight."""
+        """Return, for U and for V, whether a weight has it."""
         held = self._reader.index.tensors
         return f"{name}.U" in held, f"{name}.V" in held
 
     def _may_be_soft(self, name: str) -> bool:
-        """Whether there is a spectrum and one side."""
+        """Return whether there is a spectrum and one side."""
         return f"{name}.S" in self._reader.index.tensors and sum(self.has_sides(name)) == 1
 
     def kept(self, name: str) -> int:
@@ -240,7 +240,7 @@ class MaskFile:
 
 
 def _guess(index: CheckpointIndex) -> tuple[Kind, dict[str, MaskEntry | None]]:
-    """What a file without a JSON holds."""
+    """Return kind and weights of a file without a JSON."""
     weights = {stem: None for info in index.tensors.values() if (stem := _stem(info))}
     if weights and all(_stem(info) for info in index.tensors.values()):
         return "subspace", dict(weights)
@@ -254,7 +254,7 @@ def _guess(index: CheckpointIndex) -> tuple[Kind, dict[str, MaskEntry | None]]:
 
 
 def _stem(info: TensorInfo) -> str:
-    """The weight that a tensor of a subspace belongs to; empty for any other tensor."""
+    """Return the weight that a tensor of a subspace belongs to; empty for any other tensor."""
     stem, _, side = info.name.rpartition(".")
     return stem if side in SIDES and info.dtype == "F32" else ""
 
@@ -262,7 +262,7 @@ def _stem(info: TensorInfo) -> str:
 def _described(
     index: CheckpointIndex, beside: Path, made: Mapping[str, Any]
 ) -> tuple[Kind, dict[str, MaskEntry | None]]:
-    """What the JSON says, held against the tensors of the file."""
+    """Return kind and weights as the JSON has them, held against the tensors of the file."""
     kind, rows = made["kind"], made["tensors"]
     if made["file"] != index.path.name:
         raise CheckpointError(f"{beside}: belongs to {made['file']!r}, not to {index.path.name}; rename the two alike")
@@ -316,5 +316,5 @@ def _spans(modes: Modes, shape: Shape) -> bool:
 
 
 def _spanned(modes: Modes) -> list[int]:
-    """The weight's shape as far as its modes tell; 0 for a side that is missing."""
+    """Return the weight's shape as far as its modes tell; 0 for a side that is missing."""
     return [part.shape[-2] if part is not None and part.ndim > 1 else 0 for part in (modes.u, modes.v)]

@@ -143,5 +143,5 @@ class SparseDelta:
         )
 
     def fingerprint(self) -> str:
-        """Of its tensors."""
+        """Return the fingerprint of its tensors, see CheckpointIndex.fingerprint."""
         return self._reader.index.fingerprint()

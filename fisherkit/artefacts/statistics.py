@@ -1,4 +1,4 @@
-"""The input of ``inspect``: one entry per tensor, from the statistics beside a Fisher or from the tensors themselves.
+"""Input of ``inspect``: one entry per tensor, from the statistics beside a Fisher or from the tensors themselves.
 
 The statistics (``fisher.json`` beside ``fisher.pt``) are used when they belong to the file: its size, a hash of sampled
 content and, where a header can be read without loading it, tensors and shapes are compared. Then nothing here imports

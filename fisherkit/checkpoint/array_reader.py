@@ -45,7 +45,7 @@ class ArrayReader:
         return info
 
     def read(self, name: str) -> Stored:
-        """The whole tensor, in its shape.
+        """Read the whole tensor, in its shape.
 
         Raises:
             CheckpointError: no such tensor, a type that numpy cannot store, or the file ends early.

@@ -1,4 +1,4 @@
-"""What tells the content of one tensor file from that of another: a hash that reads little, and needs no torch.
+"""Hash that tells the content of one tensor file from that of another; it reads little, and needs no torch.
 
 JSON files carry it, so that a description is believed for the very file that it was written for.
 """

@@ -17,7 +17,7 @@ class OpenFiles:
         self._closed = False
 
     def descriptor(self, path: Path) -> int:
-        """The descriptor of ``path``; raises ValueError once closed, OSError if the file cannot be opened."""
+        """Return the descriptor of ``path``; raises ValueError once closed, OSError if the file cannot be opened."""
         with self._lock:
             if self._closed:
                 raise ValueError(f"{path}: already closed")
@@ -41,7 +41,7 @@ class OpenFiles:
 
     @property
     def closed(self) -> bool:
-        """Whether close was called."""
+        """True once close was called."""
         return self._closed
 
     def close(self) -> None:

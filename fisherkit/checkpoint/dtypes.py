@@ -42,7 +42,7 @@ _CODES = {dtype.torch_name: code for code, dtype in DTYPES.items() if dtype.torc
 
 
 def torch_dtype(code: str) -> "torch.dtype | None":
-    """The torch type of a safetensors code; None for an unknown code, and where this torch has no equal."""
+    """Return the torch type of a safetensors code; None for an unknown code, and where this torch has no equal."""
     import torch
 
     known = DTYPES.get(code)
@@ -50,5 +50,5 @@ def torch_dtype(code: str) -> "torch.dtype | None":
 
 
 def dtype_code(dtype: "torch.dtype") -> str | None:
-    """The safetensors code of a torch type; None where there is none (quantised types, complex128)."""
+    """Return the safetensors code of a torch type; None where there is none (quantised types, complex128)."""
     return _CODES.get(str(dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""What lies where in one `.safetensors` file, from its header alone.
+"""Tensors and byte ranges of one `.safetensors` file, from its header alone.
 
 Standard library only. Knows nothing of folders, indexes or the hub. A header is untrusted: whatever it
 claims is held against the file before anybody allocates memory for it.
@@ -48,7 +48,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a `.safetensors` file in the order of their bytes.
+    """Return the tensors of a `.safetensors` file in the order of their bytes.
 
     Raises:
         CheckpointError: the file is missing, is something else, is truncated, or its header is inconsistent.
@@ -115,7 +115,7 @@ def fits_memory(sizes: Any) -> bool:
 
 
 def looks_like(path: Path) -> str:
-    """What a file that should hold tensors holds instead, as the end of a sentence; empty if that is not plain."""
+    """Say what a file holds instead of tensors, as the end of a sentence; empty if that is not plain."""
     head = read_start(path, 512)
     if head.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer; run `git lfs pull`"
@@ -131,7 +131,7 @@ def looks_like(path: Path) -> str:
 
 
 def read_start(path: Path, nbytes: int) -> bytes:
-    """The first bytes of a file.
+    """Read the first bytes of a file.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -23,7 +23,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is.
+    """Place of a model.
 
     Attributes:
         path: folder or file on this machine.

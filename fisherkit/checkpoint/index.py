@@ -1,4 +1,4 @@
-"""What a checkpoint holds and where: names, types, shapes and byte ranges, without reading a tensor.
+"""Index of a checkpoint: names, types, shapes and byte ranges, without reading a tensor.
 
 Standard library only at import. Knows the layouts (one file; shards with an index; `.safetensors` or torch)
 and trusts none of them.
@@ -86,7 +86,7 @@ def open_index(path: Path) -> CheckpointIndex:
 
 
 def _choose(folder: Path) -> Path:
-    """The file of a folder that says where its tensors are: an index, else the only file of tensors."""
+    """Return the file of a folder that says where its tensors are: an index, else the only file of tensors."""
     names = sorted(entry.name for entry in folder.iterdir())
     for ending, preferred in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
         indexes = [name for name in names if name.endswith(f".{ending}.index.json")]

@@ -1,4 +1,4 @@
-"""Where each tensor's bytes go in a file that is laid out first and filled later.
+"""Places of the tensors' bytes in a file that is laid out first and filled later.
 
 Laying out makes a sparse file of the final size with everything but the tensors in it; only metadata is
 written, however large the file. Knows single files; folders, work folders and renames are the writer's.
@@ -44,7 +44,7 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """The same type in torch."""
+        """Same type in torch."""
         import torch
 
         return getattr(torch, str(DTYPES[self.dtype].torch_name))  # type: ignore[no-any-return]
@@ -57,7 +57,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor: ``spec.nbytes`` bytes of ``file`` from ``offset`` on."""
+    """Place of one tensor: ``spec.nbytes`` bytes of ``file`` from ``offset`` on."""
 
     spec: TensorSpec
     file: Path
@@ -81,7 +81,7 @@ def lay_out(path: Path, specs: Sequence[TensorSpec]) -> list[Slot]:
 
 
 def find_layout(path: Path, specs: Sequence[TensorSpec]) -> list[Slot]:
-    """The slots of a file that lay_out made earlier.
+    """Return the slots of a file that lay_out made earlier.
 
     Raises:
         ResumeError: it is missing, or was laid out for other tensors.
@@ -137,7 +137,7 @@ def _lay_out_torch(path: Path, specs: Sequence[TensorSpec]) -> list[Slot]:
 
 
 def _hidden_errno(path: Path, nbytes: int) -> int:
-    """The error number of a plain file of that size at the same place, or 0 if one can be made."""
+    """Return the error number of a plain file of that size at the same place, or 0 if one can be made."""
     try:
         with path.open("wb") as file:
             file.seek(nbytes)
@@ -215,7 +215,7 @@ def write_checksums(slots: Sequence[Slot], checksums: Mapping[str, int]) -> None
 
 
 def _directory_offsets(path: Path) -> dict[int, int]:
-    """Where the zip's central directory describes each storage."""
+    """Return where the zip's central directory describes each storage."""
     with zipfile.ZipFile(path) as archive:
         start, records = archive.start_dir, archive.infolist()
     with path.open("rb") as file:

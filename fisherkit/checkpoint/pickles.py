@@ -21,7 +21,7 @@ _SHARED = 16
 
 
 def load_torch_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a flat dict, or of the one flat dict inside a dict; mapped, so nothing is read yet.
+    """Return the tensors of a flat dict, or of the one flat dict inside a dict; mapped, so nothing is read yet.
 
     Files in torch's old format (before 1.6) cannot be mapped and are read whole.
 

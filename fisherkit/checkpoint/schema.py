@@ -1,4 +1,4 @@
-"""The one validator of JSON files that fisherkit defines: rules for values, put together to a table per format.
+"""Validator of the JSON files that fisherkit defines: rules for values, put together to a table per format.
 
 A rule is a function that takes a value and where it lies, and raises MisfitError where the value breaks it. Keys that a
 table does not name pass: a later version may add some. Standard library only.

@@ -1,4 +1,4 @@
-"""Where an output goes: which names are possible, and what may be replaced."""
+"""Targets of an output: possible names, and what may be replaced."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def is_folder(target: Path) -> bool:
-    """Whether the target is a folder, by its suffix: letters alone name a format (or are a typo), digits a version.
+    """Return whether a target is a folder, by its suffix: letters alone name a format (or are a typo), digits a version.
 
     Raises:
         OutputError: a suffix such as ``.bin`` or ``.safetensor``.
@@ -57,7 +57,7 @@ def is_folder(target: Path) -> bool:
 
 
 def _foreign_file(folder: Path) -> str | None:
-    """The first entry of a folder that is not part of an output of ours."""
+    """Return the first entry of a folder that is not part of an output of ours."""
     listed = _manifest(folder)
     if listed is not None:
         found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
@@ -115,7 +115,7 @@ def check_separate(written: Sequence[Path], inputs: Sequence[Path]) -> None:
 
 
 def _manifest(folder: Path) -> set[str] | None:
-    """The files of a whole model that fapm or merge wrote here; None if they did not."""
+    """Return the files of a whole model that fapm or merge wrote here; None if they did not."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         return {MANIFEST, *map(str, content["files"])}

@@ -49,7 +49,7 @@ class Reader:
         return ((name, self.read(name)) for name in self._index.tensors)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor.
+        """Read the whole tensor.
 
         Raises:
             CheckpointError: no such tensor, a type that torch lacks, or the file ends early.

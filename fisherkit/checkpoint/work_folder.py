@@ -1,4 +1,4 @@
-"""The work folder ``<out>.partial/``: what a run has finished, on disk, so that a killed run can go on.
+"""Work folder ``<out>.partial/``: what a run has finished, on disk, so that a killed run can go on.
 
 ``progress.json`` is replaced in one step after the data that it speaks of is on the disk; whatever it does not
 mention never happened. It is the first file made and the last one removed.
@@ -91,7 +91,7 @@ class Work:
 
     @property
     def staging(self) -> Path:
-        """The folder for finished files; it is there."""
+        """Folder for finished files, made where it is missing."""
         path = self.folder / STAGING
         with disk_errors(path):
             path.mkdir(exist_ok=True)

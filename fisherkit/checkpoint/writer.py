@@ -161,7 +161,7 @@ class StreamedWriter:
 
     @property
     def staged(self) -> Path:
-        """Where the output lies until ``finish`` renames it; what a folder should hold besides shards is put there."""
+        """Place of the output until ``finish`` renames it; what a folder should hold besides shards is put there."""
         return self._staged
 
     def mark_written(self, names: Iterable[str]) -> None:
@@ -269,7 +269,7 @@ class StreamedWriter:
 def _plan_files(
     target: Path, specs: Sequence[TensorSpec], work: Path, stem: str, shard_bytes: int, given: Shards | None
 ) -> list[tuple[Path, list[TensorSpec]]]:
-    """The files of the target inside ``work``, and the tensors of each."""
+    """Return the files of the target inside ``work``, and the tensors of each."""
     names = [spec.name for spec in specs]
     if not specs or len(set(names)) < len(names) or "__metadata__" in names:
         raise ValueError(f"{target}: needs tensors, each with a name of its own")
@@ -307,7 +307,7 @@ def _make_room(target: Path, work: Path, total: int) -> None:
 
 
 def _blocks(tensor: "Tensor", dtype: "torch.dtype") -> Iterator[memoryview]:
-    """The tensor's bytes in ``dtype``, a few MB at a time; rounded where it lives, then moved to the host."""
+    """Yield the tensor's bytes in ``dtype``, a few MB at a time; rounded where it lives, then moved to the host."""
     import torch
 
     flat = tensor.detach().reshape(-1)

@@ -1,4 +1,4 @@
-"""What ``extract`` refuses before the work: inputs that do not belong together, and outputs that would replace one."""
+"""Refusals of ``extract`` before its work: inputs that do not belong together, outputs that would replace one."""
 
 import json
 import re

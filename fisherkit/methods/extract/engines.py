@@ -1,4 +1,4 @@
-"""The engine that fits a model: block by block, or, where blocks cannot be replayed, with the whole model in memory."""
+"""Choice of the engine: block by block, or, where blocks cannot be replayed, with the whole model in memory."""
 
 from typing import Any
 

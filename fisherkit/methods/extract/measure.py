@@ -39,7 +39,7 @@ from fisherkit.prompts.sources import PromptSource
 
 @dataclasses.dataclass(frozen=True)
 class ExtractReport:
-    """The result of ``extract``.
+    """Result of ``extract``.
 
     Attributes:
         path: the Fisher; its sidecar and layer importance lie beside it, and covariances if asked for.

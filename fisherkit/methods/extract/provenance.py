@@ -1,4 +1,4 @@
-"""Where a Fisher comes from: what the JSON beside it says, and what two runs must have in common."""
+"""Provenance of a Fisher, as the JSON beside it has it, and the fingerprint that two runs must have in common."""
 
 import dataclasses
 import json
