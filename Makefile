@@ -7,11 +7,12 @@ STAMP = .venv/installed
 # Only what pyproject.toml asks for may be found.
 unexport PYTHONPATH
 
-.PHONY: help demo test check forgetting clean
+.PHONY: help demo test architectures check forgetting clean
 
 help:
 	@echo "make demo    train a small model here, measure its Fisher, fine-tune and prune it (about two minutes after installing)"
 	@echo "make test    run the tests; ARGS='-k name' goes to pytest"
+	@echo "make architectures   every architecture of the installed transformers against the slow truth (20 minutes)"
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make forgetting   the forgetting benchmark at its quick size (15 minutes on 2 cores; goes on where it was)"
 	@echo "make clean   remove .venv, the demo's files and caches"
@@ -21,6 +22,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+
+architectures: $(STAMP)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(BIN)/python tests/support/architectures.py
 
 check: $(STAMP)
 	@$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,21 @@ from fisherkit.prompts.dataset import Sample
 def fisher(folder: Path, samples: Sequence[Sample], reduction: str = "mean") -> dict[str, Tensor]:
     """Fisher of every parameter, by checkpoint tensor name, float64 (float32 where the model insists on it)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+    return fisher_of(model, samples, reduction)
+
+
+def fisher_of(
+    model: Any, samples: Sequence[Sample], reduction: str = "mean", *, token_types: bool = False
+) -> dict[str, Tensor]:
+    """Fisher of every parameter of a loaded model, by checkpoint tensor name.
+
+    With ``token_types`` tokens before the first that counts are a prefix (type 0), all others are not (type 1).
+    """
     total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for sample in samples:
         ids, counts = torch.tensor(sample.ids), torch.tensor(sample.counts)
-        logits = model(input_ids=ids[None]).logits[0, :-1]
+        types = {"token_type_ids": (counts.cumsum(0) > 0).long()[None]} if token_types else {}
+        logits = model(input_ids=ids[None], use_cache=False, **types).logits[0, :-1]
         losses = F.cross_entropy(logits, ids[1:], reduction="none")[counts[1:]]
         (losses.mean() if reduction == "mean" else losses.sum()).backward()
         for name, parameter in model.named_parameters():
@@ -53,7 +65,7 @@ def moments(folder: Path, samples: Sequence[Sample]) -> tuple[dict[str, Tensor],
             module.register_forward_hook(listen(f"{name}.weight"))
     for sample in samples:
         ids, counts = torch.tensor(sample.ids), torch.tensor(sample.counts)
-        logits = model(input_ids=ids[None]).logits[0, :-1]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         F.cross_entropy(logits, ids[1:], reduction="none")[counts[1:]].mean().backward()
     names = revert_weight_conversion(model, {name: torch.tensor(number) for number, name in enumerate(tokens)})
     spelled = {list(tokens)[int(number)]: name for name, number in names.items()}

@@ -11,3 +11,7 @@ class NeedsBatchSizeOne(Exception):  # noqa: N818 - a finding
     def __init__(self, general: frozenset[str]) -> None:
         super().__init__()
         self.general = general
+
+
+class AttendsAhead(Exception):  # noqa: N818 - a finding
+    """Tokens see the ones after them, so that labels leak into what predicts them."""

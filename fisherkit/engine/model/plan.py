@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fisherkit.engine.model.build import blocks_in_groups
 from fisherkit.engine.model.linear_layers import find_linear_layers
-from fisherkit.engine.model.skeleton import Skeleton, TargetTensor, blocks_in_groups
+from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.errors import OptionError
 
 BASE_BYTES = 600 << 20  # Python, torch and transformers themselves
@@ -30,7 +31,8 @@ class Plan:
     @property
     def tensors(self) -> tuple[TargetTensor, ...]:
         """Tensors of the Fisher, in model order."""
-        return tuple(tensor for own in self.targets.values() for tensors in own.values() for tensor in tensors)
+        every = (tensor for own in self.targets.values() for tensors in own.values() for tensor in tensors)
+        return tuple(dict.fromkeys(every))  # several parameters may make up one tensor
 
     @property
     def parameters(self) -> int:
@@ -66,7 +68,9 @@ def choose_targets(
     chosen: dict[int | None, dict[str, tuple[TargetTensor, ...]]] = {}
     for block in blocks:
         own = skeleton.parameters(block)
-        wanted = [name for name, parameter in own.items() if targets != "matrices" or parameter.ndim >= 2]
+        # Of weights that blocks share, the checkpoint holds one: they are measured once, where it lies.
+        inside = [name for name in own if block is None or name not in skeleton.tied]
+        wanted = [name for name in inside if targets != "matrices" or own[name].ndim >= 2]
         described = skeleton.describe(wanted, block)
         if targets not in ("matrices", "all"):
             described = {
@@ -119,7 +123,7 @@ def needs(
     group = max(_group_bytes(skeleton, plan, group, size, batch_tokens, covariances or {}) for group in plan.groups)
     ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
     around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
-    outer = sum(tensor.numel for tensors in plan.targets.get(None, {}).values() for tensor in tensors)
+    outer = _measured(skeleton, plan, None)
     head = skeleton.model.get_output_embeddings()
     vocabulary = head.weight.shape[0] if head is not None and hasattr(head, "weight") else 0
     logits = longest * vocabulary * (2 * size + 12)
@@ -162,11 +166,14 @@ def _group_bytes(
     covariances: Mapping[int | None, int],
 ) -> int:
     weights = sum(_weights(skeleton, block) for block in group) * size
-    accumulators = 4 * sum(
-        tensor.numel for block in group for ts in plan.targets.get(block, {}).values() for tensor in ts
-    )
+    accumulators = 4 * sum(_measured(skeleton, plan, block) for block in group)
     kept = sum(_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
     return weights + accumulators + kept + sum(covariances.get(block, 0) for block in (*group, None))
+
+
+def _measured(skeleton: Skeleton, plan: Plan, block: int | None) -> int:
+    own = skeleton.parameters(block)
+    return sum(own[name].numel() for name in plan.names([block]))
 
 
 def _weights(skeleton: Skeleton, block: int) -> int:

@@ -50,16 +50,31 @@ class Weights:
                 buffer = module._buffers.get(name)
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self._device)
-        skeleton.model.tie_weights()
+        skeleton.tie()
         skeleton.check_loaded(None)
+
+    def load_all(self) -> None:
+        """Load everything; weights that blocks share are tied before any is missed."""
+        self.load_outer()
+        count = len(self._skeleton.blocks)
+        for block in range(count):
+            self._fill([block], [block + 1] if block + 1 < count else [])
+        self._skeleton.tie()
+        for block in range(count):
+            self._skeleton.check_loaded(block)
 
     def enter(self, blocks: Sequence[int], then: Sequence[int] = ()) -> None:
         """Load the weights of ``blocks``, and start to read those of ``then``."""
+        fresh = not self._held.issuperset(blocks)
+        self._fill(blocks, then)
+        if fresh:
+            for block in blocks:
+                self._skeleton.check_loaded(block)
+
+    def _fill(self, blocks: Sequence[int], then: Sequence[int]) -> None:
         group = tuple(blocks)
         if not self._held.issuperset(group):
             self._skeleton.load(self._take(group), self._device)
-            for block in group:
-                self._skeleton.check_loaded(block)
             self._held.update(group)
         if then and not self._held.issuperset(then):
             self._ahead = (tuple(then), self._pool.submit(self._read, self._skeleton.block_tensors(then)))

@@ -25,7 +25,7 @@ class Arguments:
         assert number == len(self._records)
         outer = self._job.plan.names([None])
         with trainable(self._job.skeleton.model, outer), torch.set_grad_enabled(bool(outer)):
-            record, first = self._recorder.record(self._job.ids(self._job.batches[number]))
+            record, first = self._recorder.record(self._job.inputs(self._job.batches[number]))
         live = frozenset(place for place, tensor in enumerate(record.tensors) if tensor.requires_grad)
         for place, tensor in enumerate(record.tensors):
             self._spool.put(f"{number}.{place}", [tensor])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkit.engine.model.findings import Unreplayable
 from fisherkit.engine.model.skeleton import Skeleton
-from fisherkit.engine.sweep.recorder import HiddenPlace, MappingPlace, Record, TensorPlace
+from fisherkit.engine.sweep.recorder import ExtraPlace, HiddenPlace, MappingPlace, Record, TensorPlace
 
 SideKey = tuple[int, str | int]
 
@@ -66,7 +66,10 @@ def run_blocks(skeleton: Skeleton, blocks: Sequence[int], record: Record, enteri
             *(_unpack(item, record, shared, hidden) for item in args),
             **{key: _unpack(item, record, shared, hidden) for key, item in kwargs.items()},
         )
-        hidden = out[0] if isinstance(out, tuple) else out
+        if isinstance(out, tuple | list):
+            _check_extras(out[1:], record.takes_extra(number + 1))
+            out = out[0]
+        hidden = out
     return Boundary(hidden, _written(record, shared))
 
 
@@ -109,6 +112,13 @@ def differentiate_blocks(
     return passed
 
 
+def _check_extras(extras: Sequence[Any], taken: set[int]) -> None:
+    """Refuse outputs beside the hidden states that the next block is called with, unless they are None."""
+    for number in taken:
+        if number < len(extras) and extras[number] is not None:
+            raise Unreplayable(f"its blocks hand each other a {type(extras[number]).__name__} beside the hidden states")
+
+
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
@@ -143,6 +153,8 @@ def _unpack(value: Any, record: Record, shared: list[MutableMapping[Any, Any]], 
         return record.tensors[value.number]
     if isinstance(value, MappingPlace):
         return shared[value.number]
+    if isinstance(value, ExtraPlace):
+        return None  # all that _check_extras lets through
     if type(value) in (tuple, list):
         return type(value)(_unpack(item, record, shared, hidden) for item in value)
     return value

@@ -19,6 +19,9 @@ from fisherkit.kernels.loss import sample_labels, sample_loss
 from fisherkit.progress import Track
 from fisherkit.prompts.dataset import Sample
 
+Inputs = dict[str, Tensor]
+"""Arguments of the model's forward: ``input_ids`` [B, T], and ``token_type_ids`` [B, T] where they are needed."""
+
 
 class Sink(Protocol):
     """Takes finished Fisher values; keeps them for good once synced."""
@@ -31,6 +34,14 @@ class Sink(Protocol):
 
     def sync(self) -> None:
         """Wait until everything added so far is on the disk; may run beside later adds."""
+
+
+def prefix_types(ids: Tensor, starts: Sequence[int]) -> Tensor:
+    """Return token types [B, T]: 0 for the prefix, whose tokens see each other, 1 from each sample's start on.
+
+    So do models that read pictures and a prompt as one prefix (PaliGemma): without types they take all for prefix.
+    """
+    return (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]).long().to(ids.device)
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Job:
         seed: of sampled labels.
         general: parameters to leave to autograd although a linear layer holds them.
         keep_weights: leave weights on the device between the two sweeps.
+        token_types: tell the model which tokens are before the first one that counts, see ``prefix_types``.
         covariances: gathers and writes covariances of activations; None where none are asked for.
     """
 
@@ -69,6 +81,7 @@ class Job:
     keep_weights: bool = False
     general: frozenset[str] = field(default_factory=frozenset)
     covariances: CovarianceWriter | None = None
+    token_types: bool = False
 
     def ids(self, batch: Sequence[int]) -> Tensor:
         """Return token ids [B, T] on the device, short samples filled up on the right with their own last token.
@@ -78,6 +91,16 @@ class Job:
         rows = [self.samples[number].ids for number in batch]
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=self.device)
+
+    def inputs(self, batch: Sequence[int]) -> Inputs:
+        """Return the arguments that the model is called with for a batch, on the device."""
+        starts = [self.samples[number].counts.index(True) for number in batch]
+        return self.arguments(self.ids(batch), starts)
+
+    def arguments(self, ids: Tensor, starts: Sequence[int]) -> Inputs:
+        """Return the model's arguments for token ids [B, T] whose losses start at these tokens."""
+        types = {"token_type_ids": prefix_types(ids, starts)} if self.token_types else {}
+        return {"input_ids": ids, **types}
 
     def lengths(self, batch: Sequence[int]) -> list[int]:
         """Return the number of real tokens of each sample of a batch."""

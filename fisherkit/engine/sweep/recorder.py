@@ -7,7 +7,7 @@ No architecture is re-implemented: what a model does around its blocks, it does 
 import contextlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,6 +29,13 @@ class MappingPlace:
     number: int
 
 
+@dataclass(frozen=True)
+class ExtraPlace:
+    """Output of a block beside its hidden states, by its number; also its place among the next block's arguments."""
+
+    number: int
+
+
 @dataclass
 class Record:
     """Arguments of every block for one batch, hidden states left out, every tensor kept once.
@@ -41,9 +48,14 @@ class Record:
     mappings: list[tuple[type, dict[Any, Any]]] = field(default_factory=list)
     live: frozenset[int] = frozenset()
 
+    def takes_extra(self, block: int) -> set[int]:
+        """Return the numbers of the outputs of the block before this one that it is called with."""
+        return {one.number for one in _places(self.calls[block], ExtraPlace)} if block < len(self.calls) else set()
+
     def needs(self, blocks: Sequence[int]) -> set[int]:
         """Numbers of the tensors that the given blocks are called with."""
-        return set(_numbers([self.calls[block] for block in blocks] + [content for _, content in self.mappings]))
+        places = [self.calls[block] for block in blocks] + [content for _, content in self.mappings]
+        return {one.number for one in _places(places, TensorPlace)}
 
 
 class HiddenPlace:
@@ -51,6 +63,8 @@ class HiddenPlace:
 
 
 HIDDEN = HiddenPlace()
+Place = TypeVar("Place", TensorPlace, ExtraPlace)
+MOST_EXTRAS = 3
 
 
 class _Reached(Exception):  # noqa: N818 - leaves the model's forward at the last stub
@@ -77,7 +91,7 @@ class BlockCallRecorder:
 
     def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
-        self.as_tuple = False
+        self.extras: int | None = None
         parent, _, self._attribute = skeleton.blocks_path.rpartition(".")
         self._parent = skeleton.model.get_submodule(parent)
         self._own = getattr(self._parent, self._attribute)
@@ -87,42 +101,43 @@ class BlockCallRecorder:
         self._final: Tensor | None = None
         self._first: Tensor | None = None
 
-    def record(self, ids: Tensor) -> tuple[Record, Tensor]:
-        """Return the arguments that the model passes to each block for token ids [B, T], and the first hidden states.
+    def record(self, inputs: dict[str, Tensor]) -> tuple[Record, Tensor]:
+        """Return the arguments that the model passes to each block, and the first hidden states.
 
         Under autograd when it is on, so that a caller can tell what depends on which parameters.
 
         Raises:
             Unreplayable: the model computes something between its blocks, or hands them a cache.
         """
-        try:
-            return self._recorded(ids)
-        except Unreplayable:
-            if self.as_tuple:
-                raise
-        self.as_tuple = True  # blocks of older models return tuples
-        return self._recorded(ids)
+        while True:
+            try:
+                return self._recorded(inputs)
+            except Unreplayable:
+                if self.extras == MOST_EXTRAS:
+                    raise
+            # Blocks of older models return tuples; how long ones, only the code that unpacks them says.
+            self.extras = 0 if self.extras is None else self.extras + 1
 
-    def logits(self, ids: Tensor, *, final: Tensor | None = None, real: Sequence[int] = ()) -> Tensor:
+    def logits(self, inputs: dict[str, Tensor], *, final: Tensor | None = None, real: Sequence[int] = ()) -> Tensor:
         """Return the logits [B, T, V] of the model, under autograd where it is on.
 
         Args:
-            ids: token ids [B, T].
+            inputs: of the model's forward: token ids [B, T], and token types where it needs them.
             final: hidden states to put where the last block's output would be.
             real: blocks that run for real inside the model; all others pass their input on.
         """
         self._handle, self._final, self._real = self._pass_on, final, frozenset(real)
         with self._installed():
-            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.skeleton.model(**inputs, use_cache=False).logits
         self._first = self._final = None
         return logits
 
-    def outer(self, ids: Tensor, final: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def outer(self, inputs: dict[str, Tensor], final: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run all but the blocks under autograd; return logits, first hidden states, and recorded tensors."""
         recorder = _Recorder(len(self._stubs), final=final)
         self._handle, self._real = recorder.note, frozenset()
         with self._installed():
-            logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.skeleton.model(**inputs, use_cache=False).logits
         assert self._first is not None
         first, self._first = self._first, None
         return logits, first, recorder.record.tensors
@@ -137,18 +152,21 @@ class BlockCallRecorder:
         if number in self._real:
             return self.skeleton.blocks[number](*args, **kwargs)
         out = self._handle(number, hidden, args, kwargs)
-        return (out,) if self.as_tuple else out
+        if self.extras is None:
+            return out
+        recording = self._handle != self._pass_on
+        return (out, *(ExtraPlace(number) if recording else None for number in range(self.extras)))
 
     def _pass_on(self, number: int, hidden: Tensor, *_: Any) -> Tensor:
         last = number == len(self._stubs) - 1
         return self._final if last and self._final is not None else hidden.view_as(hidden)
 
-    def _recorded(self, ids: Tensor) -> tuple[Record, Tensor]:
+    def _recorded(self, inputs: dict[str, Tensor]) -> tuple[Record, Tensor]:
         recorder = _Recorder(len(self._stubs))
         self._handle, self._real = recorder.note, frozenset()
         try:
             with self._installed(), contextlib.suppress(_Reached):
-                self.skeleton.model(input_ids=ids, use_cache=False)
+                self.skeleton.model(**inputs, use_cache=False)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise Unreplayable(f"its forward does not run with stubs ({error})") from error
         if len(recorder.record.calls) != len(self._stubs):
@@ -206,6 +224,8 @@ class _Recorder:
             if any(value is passed for passed in self._passed):
                 raise Unreplayable("it hands its blocks the hidden states of earlier blocks")
             return self._place(value, self.record.tensors, TensorPlace, lambda: value)
+        if isinstance(value, ExtraPlace):
+            return value
         if isinstance(value, MutableMapping):
             return self._place(
                 value,
@@ -226,14 +246,15 @@ class _Recorder:
         return self._places[id(value)][1]
 
 
-def _numbers(value: Any) -> Iterator[int]:
-    if isinstance(value, TensorPlace):
-        yield value.number
+def _places(value: Any, kind: type[Place]) -> Iterator[Place]:
+    """Yield all places of a kind in nested arguments."""
+    if isinstance(value, kind):
+        yield value
     elif isinstance(value, dict):
-        yield from _numbers(tuple(value.values()))
+        yield from _places(tuple(value.values()), kind)
     elif type(value) in (tuple, list):
         for item in value:
-            yield from _numbers(item)
+            yield from _places(item, kind)
 
 
 def _same(value: Tensor, passed: Tensor) -> bool:

@@ -8,7 +8,9 @@ import torch
 
 from fisherkit.engine.fisher.squared_gradients import add_squared_parameters_, trainable
 from fisherkit.engine.model.weights import Weights
+from fisherkit.engine.sweep.causality import check_causality
 from fisherkit.engine.sweep.job import Job
+from fisherkit.errors import UnsupportedModelError, first_line
 
 
 def resident(job: Job) -> None:
@@ -16,12 +18,13 @@ def resident(job: Job) -> None:
 
     Raises:
         CheckpointError: damaged or missing weights.
+        UnsupportedModelError: the model does not run on token ids alone.
+        AttendsAhead: tokens see later ones.
         FisherkitError: a loss that is not finite.
     """
     with Weights(job.skeleton, job.device, keep=True) as weights:
-        weights.load_outer()
-        for block in range(len(job.skeleton.blocks)):
-            weights.enter([block], [block + 1] if block + 1 < len(job.skeleton.blocks) else [])
+        weights.load_all()
+        _check_forward(job)
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
         groups += [(None,)] if job.plan.names([None]) else []
         if job.covariances is not None and not job.covariances.is_laid_out:
@@ -30,12 +33,25 @@ def resident(job: Job) -> None:
             _measure(job, groups[number], number, len(groups))
 
 
+def _check_forward(job: Job) -> None:
+    """Run a few tokens, to see that the model takes nothing else and that no token sees the ones after it."""
+    try:
+        check_causality(job, lambda inputs: job.skeleton.model(**inputs, use_cache=False).logits)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(job.skeleton.model).__name__} does not run on token ids alone "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
 @torch.no_grad()
 def _probe_shared_inputs(job: Job) -> None:
     """Find the layers that share their inputs, by one sample."""
     assert job.covariances is not None
     with job.covariances.probing(range(len(job.skeleton.blocks))):
-        job.skeleton.model(input_ids=job.ids([0]), use_cache=False)
+        job.skeleton.model(**job.inputs([0]), use_cache=False)
     job.covariances.lay_out()
     job.work.commit(moments=job.covariances.state())
 
@@ -48,7 +64,7 @@ def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -
             if gather is not None:
                 gather.begin(job.lengths([sample]))
             with torch.enable_grad():
-                logits = job.skeleton.model(input_ids=job.ids([sample]), use_cache=False).logits[0]
+                logits = job.skeleton.model(**job.inputs([sample]), use_cache=False).logits[0]
                 loss = job.loss(sample, logits)
             losses.append(loss.item())
             loss.backward()  # type: ignore[no-untyped-call]

@@ -178,11 +178,14 @@ class _Sweep:
 
     def _head(self, batch: int, leaving: Boundary) -> Boundary:
         """Return the gradient of every sample's loss with respect to the hidden states that leave the last block."""
-        hidden = leaving.hidden.detach()
+        hidden, members = leaving.hidden.detach(), self.job.batches[batch]
         gradient = torch.zeros_like(hidden)
-        for row, sample in enumerate(self.job.batches[batch]):
-            length = len(self.job.samples[sample].ids)
-            gradient[row, :length] = self._head_of(sample, hidden[row : row + 1, :length])
+        if len(members) == 1:  # whatever the axes of the hidden states are
+            gradient = self._head_of(members[0], hidden)
+        else:
+            for row, sample in enumerate(members):
+                length = len(self.job.samples[sample].ids)
+                gradient[row, :length] = self._head_of(sample, hidden[row : row + 1, :length])[0]
         if self.has_outer:
             self._spool(f"boundary-{self.top + 1}", fresh=True).put(str(batch), *Boundary(hidden).pack())
             if batch == len(self.job.batches) - 1:
@@ -192,10 +195,10 @@ class _Sweep:
     def _head_of(self, sample: int, hidden: Tensor) -> Tensor:
         final = hidden.clone().requires_grad_()
         with torch.enable_grad():
-            loss = self.job.loss(sample, self.recorder.logits(self.job.ids([sample]), final=final)[0])
+            loss = self.job.loss(sample, self.recorder.logits(self.job.inputs([sample]), final=final)[0])
             (gradient,) = torch.autograd.grad(loss, final)
         self.losses.append(loss.item())
-        return gradient[0]
+        return gradient
 
     def _outer(self) -> None:
         """Measure targets around the blocks, sample by sample.
@@ -208,7 +211,7 @@ class _Sweep:
             for batch, (sample,) in enumerate(job.batches):
                 final, arrived = self._load(f"boundary-{self.top + 1}", batch).hidden, self._load("gradient-0", batch)
                 with torch.enable_grad():
-                    logits, first, tensors = self.recorder.outer(job.ids([sample]), final)
+                    logits, first, tensors = self.recorder.outer(job.inputs([sample]), final)
                     loss = job.loss(sample, logits[0])
                 roots = [(loss, torch.ones_like(loss)), (first, arrived.hidden)]
                 roots += [(tensors[place], gradient) for place, gradient in arrived.inputs.items()]

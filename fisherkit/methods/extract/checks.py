@@ -60,7 +60,7 @@ def check_all_taken(source: ModelSource, skeleton: Skeleton) -> None:
     further = getattr(skeleton.model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
     buffers = {name.removeprefix(f"{skeleton.blocks_path}.") for name, _ in skeleton.model.named_buffers()}
     odd = []
-    for name in skeleton.index.tensors.keys() - skeleton.parameter_of.keys():
+    for name in skeleton.index.tensors.keys() - skeleton.names.parameter_of.keys():
         found = re.match(rf"(?:{place.pattern})((\d+)\..*)", name)
         if found and not (count <= int(found[2]) < count + further or found[1] in buffers or ignored.search(name)):
             odd.append(name)
@@ -113,7 +113,7 @@ def folder_of(source: ModelSource) -> Path:
 def _block_prefixes(skeleton: Skeleton) -> list[str]:
     """Return what the names of block tensors begin with on the disk, up to the block's number."""
     found = set()
-    for tensor, parameter in skeleton.parameter_of.items():
+    for tensor, parameter in skeleton.names.parameter_of.items():
         block = skeleton.block_of(parameter)
         head = re.match(rf"(.*?\.|){block}\.", tensor) if block is not None else None
         if head:

@@ -1,5 +1,6 @@
 """Choice of the engine: block by block, or, where blocks cannot be replayed, with the whole model in memory."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from fisherkit.checkpoint.schema import flag, listed, maybe, named, number, tabl
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink
-from fisherkit.engine.model.findings import NeedsBatchSizeOne, Unreplayable
+from fisherkit.engine.model.build import shared_between_blocks
+from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import only_batches_of_one
-from fisherkit.engine.model.skeleton import shared_between_blocks
 from fisherkit.engine.sweep.job import Job
 from fisherkit.engine.sweep.resident import resident
 from fisherkit.engine.sweep.spool import Budget
@@ -23,7 +24,8 @@ from fisherkit.progress import Say, Track
 from fisherkit.prompts.dataset import batches
 
 Mode = dict[str, Any]
-"""How a run goes: ``engine``, the ``reason``, ``singles`` (batches of one sample), ``general`` (left to autograd)."""
+"""How a run goes: ``engine``, the ``reason``, ``singles`` (batches of one sample), ``general`` (left to autograd),
+``token_types`` (prefix and answer are told apart)."""
 
 PROGRESS = table(
     {},
@@ -61,7 +63,7 @@ def run_engine(
     Raises:
         FisherkitError: a loss or a value that is not finite, or a model that fits neither engine.
     """
-    mode = work.progress.get("mode") or _first_mode(prepared)
+    mode = work.progress.get("mode") or _first_mode(prepared, say)
     while True:
         work.commit(mode=mode)
         if covariances is not None:
@@ -69,11 +71,18 @@ def run_engine(
         job = _job(prepared, work, sink, covariances, mode, track)
         try:
             (resident if mode["engine"] == "resident" else stream)(job)
+        except AttendsAhead:
+            if mode.get("token_types") or not _takes_token_types(prepared):
+                raise UnsupportedModelError(
+                    f"{prepared.source.id}: {prepared.skeleton.model.config.model_type} lets tokens see the ones after "
+                    "them, so that labels would leak; extract measures causal language models (is_decoder in "
+                    "config.json makes one of some encoders)"
+                ) from None
+            mode = mode | {"token_types": True}
         except NeedsBatchSizeOne as finding:
             mode = mode | {"singles": True, "general": sorted({*mode["general"], *finding.general})}
         except Unreplayable as finding:
-            mode = _resident_mode(prepared, str(finding))
-            say(f"the whole model is kept in memory: {finding}")
+            mode = mode | _resident_mode(prepared, str(finding), say)
         else:
             return
         sink.reset()
@@ -102,23 +111,31 @@ def _job(
         seed=options.seed,
         keep_weights=prepared.weights_fit(),
         general=frozenset(mode["general"]),
+        token_types=mode.get("token_types", False),
         covariances=covariances,
     )
 
 
-def _first_mode(prepared: Prepared) -> Mode:
+def _first_mode(prepared: Prepared, say: Say) -> Mode:
+    skeleton = prepared.skeleton
+    shared = shared_between_blocks(skeleton.blocks)
+    mode: Mode = {"general": [], "token_types": False}
     if prepared.options.engine == "resident":
-        return {"engine": "resident", "reason": "asked for", "singles": True, "general": []}
-    shared = shared_between_blocks(prepared.skeleton.blocks)
+        return mode | {"engine": "resident", "reason": "asked for", "singles": True}
     if shared is not None:
-        return _resident_mode(prepared, f"its blocks share {shared}")
-    singles = only_batches_of_one(prepared.skeleton, prepared.plan)
-    reason = "a replayed sample agrees with plain autograd"
-    return {"engine": "stream", "reason": reason, "singles": singles, "general": []}
+        return mode | _resident_mode(prepared, f"its blocks share {shared}", say)
+    if len(skeleton.lists) > 1:
+        return mode | _resident_mode(prepared, f"its blocks lie in {len(skeleton.lists)} lists", say)
+    singles = only_batches_of_one(skeleton, prepared.plan)
+    return mode | {"engine": "stream", "reason": "a replayed sample agrees with plain autograd", "singles": singles}
 
 
-def _resident_mode(prepared: Prepared, reason: str) -> Mode:
-    """Return the mode for a model that cannot be streamed.
+def _takes_token_types(prepared: Prepared) -> bool:
+    return "token_type_ids" in inspect.signature(prepared.skeleton.model.forward).parameters
+
+
+def _resident_mode(prepared: Prepared, reason: str, say: Say) -> Mode:
+    """Return what the mode is for a model that cannot be streamed, and say why.
 
     Raises:
         UnsupportedModelError: it is not possible either, or not wanted.
@@ -131,4 +148,5 @@ def _resident_mode(prepared: Prepared, reason: str) -> Mode:
             f"{prepared.source.id}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "
             f"{room / 1e9:.1f} GB of memory"
         )
-    return {"engine": "resident", "reason": reason, "singles": True, "general": []}
+    say(f"the whole model is kept in memory: {reason}")
+    return {"engine": "resident", "reason": reason, "singles": True}

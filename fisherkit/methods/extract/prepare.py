@@ -9,11 +9,12 @@ import torch
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.engine.covariance.plan import memory_of_covariances
+from fisherkit.engine.model.build import blocks_in_groups, build_skeleton
 from fisherkit.engine.model.config import choose_dtype, read_config
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, fit_groups, needs
-from fisherkit.engine.model.skeleton import Skeleton, blocks_in_groups, build_skeleton
+from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, FisherkitError, first_line
 from fisherkit.methods.extract.checks import check_all_taken, check_counts, check_fit, folder_of
 from fisherkit.options import ExtractOptions

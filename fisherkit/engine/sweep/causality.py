@@ -1,0 +1,66 @@
+"""Probe before a long run: what follows a token must not change what the model makes of it.
+
+Everything rests on this. The loss of a token is taken from the logits before it, which must not have seen it; and
+samples that are padded on the right to share a batch must not see their padding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne
+from fisherkit.engine.sweep.job import Inputs, Job
+
+PROBE_TOKENS = 16
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01}
+COARSE_TOLERANCE = 0.03  # bfloat16: products of other shapes round otherwise
+
+
+def probe_inputs(job: Job, ids: list[int]) -> Inputs:
+    """Return the forward's arguments for one sequence of tokens, all but the first of which count in a loss."""
+    return job.arguments(torch.tensor([ids], device=job.device), [1])
+
+
+def check_causality(job: Job, logits: Callable[[Inputs], Tensor]) -> None:
+    """Run the start of a sample alone and before two different continuations, and compare its logits.
+
+    Args:
+        job: the run.
+        logits: forward of the model, or of its first blocks: arguments -> [1, T, V].
+
+    Raises:
+        AttendsAhead: the continuation's tokens matter.
+        NeedsBatchSizeOne: only its length matters.
+    """
+    start, one, other = _sequences(job)
+    if not one:
+        return
+    with torch.no_grad():
+        alone = logits(probe_inputs(job, start))[0]
+        longer, changed = (logits(probe_inputs(job, [*start, *more]))[0, : len(start)] for more in (one, other))
+    tolerance = TOLERANCE.get(job.skeleton.dtype, COARSE_TOLERANCE)
+    if not _close(longer, changed, tolerance):
+        raise AttendsAhead
+    if any(len(batch) > 1 for batch in job.batches) and not _close(longer, alone, tolerance):
+        raise NeedsBatchSizeOne(frozenset())
+
+
+def _sequences(job: Job) -> tuple[list[int], list[int], list[int]]:
+    """Return the start of the shortest sample, and two continuations that differ at every place."""
+    shortest = min(job.samples, key=lambda sample: len(sample.ids))
+    tokens = sorted({token for sample in job.samples for token in sample.ids})
+    longest = max(len(sample.ids) for sample in job.samples)
+    start = list(shortest.ids[: max(2, min(PROBE_TOKENS, longest // 2))])
+    more = min(PROBE_TOKENS, longest - len(start))  # never beyond the positions that the run itself needs
+    if len(tokens) < 2 or more < 1:
+        return start, [], []
+    one = [tokens[number % len(tokens)] for number in range(more)]
+    return start, one, [tokens[(number + 1) % len(tokens)] for number in range(more)]
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    found, wanted = found.float(), wanted.float()
+    if not wanted.isfinite().all():
+        return True  # an overflow is the loss's to report, with the row
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())
