@@ -32,7 +32,7 @@ SAMPLE = {
     "idefics3": "stream",  # asks for model.device
     "inkling_mm_model": "stream",  # tensors in another order on disk, of the same shape
     "longcat_flash": "stream",  # counts its layers twice
-    "mllama": "resident",  # blocks that are skipped
+    "mllama": "stream",  # blocks that are skipped where there is no picture
     "modernbert-decoder": "stream",  # calls its head decoder
     "paligemma": "stream",  # attends to both sides without token types
     "rwkv": "stream",  # blocks take what the one before returned

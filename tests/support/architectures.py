@@ -32,7 +32,7 @@ from fisherkit.prompts.dataset import Sample, load_prompts
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 OPTIONS = ExtractOptions(store="fp32", dtype="float32", group_size=2, batch_tokens=40)
-WRONG_FROM = 1e-4
+CLOSE, WRONG_FROM = 1e-5, 1e-4
 ROUNDING = 1e-10  # of the largest norm: what a gradient's square is that is zero but for rounding
 SECONDS = 300
 
@@ -141,7 +141,7 @@ def compare(found: dict[str, Tensor], model: Model, samples: list[Sample], folde
             continue
         smallest = ROUNDING * max(float(value.norm()) for value in wanted.values())
         best = min(best, max(_difference(value, wanted[name], smallest) for name, value in found.items()))
-        if best < WRONG_FROM:
+        if best < CLOSE:
             break
     return best
 

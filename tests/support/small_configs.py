@@ -67,7 +67,7 @@ TOWER: dict[str, Any] = {"num_hidden_layers": 1, "num_layers": 1, "n_layer": 1, 
 
 _MIXED = ["sliding_attention", "full_attention"] * 2
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-_SHARED = {"layer_types": _MIXED, "num_kv_shared_layers": 2}
+_SHARED = {"layer_types": _MIXED, "num_kv_shared_layers": 2, "intermediate_size": [48] * 4}
 _ASSISTANT = {"num_hidden_layers": 4, "layer_types": _MIXED, "num_kv_shared_layers": 4, "vocab_size_per_layer_input": 0}
 _INDEXER = {
     "indexer_n_heads": 2,
@@ -112,7 +112,9 @@ OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "mllama": {"text_config": {"cross_attention_layers": [1, 3]}},
     "janus": {"vq_config": {"base_channels": 32}},
     "ministral": {"head_dim": 8},
     "mistral4": {"text_config": {"head_dim": 16}},

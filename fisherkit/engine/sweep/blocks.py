@@ -61,7 +61,10 @@ def run_blocks(skeleton: Skeleton, blocks: Sequence[int], record: Record, enteri
     shared = _open_mappings(record, entering)
     hidden = entering.hidden
     for number in blocks:
-        args, kwargs = record.calls[number]
+        call = record.calls[number]
+        if call is None:
+            continue
+        args, kwargs = call
         out = skeleton.blocks[number](
             *(_unpack(item, record, shared, hidden) for item in args),
             **{key: _unpack(item, record, shared, hidden) for key, item in kwargs.items()},

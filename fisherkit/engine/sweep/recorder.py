@@ -40,10 +40,11 @@ class ExtraPlace:
 class Record:
     """Arguments of every block for one batch, hidden states left out, every tensor kept once.
 
+    The call of a block that the model skips (one that reads pictures, where there are none) is None.
     ``live`` numbers the tensors that depend on parameters outside the blocks that are being measured.
     """
 
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     mappings: list[tuple[type, dict[Any, Any]]] = field(default_factory=list)
     live: frozenset[int] = frozenset()
@@ -100,6 +101,7 @@ class BlockCallRecorder:
         self._real: frozenset[int] = frozenset()
         self._final: Tensor | None = None
         self._first: Tensor | None = None
+        self._last = len(self._stubs) - 1  # that is called
 
     def record(self, inputs: dict[str, Tensor]) -> tuple[Record, Tensor]:
         """Return the arguments that the model passes to each block, and the first hidden states.
@@ -134,7 +136,7 @@ class BlockCallRecorder:
 
     def outer(self, inputs: dict[str, Tensor], final: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run all but the blocks under autograd; return logits, first hidden states, and recorded tensors."""
-        recorder = _Recorder(len(self._stubs), final=final)
+        recorder = _Recorder(self._last, final=final)
         self._handle, self._real = recorder.note, frozenset()
         with self._installed():
             logits: Tensor = self.skeleton.model(**inputs, use_cache=False).logits
@@ -147,7 +149,7 @@ class BlockCallRecorder:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise Unreplayable("its blocks do not take hidden states first")
-        if number == 0:
+        if self._first is None:
             self._first = hidden
         if number in self._real:
             return self.skeleton.blocks[number](*args, **kwargs)
@@ -158,20 +160,21 @@ class BlockCallRecorder:
         return (out, *(ExtraPlace(number) if recording else None for number in range(self.extras)))
 
     def _pass_on(self, number: int, hidden: Tensor, *_: Any) -> Tensor:
-        last = number == len(self._stubs) - 1
-        return self._final if last and self._final is not None else hidden.view_as(hidden)
+        return self._final if number == self._last and self._final is not None else hidden.view_as(hidden)
 
     def _recorded(self, inputs: dict[str, Tensor]) -> tuple[Record, Tensor]:
-        recorder = _Recorder(len(self._stubs))
-        self._handle, self._real = recorder.note, frozenset()
+        recorder = _Recorder(len(self._stubs) - 1)
+        self._handle, self._real, self._first = recorder.note, frozenset(), None
         try:
             with self._installed(), contextlib.suppress(_Reached):
                 self.skeleton.model(**inputs, use_cache=False)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise Unreplayable(f"its forward does not run with stubs ({error})") from error
-        if len(recorder.record.calls) != len(self._stubs):
-            raise Unreplayable(f"its forward calls {len(recorder.record.calls)} of its {len(self._stubs)} blocks")
-        assert self._first is not None
+        calls = recorder.record.calls
+        if self._first is None:
+            raise Unreplayable("its forward calls none of its blocks")
+        self._last = len(calls) - 1
+        calls += [None] * (len(self._stubs) - len(calls))
         first, self._first = self._first, None
         return recorder.record, first
 
@@ -187,9 +190,9 @@ class BlockCallRecorder:
 class _Recorder:
     """Notes one batch's calls. Each call gets hidden states of its own identity, so that they can be told apart."""
 
-    def __init__(self, count: int, final: Tensor | None = None) -> None:
+    def __init__(self, last: int, final: Tensor | None = None) -> None:
         self.record = Record()
-        self._count = count
+        self._last = last
         self._final = final
         self._passed: list[Tensor] = []
         self._places: dict[int, tuple[Any, Any]] = {}  # id -> (object kept alive so that the id stays taken, place)
@@ -197,6 +200,7 @@ class _Recorder:
         self._version = 0
 
     def note(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        self.record.calls += [None] * (number - len(self.record.calls))  # skipped
         if number != len(self.record.calls):
             raise Unreplayable("its blocks are not called once each, in order")
         if self._passed and not (_same(hidden, self._passed[-1]) and hidden._version == self._version):
@@ -207,7 +211,7 @@ class _Recorder:
         if self._hiddens != 1:
             raise Unreplayable("it hands its blocks the hidden states twice")
         self.record.calls.append((packed_args, packed_kwargs))
-        if number == self._count - 1:
+        if number == self._last:
             if self._final is None:
                 raise _Reached
             return self._final
