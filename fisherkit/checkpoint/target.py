@@ -43,7 +43,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def is_folder(target: Path) -> bool:
-    """Return whether a target is a folder, by its suffix: letters alone name a format (or are a typo), digits a version.
+    """Return True if a target is a folder, by its suffix: letters name a format (or are a typo), digits a version.
 
     Raises:
         OutputError: a suffix such as ``.bin`` or ``.safetensor``.
