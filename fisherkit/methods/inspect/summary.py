@@ -1,7 +1,7 @@
 """Summary of a Fisher, a mask or a checkpoint: rows per layer, module or tensor, a heat map, and where the mass lies.
 
-This module adds up; ``methods.sources`` reads, ``methods.compare`` sets two files against each other, and showing the
-result is the business of ``render``. No torch is imported where a file has its statistics beside it.
+This module adds up; ``artefacts.statistics`` reads, ``methods.inspect.compare`` sets two files against each other, and
+showing the result is the business of ``render``. No torch is imported where a file has its statistics beside it.
 """
 
 import math
@@ -195,7 +195,7 @@ def inspect(
 
     Args:
         path: a file (``.pt``, ``.safetensors``, ``.json``) or a folder of shards.
-        other: another file of the same kind, to compare entry by entry; see ``methods.compare``.
+        other: another file of the same kind, to compare entry by entry; see ``methods.inspect.compare``.
         by: what a row is.
         track: called with (stage, done, total) as tensors are read.
 
