@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 import fisherkit
 from fisherkit.artefacts.covariance_file import CovarianceFile, description
 from fisherkit.artefacts.mask_file import open_mask
-from fisherkit.artefacts.sparse_delta import SparseDelta, SparseWriter
+from fisherkit.artefacts.sparse_delta import SparseDelta
+from fisherkit.artefacts.sparse_writer import Entries, SparseWriter
+from fisherkit.checkpoint.atomic import publish
 from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.index import open_index
 from fisherkit.errors import CheckpointError
@@ -110,6 +112,17 @@ def test_a_mask_is_refused_with_the_description_of_another(options: dict[str, An
         inspect(tmp_path / "a" / "mask.safetensors")
 
 
+def test_a_mask_of_a_fisher_with_a_foreign_sidecar_says_so(tmp_path: Path) -> None:
+    path = write_fisher(tmp_path / "fisher.safetensors")
+    said: list[str] = []
+    fisherkit.mask(path, tmp_path / "a.safetensors", MaskOptions(preset="fggm"), say=said.append)
+    assert not any("does not belong" in line for line in said)
+    write_fisher(path, fisher_tensors(seed=5), statistics=False)
+    fisherkit.mask(path, tmp_path / "b.safetensors", MaskOptions(preset="fggm"), say=said.append)
+    assert any("fisher.json does not belong to fisher.safetensors (other values)" in line for line in said)
+    assert json.loads((tmp_path / "b.json").read_text())["fisher"] == {"file": "fisher.safetensors"}
+
+
 # Covariances
 
 
@@ -160,8 +173,10 @@ def delta(tmp_path: Path) -> tuple[Path, Path]:
     work.mkdir()
     writer = SparseWriter(work)
     places = np.array([5, 65_536, 69_999])
-    writer.add("w", 70_000, "F32", places, np.array([1, 2, 3], np.float32))
-    writer.finish(tmp_path / "d.safetensors", {"base_fingerprint": open_index(base).fingerprint()}, force=False)
+    writer.add("w", Entries("F32", 70_000, places, np.array([1, 2, 3], np.float32)))
+    target = tmp_path / "d.safetensors"
+    writer.stage(work, target, {"base_fingerprint": open_index(base).fingerprint()})
+    publish([(work / path.name, path) for path in (target.with_suffix(".json"), target)])
     writer.close()
     return base, tmp_path / "d.safetensors"
 

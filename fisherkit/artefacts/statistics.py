@@ -120,6 +120,19 @@ def provenance_of(path: Path) -> Mapping[str, Any] | None:
     return {key: value for key, value in found.items() if key not in {"tensors", "histogram"}}
 
 
+def stale_note(path: Path) -> str | None:
+    """Say that the sidecar beside a Fisher is another's, so that nothing is known of how it was made; else None.
+
+    Raises:
+        CheckpointError: there is a JSON that cannot be read.
+    """
+    found = read_beside(_beside(path))
+    if found is None or not str(found.get("format", "")).startswith("fisherkit.fisher/"):
+        return None
+    stale = why_not_of(found, path)
+    return f"{_beside(path).name} does not belong to {path.name} ({stale}): it is not used" if stale else None
+
+
 def _beside(path: Path) -> Path:
     """Return where a JSON would lie that describes these tensors."""
     return path / "fisher.json" if path.is_dir() else path.with_suffix(".json")

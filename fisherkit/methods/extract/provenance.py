@@ -13,7 +13,6 @@ import transformers
 from fisherkit._version import __version__
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.engine.model.config import choose_dtype
-from fisherkit.errors import OptionError
 from fisherkit.methods.extract.prepare import Prepared, sha256
 
 _NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit")
@@ -21,24 +20,16 @@ _NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit")
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
-    """Return what must be the same for a killed run to go on, by what a person would call it.
-
-    Raises:
-        OptionError: an option's value that JSON cannot hold, such as NaN for a chat template; before any work.
-    """
+    """Return what must be the same for a killed run to go on, by what a person would call it."""
     options = dataclasses.asdict(prepared.options)
     for name in _NOT_THE_RESULT:
         options.pop(name)
     assert prepared.skeleton.index is not None
     assert prepared.prompts is not None
-    try:
-        chosen = json.dumps(options, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise OptionError(f"--chat-template-kwargs: takes what JSON can hold: {error}") from None
     return {
         "model": prepared.skeleton.index.fingerprint() + _config_sha256(prepared),
         "prompts": prepared.prompts.report.sha256,
-        "options": chosen,
+        "options": json.dumps(options, sort_keys=True),
         "device": prepared.device.type,
         "versions": f"fisherkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }

@@ -27,6 +27,7 @@ from fisherkit._version import __version__
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.mask_entry import Kind, MaskEntry, header
+from fisherkit.artefacts.statistics import stale_note
 from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.target import check_target
@@ -116,7 +117,8 @@ def mask(
                 _finish(out, made_from, options, masked, work.staging)
             finally:
                 work.remove()
-    for note in masked.notes:
+    stale = stale_note(Path(fisher))
+    for note in (*masked.notes, *([stale] if stale else [])):
         say(f"note: {note}")
     return _report(out, options, masked, time.monotonic() - started)
 
