@@ -7,7 +7,7 @@ STAMP = .venv/installed
 # Only what pyproject.toml asks for may be found.
 unexport PYTHONPATH
 
-.PHONY: help demo test architectures check forgetting clean
+.PHONY: help demo test architectures check forgetting dist clean
 
 help:
 	@echo "make demo    train a small model here, measure its Fisher, fine-tune and prune it (about two minutes after installing)"
@@ -15,6 +15,7 @@ help:
 	@echo "make architectures   every architecture of the installed transformers against the slow truth (20 minutes)"
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make forgetting   the forgetting benchmark at its quick size (15 minutes on 2 cores; goes on where it was)"
+	@echo "make dist    build wheel and sdist in dist/, and run the demo from the wheel in an empty environment"
 	@echo "make clean   remove .venv, the demo's files and caches"
 
 demo: $(STAMP)
@@ -35,8 +36,21 @@ check: $(STAMP)
 forgetting: $(STAMP)
 	@$(BIN)/python -m benchmarks.forgetting quick
 
+# The wheel is built from the sdist, so that what the sdist lacks fails here; the demo runs where no source can be found.
+dist:
+	@rm -rf dist .venv-dist
+	@$(PYTHON) -m venv .venv-dist/tools
+	@.venv-dist/tools/bin/python -m pip install -qq --upgrade pip build twine
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-dist/tools/bin/python -m build --outdir dist
+	@.venv-dist/tools/bin/python -m twine check --strict dist/*
+	@$(PYTHON) -m venv .venv-dist/empty
+	@.venv-dist/empty/bin/python -m pip install -qq -c constraints.txt dist/*.whl
+	@cd .venv-dist && empty/bin/fisherkit demo
+	@rm -rf .venv-dist
+	@ls -l dist
+
 clean:
-	@rm -rf .venv demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv .venv-dist demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

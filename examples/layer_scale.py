@@ -7,41 +7,20 @@
 AdamW divides it out again.
 """
 
-import argparse
-from pathlib import Path
-
-from data import pad, read_rows, settings
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from common import arguments, train
 
 import fisherkit
-from fisherkit.options import ExtractOptions
+from fisherkit import ExtractOptions
 from fisherkit.training import MaskedUpdate
 
 
 def main() -> None:
     """Measure, train, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
-    options = parser.parse_args()
+    options = arguments(__doc__, old="rows that must stay", new="rows to learn").parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-
     fisherkit.extract(options.model, options.old, options.out / "fisher.safetensors", ExtractOptions(force=True))
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(options.model),
-        args=settings(options.out / "trainer", steps=options.steps, rate=1e-5),
-        train_dataset=read_rows(options.new, tokenizer),
-        data_collator=pad(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[MaskedUpdate(options.out / "layer_importance.json", power=0.5, floor=0.1)],
-    )
-    trainer.train()
-    trainer.save_model(str(options.out / "model"))
+    scaled = MaskedUpdate(options.out / "layer_importance.json", power=0.5, floor=0.1)
+    train(options.model, options.new, options.out, steps=options.steps, rate=1e-5, callbacks=[scaled])
 
 
 if __name__ == "__main__":

@@ -6,25 +6,20 @@ The Fisher of the answers is measured first, the 30 % of rows that score highest
 ``random`` is the control that belongs beside it: as many rows, drawn by lot. MIGU needs no Fisher.
 """
 
-import argparse
 from pathlib import Path
 
-from data import pad, read_rows, settings
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from common import arguments, train
+from transformers import TrainerCallback
 
 import fisherkit
-from fisherkit.options import ExtractOptions, MaskOptions
+from fisherkit import ExtractOptions, MaskOptions
 from fisherkit.training import MIGU, MaskedUpdate
 
 
 def main() -> None:
     """Measure, mask, train, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("questions", type=Path, help="rows of prompt and completion")
-    parser.add_argument("out", type=Path)
+    parser = arguments(__doc__, questions="rows of prompt and completion")
     parser.add_argument("--mask", choices=["fggm", "random", "migu", "none"], default="fggm")
-    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-5)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -34,22 +29,11 @@ def main() -> None:
         callbacks = [MaskedUpdate(make_mask(options.model, options.questions, options.out, options.mask))]
     elif options.mask == "migu":
         callbacks = [MIGU(threshold=0.7)]
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(options.model),
-        args=settings(options.out / "trainer", steps=options.steps, rate=options.rate),
-        train_dataset=read_rows(options.questions, tokenizer),
-        data_collator=pad(tokenizer),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.train()
-    trainer.save_model(str(options.out / "model"))
+    train(options.model, options.questions, options.out, steps=options.steps, rate=options.rate, callbacks=callbacks)
 
 
 def make_mask(model: Path, questions: Path, out: Path, kind: str) -> Path:
-    """A row mask from the Fisher of the answers, or by lot."""
+    """Return a row mask from the Fisher of the answers, or by lot."""
     fisher, mask = out / "fisher.safetensors", out / "mask.safetensors"
     fisherkit.extract(model, questions, fisher, ExtractOptions(loss="completion", force=True))
     score = "random" if kind == "random" else "fisher"

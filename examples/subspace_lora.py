@@ -7,28 +7,20 @@ them: after every step B loses U(U^T B) and A loses (A V)V^T. A Fisher is close 
 little; measure what the old abilities lose, with and without.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
-from data import pad, read_rows
+from common import arguments, pad, read_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fisherkit
-from fisherkit.options import ExtractOptions, MaskOptions
+from fisherkit import ExtractOptions, MaskOptions
 from fisherkit.training import constrain
 
 
 def main() -> None:
     """Measure, find the directions, train, save the adapter."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = arguments(__doc__, old="rows that must stay", new="rows to learn")
     parser.add_argument("--rank", type=int, default=64, help="protected directions per matrix")
-    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 

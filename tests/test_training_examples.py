@@ -1,11 +1,15 @@
 """The examples run, as written, on a tiny model."""
 
+import importlib
+import importlib.util
 import json
 import os
 import runpy
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pairs
 import pytest
@@ -13,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import fisherkit
+from fisherkit.training import MaskedUpdate
 
 pytest.importorskip("accelerate")
 pytestmark = [
@@ -108,6 +113,47 @@ def test_fggm_tasks(
     assert (rows / "out" / "01-new" / "model" / "tokenizer.json").is_file()
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, path: str, **names: Any) -> None:
+    """Put a module of that name in place where the real one is not installed; both are driven in the same way."""
+    parts = path.split(".")
+    if importlib.util.find_spec(parts[0]) is not None:
+        return
+    for number in range(1, len(parts) + 1):
+        module = types.ModuleType(".".join(parts[:number]))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, value in names.items():
+        setattr(sys.modules[path], name, value)
+
+
+def test_axolotl_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pydantic")
+    stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "axolotl_mask", raising=False)
+    module = importlib.import_module("axolotl_mask")
+    plugin = module.MaskPlugin()
+    module_name, _, options = plugin.get_input_args().rpartition(".")
+    config = getattr(importlib.import_module(module_name), options)(fisherkit_mask="mask.safetensors")
+    (callback,) = plugin.add_callbacks_post_trainer(config, None)
+    assert isinstance(callback, MaskedUpdate)
+
+
+def test_llamafactory_mask(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("yaml")
+    seen: dict[str, Any] = {}
+
+    def run_exp(args: dict[str, Any], callbacks: list[Any]) -> None:
+        seen.update(args, callbacks=callbacks)
+
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
+    if not hasattr(sys.modules.get("llamafactory.train.tuner"), "run_exp"):
+        monkeypatch.setattr("llamafactory.train.tuner.run_exp", run_exp)
+    (rows / "config.yaml").write_text("finetuning_type: full\n")
+    run(monkeypatch, "llamafactory_mask.py", "config.yaml", "mask.safetensors")
+    assert seen["finetuning_type"] == "full"
+    assert [type(callback) for callback in seen["callbacks"]] == [MaskedUpdate]
+
+
 def test_every_example_is_tested() -> None:
     text = Path(__file__).read_text()
-    assert all(path.name in text or path.name == "data.py" for path in EXAMPLES.glob("*.py"))
+    assert all(path.stem in text or path.stem == "common" for path in EXAMPLES.glob("*.py"))
