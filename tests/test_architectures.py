@@ -50,7 +50,13 @@ def test_fisher_of_a_small_model_equals_the_slow_loop(model_type: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "subject"), [("blip", "pixel_values"), ("pi0", "state"), ("cpmant", "cpmant lets tokens see")]
+    ("model_type", "subject"),
+    [
+        ("blip", "pixel_values"),
+        ("pi0", "state"),
+        ("cpmant", "cpmant lets tokens see"),
+        ("xlnet", "xlnet lets tokens see"),
+    ],
 )
 def test_models_that_need_more_than_tokens_are_refused_by_name(model_type: str, subject: str, tmp_path: Path) -> None:
     row = architectures.measure(model_type, tmp_path)

@@ -35,7 +35,16 @@ def build_skeleton(
     transformers.utils.logging.disable_progress_bar()
     if index is not None:
         refuse_quantised(index)
-    model = _model_on_meta(config, dtype, trust_remote_code)
+    for model in _models_on_meta(config, dtype, trust_remote_code):
+        skeleton = _skeleton(model, config, index, dtype)
+        if index is None or skeleton.block_tensors([0]):
+            break
+    held = None if index is None else frozenset(skeleton.names.parameter_of.values())
+    compute_buffers(skeleton.model, held, skeleton.is_text)
+    return skeleton
+
+
+def _skeleton(model: Any, config: Any, index: CheckpointIndex | None, dtype: torch.dtype) -> Skeleton:
     model.eval()
     decoder = model.get_decoder()
     decoder_path = next((path for path, module in model.named_modules() if module is decoder), "")
@@ -43,23 +52,27 @@ def build_skeleton(
     blocks = tuple(block for path in lists for block in model.get_submodule(path))
     names = _map_names(model, index)
     _drop_towers(model, decoder)
-    skeleton = Skeleton(model, dtype, index, blocks, lists, decoder_path, names)
-    compute_buffers(model, None if index is None else frozenset(names.parameter_of.values()), skeleton.is_text)
-    return skeleton
+    return Skeleton(model, dtype, index, blocks, lists, decoder_path, names)
 
 
-def _model_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _models_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Iterator[Any]:
+    """Yield the model of the text alone, then the one with towers: some have both, and a checkpoint fits one."""
+    known = False
     autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     for auto in autos:
         if type(config) in auto._model_mapping or (trust_remote_code and auto is autos[0]):
             try:
                 with torch.device("meta"), missing_towers():
-                    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                    model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             except (AttributeError, ImportError, TypeError, ValueError) as error:
                 raise UnsupportedModelError(
                     f"{config.model_type}: transformers {transformers.__version__} cannot make this model from its "
                     f"config ({first_line(error)})"
                 ) from error
+            known = True
+            yield model
+    if known:
+        return
     raise UnsupportedModelError(
         f"{config.model_type!r} is no causal language model of transformers {transformers.__version__}"
         + ("; --trust-remote-code runs the code that ships with it" if getattr(config, "auto_map", None) else "")

@@ -66,6 +66,11 @@ def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -
             with torch.enable_grad():
                 logits = job.skeleton.model(**job.inputs([sample]), use_cache=False).logits[0]
                 loss = job.loss(sample, logits)
+            if not loss.requires_grad:
+                raise UnsupportedModelError(
+                    f"{type(job.skeleton.model).__name__}: autograd finds no way from the loss to {next(iter(sums))}; "
+                    "it differentiates its blocks by itself, and only with all of its weights at once"
+                )
             losses.append(loss.item())
             loss.backward()  # type: ignore[no-untyped-call]
             add_squared_parameters_(sums, parameters)

@@ -87,7 +87,7 @@ def check_fit(source: ModelSource, skeleton: Skeleton, prompts: PromptSet) -> No
         )
     longest = max(len(sample.ids) for sample in prompts.samples)
     positions = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    if positions is not None and 0 < positions < longest:  # some configs say -1 for no limit
         raise OptionError(f"--max-length {longest}: the model has {positions} positions; use --max-length {positions}")
 
 
