@@ -156,7 +156,7 @@ def test_bf16_checkpoints_are_computed_in_bf16_with_float32_sums(
     architecture: str, prompts: Path, tmp_path: Path
 ) -> None:
     model = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
-    report = fisherkit.extract(model, prompts, tmp_path / "fisher.pt", options())
+    report = fisherkit.extract(model, prompts, tmp_path / "fisher.pt", options(dtype="bfloat16"))
     assert report.provenance["run"]["dtype"] == "bfloat16"
     wanted = expected(model, prompts)
     for name, value in torch.load(tmp_path / "fisher.pt").items():

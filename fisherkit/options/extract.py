@@ -60,8 +60,9 @@ class ExtractOptions(PromptOptions):
     Attributes:
         group_size: decoder blocks whose weights and accumulators are resident at a time; lowered when they do not fit.
         batch_tokens: padded tokens per batch (samples of similar length share one); never changes the result.
-        dtype: what the model computes in; ``auto`` is the checkpoint's own, ``bf16`` is short for ``bfloat16``, and
-            so on (the long name after construction). Accumulators are always float32.
+        dtype: what the model computes in; ``auto`` is the checkpoint's own, or float32 on a CPU that is far faster in
+            that; ``bf16`` is short for ``bfloat16``, and so on (the long name after construction). Accumulators
+            are always float32.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         labels: ``data`` (empirical Fisher) or ``sampled`` from the model's own distribution (true Fisher, one draw).
         reduction: the loss of a sample is the ``mean`` or the ``sum`` over its loss tokens.

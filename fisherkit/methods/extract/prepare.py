@@ -10,6 +10,7 @@ from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.engine.covariance.plan import memory_of_covariances
 from fisherkit.engine.model.build import blocks_in_groups, build_skeleton
+from fisherkit.engine.model.compute_dtype import choose_compute_dtype
 from fisherkit.engine.model.config import choose_dtype, read_config
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
@@ -97,7 +98,7 @@ def prepare(
     """
     source = resolve_model(model, weights=not dry_run)
     device = choose_device(options.device)
-    skeleton = _skeleton(source, options, dry_run)
+    skeleton = _skeleton(source, options, device, say, dry_run)
     tokenizer = _tokenizer(source, options, dry_run)
     samples = None
     if tokenizer is not None and prompts is not None:
@@ -123,13 +124,17 @@ def _open(source: ModelSource, dry_run: bool) -> CheckpointIndex | None:
         raise
 
 
-def _skeleton(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Skeleton:
+def _skeleton(source: ModelSource, options: ExtractOptions, device: torch.device, say: Say, dry_run: bool) -> Skeleton:
     """Build the model without weights, and hold the checkpoint against it."""
     check_counts(source)
     try:
         config = read_config(source.path, trust_remote_code=options.trust_remote_code)
         index = _open(source, dry_run)
         dtype = choose_dtype(config, index, options.dtype)
+        if options.dtype == "auto":
+            dtype, line = choose_compute_dtype(dtype, device)
+            if line is not None:
+                say(line)
         skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
     except FisherkitError:
         raise

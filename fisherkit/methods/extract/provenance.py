@@ -15,8 +15,8 @@ from fisherkit.artefacts import fisher_sidecar
 from fisherkit.engine.model.config import choose_dtype
 from fisherkit.methods.extract.prepare import Prepared, sha256
 
-_NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit")
-"""Options that a resumed run may be given anew: they make no other result, or are told by the prompts."""
+_NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit", "dtype")
+"""Options that a resumed run may be given anew: they make no other result, or are told by something else below."""
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
@@ -31,6 +31,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         "prompts": prepared.prompts.report.sha256,
         "options": json.dumps(options, sort_keys=True),
         "device": prepared.device.type,
+        "dtype": str(prepared.skeleton.dtype).removeprefix("torch."),
         "versions": f"fisherkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
 
