@@ -258,3 +258,34 @@ def test_reports_of_one_name_in_two_folders_and_on_two_file_systems(pair: Pair, 
     finally:
         for place in places[2:]:
             shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": {"no.such.tensor": {}}},
+        {"rows": {"model.norm.weight": {"kept": "all"}}},
+        {"rows": []},
+        {"finished": ["output/out"]},
+        {"finished": 7},
+        {"delta": {"bytes": -1, "tensors": []}},
+        {"delta": {"bytes": 0, "tensors": [["a", "NO", -3]]}},
+        {"may_replace": "yes"},
+        {"fingerprint": None},
+    ],
+    ids=str,
+)
+def test_a_progress_that_does_not_add_up_is_refused_and_a_new_run_starts_over(
+    change: dict[str, object], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "_COMMIT_SECONDS", 0)
+    words = ["fapm", *pair, "out", "--sparse", "d.safetensors"]
+    with pytest.raises(Killed):
+        fapm(*pair, tmp_path / "out", sparse=tmp_path / "d.safetensors", track=killed_after(9, stage="writing"))
+    progress = tmp_path / "out.partial" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | change))
+    line = one_line(cli_in(tmp_path, *words, "--resume"))
+    assert "progress" in line
+    assert not (tmp_path / "out").exists()
+    if "output/out" not in str(change):
+        worked(cli_in(tmp_path, *words))

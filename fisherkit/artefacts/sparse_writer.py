@@ -57,7 +57,10 @@ class SparseWriter:
 
     def _reopen(self, state: Mapping[str, Any]) -> Any:
         """Drop what was put aside after the state was taken, since the run will do it again."""
-        self._specs = [TensorSpec(name, code, (count,)) for name, code, count in state["tensors"]]
+        try:
+            self._specs = [TensorSpec(name, code, (count,)) for name, code, count in state["tensors"]]
+        except (TypeError, ValueError) as error:
+            raise ResumeError(f"{self._raw}: is not described by the run's progress; start over") from error
         if not self._raw.is_file() or self._raw.stat().st_size < state["bytes"]:
             raise ResumeError(f"{self._raw}: is not what the run had put aside; run without --resume to start over")
         file = self._raw.open("r+b")

@@ -15,6 +15,7 @@ from typing import Any
 
 from fisherkit.artefacts.sparse_delta import check_sidecar, sidecar_of
 from fisherkit.checkpoint.atomic import disk_errors, publish, write_bytes
+from fisherkit.checkpoint.schema import anything, flag, listed, maybe, named, number, shape, table, text, whole
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import STAGING, Work, is_remains, read_progress
 from fisherkit.errors import OutputError, ResumeError
@@ -25,6 +26,31 @@ BESIDE, DELTA = "beside", "delta"
 FINISHED = "finished"
 """Key of the progress: names of everything that was finished, by their places in the work folder."""
 _MAY_REPLACE = "may_replace"
+
+_COUNTS = ("weights", "kept", "zero_deltas", "nonfinite")
+_ROW = table(
+    {**dict.fromkeys(_COUNTS, whole()), "energy": number(0), "energy_kept": number(0), "shape": shape},
+    {"threshold": maybe(number()), "ties": whole(), "changed": whole(), "rounded_away": whole(), "unrelated": flag},
+)
+
+
+def _row_or_nothing(value: Any, where: str) -> None:
+    """Rule for the row of a tensor; empty for one that does not take part."""
+    if value != {}:
+        _ROW(value, where)
+
+
+PROGRESS = table(
+    {},
+    {
+        "rows": named(_row_or_nothing),
+        "delta": table({"bytes": whole(), "tensors": listed(listed(anything, 3))}),
+        "files": listed(text()),
+        FINISHED: listed(text()),
+        _MAY_REPLACE: flag,
+    },
+)
+"""What the work folder of a run may say; see checkpoint.schema."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +157,7 @@ def open_work(targets: Targets, fingerprint: Mapping[str, str], *, force: bool, 
     """
     folder = targets.work_folder
     is_finished = FINISHED in _progress_of_same_run(folder, fingerprint, strict=False)
-    work = Work.resume(folder, fingerprint) if resume or is_finished else None
+    work = Work.resume(folder, fingerprint, PROGRESS) if resume or is_finished else None
     work = work or Work.start(folder, fingerprint)
     if force and not work.progress.get(_MAY_REPLACE):
         work.commit(**{_MAY_REPLACE: True})
@@ -166,7 +192,7 @@ def publish_all(targets: Targets, work: Work, beside: Mapping[Path, bytes], *, f
 def _progress_of_same_run(work: Path, fingerprint: Mapping[str, str], *, strict: bool) -> dict[str, Any]:
     """Progress of a killed run of the same fingerprint; empty where there is none."""
     try:
-        progress = read_progress(work)
+        progress = read_progress(work, PROGRESS)
     except ResumeError:
         if strict:
             raise

@@ -13,7 +13,7 @@ from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.target import is_folder
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.errors import CheckpointError, OptionError
+from fisherkit.errors import CheckpointError, OptionError, ResumeError
 from fisherkit.floats import Stored
 from fisherkit.pairs.outputs import DELTA, FINISHED, Targets, check_targets, open_work, publish_all
 from fisherkit.pairs.reader import Tensors
@@ -182,6 +182,7 @@ def rewriting(
     """
     force = check_targets(targets, fingerprint, force=force, resume=resume)
     with open_work(targets, fingerprint, force=force, resume=resume) as work:
+        _refuse_damaged(work, names)
         rewrite: Rewrite | None = None
         try:
             with ExitStack() as stack:
@@ -196,6 +197,13 @@ def rewriting(
                 work.remove()  # the inputs were refused, and there is nothing to go on with
             raise
         work.remove()
+
+
+def _refuse_damaged(work: Work, names: Sequence[str]) -> None:
+    """Refuse a progress that speaks of other tensors, or calls finished what is not."""
+    done, is_finished = work.progress.get("rows", {}).keys(), FINISHED in work.progress
+    if not done <= set(names) or (is_finished and (len(done) < len(names) or "files" not in work.progress)):
+        raise ResumeError(f"{work.folder}: its progress does not add up; delete it to start over")
 
 
 @contextmanager
