@@ -164,13 +164,16 @@ def open_work(targets: Targets, fingerprint: Mapping[str, str], *, force: bool, 
     return work
 
 
-def publish_all(targets: Targets, work: Work, beside: Mapping[Path, bytes], *, force: bool) -> None:
+def publish_all(
+    targets: Targets, work: Work, beside: Mapping[Path, bytes], files: Sequence[str], *, force: bool
+) -> None:
     """Finish the files beside the checkpoint, note that everything is finished, and rename it into place.
 
     Args:
         targets: of the run; checkpoint and delta lie finished in the work folder, or were renamed already.
         work: the work folder.
         beside: contents of the reports and figures.
+        files: names of the checkpoint's files, for a run that goes on with this one.
         force: earlier outputs may be replaced.
 
     Raises:
@@ -183,7 +186,7 @@ def publish_all(targets: Targets, work: Work, beside: Mapping[Path, bytes], *, f
             with disk_errors(staged):
                 staged.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(staged, beside[path])
-    work.commit(**{FINISHED: sorted({*finished, *targets.staged()})})
+    work.commit(**{FINISHED: sorted({*finished, *targets.staged()}), "files": list(files)})
     _check(targets, work.folder, finished, force=force)  # again: hours may have passed
     for name, path in targets.staged().items():
         _bring(work.folder / name, path)

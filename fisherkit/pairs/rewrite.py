@@ -64,6 +64,7 @@ class Rewrite:
         self._writer = writer
         self._delta = delta
         self._force = force
+        self._files: list[str] = work.progress.get("files", [])  # names of the checkpoint's, once it is complete
         self._committed = time.monotonic()
 
     @property
@@ -134,12 +135,11 @@ class Rewrite:
         """
         if FINISHED not in self._work.progress:
             self._commit()
-            names = self._writer.seal() if self._writer is not None else ()
+            self._files = list(self._writer.seal()) if self._writer is not None else []
             if self._delta is not None and self._targets.delta is not None:
                 self._delta.stage(self._work.folder / DELTA, self._targets.delta, about)
-            self._work.commit(files=list(names))
         out, delta = self._targets.checkpoint, self._targets.delta
-        files = [] if out is None else [out / name if is_folder(out) else out for name in self._work.progress["files"]]
+        files = [] if out is None else [out / name if is_folder(out) else out for name in self._files]
         return (*files, *((delta, sidecar_of(delta)) if delta is not None else ()))
 
     def publish(self, beside: Mapping[Path, bytes]) -> None:
@@ -151,7 +151,7 @@ class Rewrite:
         Raises:
             OutputError: a target has appeared meanwhile, or the disk is full.
         """
-        publish_all(self._targets, self._work, beside, force=self._force)
+        publish_all(self._targets, self._work, beside, self._files, force=self._force)
 
 
 @contextmanager
