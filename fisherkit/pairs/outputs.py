@@ -79,7 +79,7 @@ class Targets:
 
     @property
     def around(self) -> tuple[Path, ...]:
-        """All files but the checkpoint."""
+        """Files beside the checkpoint: all others."""
         return (*((sidecar_of(self.delta), self.delta) if self.delta is not None else ()), *self.beside)
 
     def staged(self) -> dict[str, Path]:

@@ -161,7 +161,7 @@ class _Parser:
 
 
 def _memory(part: Part) -> Part:
-    """The part, which works every begin out once."""
+    """Make a part remember the ends of every begin."""
     known: dict[int, int] = {}
 
     def remembered(begin: int) -> int:

@@ -47,21 +47,21 @@ def links(base: Side, tuned: Side) -> dict[str, list[Link]]:
     theirs = _places(tuned)
     wholes = {spelled(name): name for name in tuned.weights}
     found: dict[str, list[Link]] = {}
-    for name, cut in base.pieces.items():
+    for name, parts in base.pieces.items():
         source = wholes.get(spelled(name))
         if source is not None:
             whole = Piece(name, None, 0, 0)
             found[name] = [Link(whole, source, whole)]
-        elif all(piece.spelling in theirs for piece in cut):
-            found[name] = [Link(piece, *theirs[piece.spelling]) for piece in cut]
+        elif all(piece.spelling in theirs for piece in parts):
+            found[name] = [Link(piece, *theirs[piece.spelling]) for piece in parts]
     return found
 
 
 def _places(side: Side) -> dict[str, tuple[str, Piece]]:
     """Place of each piece, by its spelling; raises CheckpointError if there are two of one spelling."""
     places: dict[str, tuple[str, Piece]] = {}
-    for name, cut in side.pieces.items():
-        for piece in cut:
+    for name, parts in side.pieces.items():
+        for piece in parts:
             if piece.spelling in places:
                 other = places[piece.spelling][0]
                 raise CheckpointError(f"{side.index.path}: {other} and {name} are two names of one tensor; remove one")

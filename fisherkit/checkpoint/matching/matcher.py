@@ -13,7 +13,7 @@ from fisherkit.errors import CheckpointError, some_names
 
 @dataclass
 class Matching:
-    """A pairing in the making; call ``match``, ``settle_head`` and ``set_aside`` in this order.
+    """A pairing in the making; call ``match``, ``pair_head`` and ``set_aside`` in this order.
 
     Attributes:
         base: the side that gives names and shapes.
@@ -50,7 +50,7 @@ class Matching:
         self.extra = [name for name, shape in self.tuned.weights.items() if used[name] < math.prod(shape)]
         self._note_experts()
 
-    def settle_head(self) -> None:
+    def pair_head(self) -> None:
         """Bring a head that one side ties and the other stores under the rules.
 
         Raises:
@@ -63,7 +63,7 @@ class Matching:
             self._take_embedding_for(head)
         embedding = self.base.embedding
         if head in self.segments and embedding in self.segments:
-            self._look_for_twins(head, embedding)
+            self._find_tied_pair(head, embedding)
 
     def set_aside(self) -> None:
         """Take out what a rule lets one side lack, and note it.
@@ -142,7 +142,7 @@ class Matching:
         self.segments[head] = (Segment(0, source, 0, math.prod(self.base.weights[head])),)
         self.notes.append(f"FT ties its head to its embedding: BASE's {head} is compared with FT's {source}")
 
-    def _look_for_twins(self, head: str, embedding: str) -> None:
+    def _find_tied_pair(self, head: str, embedding: str) -> None:
         ours, theirs = self.base, self.tuned
         sources = [self.segments[name][0].source for name in (head, embedding)]
         tied = ours.ties is not False and ours.same_ends()

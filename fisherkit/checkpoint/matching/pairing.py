@@ -117,7 +117,7 @@ def pair(base: CheckpointIndex, tuned: CheckpointIndex, *, base_folder: Path, tu
     """
     found = Matching(Side.of(base, base_folder), Side.of(tuned, tuned_folder))
     found.match()
-    found.settle_head()
+    found.pair_head()
     found.set_aside()
     sources = {segment.source for made_of in found.segments.values() for segment in made_of}
     return Pairing(
