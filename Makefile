@@ -7,13 +7,15 @@ STAMP = .venv/installed
 # Only what pyproject.toml asks for may be found.
 unexport PYTHONPATH
 
-.PHONY: help demo test architectures check forgetting dist clean
+.PHONY: help demo test architectures check fuzz kills forgetting dist clean
 
 help:
 	@echo "make demo    train a small model here, measure its Fisher, fine-tune and prune it (about two minutes after installing)"
 	@echo "make test    run the tests; ARGS='-k name' goes to pytest"
 	@echo "make architectures   every architecture of the installed transformers against the slow truth (20 minutes)"
 	@echo "make check   ruff, mypy and import-linter"
+	@echo "make fuzz    thousands of damaged inputs to every command; EXAMPLES=300 per kind of file, SEED=1 for others"
+	@echo "make kills   every command killed before each of its changes of the file system, and on disks that fill up"
 	@echo "make forgetting   the forgetting benchmark at its quick size (15 minutes on 2 cores; goes on where it was)"
 	@echo "make dist    build wheel and sdist in dist/, and run the demo from the wheel in an empty environment"
 	@echo "make clean   remove .venv, the demo's files and caches"
@@ -32,6 +34,13 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+fuzz: $(STAMP)
+	@FISHERKIT_FUZZ=$(or $(EXAMPLES),300) FISHERKIT_FUZZ_SEED=$(or $(SEED),0) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_fuzz.py $(ARGS)
+
+kills: $(STAMP)
+	@FISHERKIT_KILLS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_kills.py $(ARGS)
 
 forgetting: $(STAMP)
 	@$(BIN)/python -m benchmarks.forgetting quick
