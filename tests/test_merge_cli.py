@@ -242,7 +242,7 @@ def test_reports_agree_and_the_output_loads(pair: Pair, tmp_path: Path) -> None:
     assert made["totals"] == report["totals"]
     assert sorted([*made["files"], "fisherkit.json"]) == sorted(pairs.files(tmp_path / "out"))
     assert report["totals"]["energy_kept"] == pytest.approx(0.0625)
-    assert f"fisherkit merge {pair[0]} {pair[1]}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"fisherkit merge {pair[0].name} {pair[1].name}" in (tmp_path / "out" / "README.md").read_text()
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not found["missing_keys"] | found["unexpected_keys"]
     assert next(model.parameters()).dtype == torch.bfloat16

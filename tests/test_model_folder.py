@@ -335,10 +335,10 @@ class TestModelCard:
         assert "follows" not in card(tuned_card="---\nlicense: mit\n---\n")
 
     def test_a_name_that_is_no_id_stays_out_of_the_front_matter(self) -> None:
-        text = card(base_id="my model `x`", tuned_id="checkpoint-5")
-        assert parsed(text)["base_model"] == ["checkpoint-5"]
+        text = card(base_id="my model `x`", tuned_id="me/tuned")
+        assert parsed(text)["base_model"] == ["me/tuned"]
         assert "# my model 'x', fapm" in text
-        assert "base_model" not in parsed(card(base_id="a b", tuned_id=None))
+        assert "base_model" not in parsed(card(base_id="a b", tuned_id="checkpoint-5"))  # a folder is no model's id
 
     def test_tokens_are_not_written_down(self) -> None:
         token = "hf_" + "a1B2" * 8
@@ -346,6 +346,13 @@ class TestModelCard:
             ["fisherkit", "fapm", "--token", "secret", f"--hf-token={token}", f"https://u:{token}@x", "\udcff"]
         )
         assert text == "fisherkit fapm --token REDACTED --hf-token=REDACTED https://u:hf_REDACTED@x '?'"
+
+    def test_of_a_path_on_this_machine_the_name_is_written_down(self) -> None:
+        words = ["fisherkit", "merge", "/home/me/base", "runs/tuned", "../out", "~/x", "--mask=/home/me/m.safetensors"]
+        assert redact(words) == "fisherkit merge base runs/tuned out x --mask=m.safetensors"
+        assert redact(["fisherkit", "fapm", "org/name@v1", "--sparsity", "0.9", "/"]).endswith(
+            "org/name@v1 --sparsity 0.9 /"
+        )
 
     def test_a_fence_is_longer_than_any_in_the_command(self) -> None:
         assert "````sh\n" in card(command=["fisherkit", "a```b"])

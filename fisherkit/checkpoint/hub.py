@@ -61,6 +61,20 @@ def resolve_model(reference: str, *, weights: bool = True) -> ModelSource:
     return ModelSource(folder, model, commit)
 
 
+def find_file(reference: str | Path) -> Path:
+    """Return the path of a file or folder; for ``org/name[@revision]`` that does not exist here, the model's folder.
+
+    Args:
+        reference: what a user typed; a path that does not exist and is no model id comes back as it is.
+
+    Raises:
+        CheckpointError: no such model or revision, no access, no network.
+    """
+    text = str(reference)
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", text) is not None and not _is_path(text.partition("@")[0])
+    return resolve_model(text).path if is_id and _existing(text) is None else Path(reference)
+
+
 def _existing(reference: str) -> Path | None:
     try:
         path = Path(reference).expanduser()

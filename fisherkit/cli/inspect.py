@@ -12,7 +12,9 @@ from fisherkit.options.inspect import By, Form
 
 @app.command(cls=Command)
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher, mask, checkpoint, or layer_importance.json.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A Fisher, mask, checkpoint (or org/name), or layer_importance.json.")
+    ],
     other: Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second one, to compare.")] = None,
     by: Annotated[By, typer.Option(help="A row for each of them.")] = "layer",
     sort: Annotated[str | None, typer.Option(help="Column, largest first; -COLUMN smallest first.")] = None,

@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fisherkit.checkpoint.hub import ModelSource
 
@@ -11,7 +11,7 @@ PAPERS: Mapping[str, str] = {"fapm": "https://arxiv.org/abs/2509.08255"}
 """Papers that describe a method, by its name."""
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
-_HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CACHED = re.compile(r"models--(.+)")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 _LICENSE = ("license", "license_name", "license_link")
@@ -36,13 +36,25 @@ def read_card(folder: Path | None) -> str | None:
 
 
 def redact(command: Sequence[str]) -> str:
-    """Return a command line as one would type it, without the tokens of the Hub in it."""
+    """Return a command line as one would type it, without the tokens of the Hub and the folders of this machine in it.
+
+    A path that says where on a machine something lies (absolute, or upwards from where the command ran) is published as
+    its last name; a relative one stands as it was typed.
+    """
     words, secret = [], False
     for word in command:
         shown = _TOKEN.sub("hf_REDACTED", re.sub(r"^(--(?:hf-)?token=).*", r"\1REDACTED", word))
-        words.append("REDACTED" if secret else shown)
+        words.append("REDACTED" if secret else public_path(shown))
         secret = word in ("--token", "--hf-token")
     return _text(shlex.join(words))
+
+
+def public_path(word: str) -> str:
+    """Return a word of a command line, or an option's value, with no more of a path than may be published."""
+    option, given, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = PurePath(value)
+    outside = path.is_absolute() or value.startswith("~") or ".." in path.parts
+    return option + given + (path.name or value if outside else value)
 
 
 def model_card(

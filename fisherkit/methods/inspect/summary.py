@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fisherkit.artefacts.statistics import Entry, Kind, Source, read_source
+from fisherkit.checkpoint.hub import find_file
 from fisherkit.errors import OptionError
 from fisherkit.kernels.histogram import Histogram
 from fisherkit.methods.inspect.compare import Agreement, Comparison, Overlap, compare, mean_agreement
@@ -194,7 +195,7 @@ def inspect(
     Statistics beside a Fisher are used when they belong to it; otherwise its tensors are read once in constant memory.
 
     Args:
-        path: a file (``.pt``, ``.safetensors``, ``.json``) or a folder of shards.
+        path: a file (``.pt``, ``.safetensors``, ``.json``), a folder of shards, or ``org/name[@revision]``.
         other: another file of the same kind, to compare entry by entry; see ``methods.inspect.compare``.
         by: what a row is.
         track: called with (stage, done, total) as tensors are read.
@@ -204,10 +205,10 @@ def inspect(
         OptionError: an unknown ``by``, or a comparison of files that hold no numbers per weight.
     """
     one_of("by", by, By)
-    source = read_source(Path(path), track)
+    source = read_source(find_file(path), track)
     if source.kind == "importance" and by != "layer":
         raise OptionError(f"{path} holds layers only: --by {by} needs the Fisher itself")
-    comparison = None if other is None else compare(source, Path(other), track)
+    comparison = None if other is None else compare(source, find_file(other), track)
     return _summarise(source, by, comparison)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from fisherkit._version import __version__
 from fisherkit.checkpoint.atomic import write_text
-from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card
+from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card, redact
 from fisherkit.checkpoint.folder.side_files import code_files, copy_side_files, folder_of, output_config, side_files
 from fisherkit.checkpoint.target import MANIFEST
 from fisherkit.methods.merge.pair_run import Request, Run
@@ -42,8 +41,8 @@ def provenance(request: Request, checkpoints: Pair) -> dict[str, Any]:
             "revision": checkpoints.tuned_source.revision,
             "kind": checkpoints.tuned.kind,
         },
-        "command": shlex.join(request.command) if request.command else None,
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        "command": redact(request.command) if request.command else None,
+        "options": {key: value.name if isinstance(value, Path) else value for key, value in options.items()},
         "versions": {"fisherkit": __version__, "numpy": np.__version__, "python": platform.python_version()},
     }
 
@@ -143,7 +142,8 @@ def write_side_files(folder: Path, run: Run, report: Mapping[str, Any], facts: M
     names += [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
     if sum(name.endswith(".safetensors") for name in names) > 1:
         names.append("model.safetensors.index.json")
-    _write(folder / MANIFEST, json.dumps({**report, "files": sorted(set(names))}, indent=1, default=str) + "\n")
+    published = {**report, "path": ".", "files": sorted(set(names))}  # relative to the manifest itself
+    _write(folder / MANIFEST, json.dumps(published, indent=1, default=str) + "\n")
 
 
 def _card(run: Run, facts: Mapping[str, str], tuned_folder: Path | None) -> str:
