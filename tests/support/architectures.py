@@ -88,7 +88,7 @@ def make_checkpoint(model_type: str, folder: Path) -> "Model":
             return Model(None)
         model = Model(build(config))
     except Exception as error:
-        raise Untried(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+        raise Untried(" ".join(str(error).split())[:200]) from error
     model.save(folder, config)
     return model
 
@@ -217,7 +217,7 @@ SECTIONS = {
     "crash": "Crashed",
     "resident": "Measured with the whole model in memory",
     "refused": "Refused",
-    "untried": "Not tried",
+    "untried": "Not tried, because no small config of them could be made",
     "stream": "Measured block by block",
 }
 HEAD = """# Models
