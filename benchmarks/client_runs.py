@@ -45,6 +45,11 @@ class Client:
 
 def cell(client: Client, rule: str, dtype: torch.dtype, *, lora: bool, folder: Path) -> str:
     """Return ``holds``, ``rounds``, a share that leaks, ``refused``, or ``-`` where it cannot train without a rule."""
+    with contextlib.redirect_stdout(sys.stderr):  # some optimizers say what they do
+        return _cell(client, rule, dtype, lora, folder)
+
+
+def _cell(client: Client, rule: str, dtype: torch.dtype, lora: bool, folder: Path) -> str:
     try:
         free = _run(client, None, dtype, lora, folder, steps=2)
     except Exception as error:  # whatever it is: no rule has a part in it
@@ -93,8 +98,7 @@ def _run(
     """Return what is trained before the first held step and after the last; one free step warms the optimizer."""
     model = make_model(dtype, lora=lora)
     params = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim == 2]
-    with contextlib.redirect_stdout(sys.stderr):  # some say what they do
-        optimizer = client.make(params, model)
+    optimizer = client.make(params, model)
     if rule and client.refused:
         _hold(optimizer, model, rule, lora, folder)
     for step in range(steps):

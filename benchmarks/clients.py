@@ -1,6 +1,7 @@
-"""What holds under the optimizers, adapters and tools that people use: a matrix, measured and asserted line by line.
+"""Matrix of what holds under the optimizers, adapters and tools that people use, measured and asserted line by line.
 
-    python -m benchmarks.clients > docs/training-matrix.md
+    python -m benchmarks.clients                # prints the tables of docs/training-matrix.md
+    python -m benchmarks.clients mergekit       # one part, where mergekit has an environment of its own
 
 Optimizers of torch and transformers, and of torchao, bitsandbytes, pytorch_optimizer, schedulefree, badam and
 lomo_optim where they are installed; adapters of peft; mergekit (what it merges against what export meant). A line that

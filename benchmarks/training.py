@@ -1,4 +1,4 @@
-"""What a mask costs a training step: time and memory, with and without, on one model in one run.
+"""Cost of a mask per training step: time and memory, with and without, on one model in one run.
 
     python benchmarks/training.py
 
@@ -142,7 +142,7 @@ def _print_drift() -> None:
 
 
 def _escaped(kind: str, mask: Any, moved: dict[str, Tensor]) -> float:
-    """How far frozen entries moved; the share of an update that is protected; the last layer against the one before."""
+    """Return how far frozen entries moved, an update's protected share, or the last layer against the one before."""
     if kind == "rows":
         return max(float(change[~mask[name][:, 0]].abs().max()) for name, change in moved.items())
     if kind == "subspace":
@@ -223,12 +223,12 @@ def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _constrain(optimizer: torch.optim.Optimizer, model: nn.Module, mask: Any) -> Handle:
-    """With a pull where the mask is a file: that of a soft subspace."""
+    """Hold to a mask; softly where it is a file, which is a soft subspace here."""
     return constrain(optimizer, model, mask, pull=0.2 if isinstance(mask, Path) else None)
 
 
 def _soft(model: nn.Module, rank: int) -> Path:
-    """A file of directions of the inputs, and a falling spectrum."""
+    """Write a file of directions of the inputs with a falling spectrum."""
     generator, held = torch.Generator().manual_seed(0), {}
     for name, weight in _matrices(model).items():
         held[f"{name}.V"] = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator))[0].contiguous()

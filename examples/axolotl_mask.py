@@ -16,7 +16,7 @@ from fisherkit.training import MaskedUpdate
 
 
 class MaskArgs(BaseModel):
-    """What the plugin adds to axolotl's config: path of a mask, a subspace or a ``layer_importance.json``."""
+    """Options added to axolotl's config: the path of a mask, a subspace or a ``layer_importance.json``."""
 
     fisherkit_mask: str
 

@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, questions and answers as token ids, and a Trainer that saves its model."""
+"""Shared by the examples: their arguments, questions and answers as token ids, a Trainer that saves its model."""
 
 import argparse
 import json

@@ -62,7 +62,7 @@ class LoraAdapter:
 
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
-        """The factors that are there, A first."""
+        """Return the factors that are there, A first."""
         return tuple(factor for factor in (self.a, self.b) if factor is not None)
 
 
@@ -81,7 +81,7 @@ class OtherAdapter:
 
 @dataclass
 class Adapters:
-    """The adapters of a model by the spelling of the weight that they move.
+    """Adapters of a model by the spelling of the weight that they move.
 
     Attributes:
         lora: LoRA factors.

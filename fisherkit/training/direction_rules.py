@@ -25,7 +25,7 @@ _Factors = tuple[nn.Parameter, nn.Parameter, tuple[int, ...]]
 
 
 class DirectionRules(ABC, Generic[_Part]):
-    """The rules that directions make for the weights of one model.
+    """Maker of the rules that directions ask of the weights of one model.
 
     Args:
         names: of the model.

@@ -58,7 +58,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TaskFiles:
-    """What a task leaves."""
+    """Files that a task leaves."""
 
     fisher: Path
     mask: Path
@@ -186,11 +186,11 @@ class FGGM:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a Fisher or a mask is there with what is written beside it last."""
+    """Return whether a Fisher or a mask is there with what is written beside it last."""
     return file.exists() and file.with_suffix(".json").exists()
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The Trainer's last checkpoint that is whole: its state is written last."""
+    """Return the Trainer's last checkpoint that is whole: its state is written last."""
     numbers = [int(entry.parent.name.rpartition("-")[2]) for entry in folder.glob("checkpoint-*/trainer_state.json")]
     return str(folder / f"checkpoint-{max(numbers)}") if numbers else None

@@ -1,4 +1,4 @@
-"""From what a run is asked to obey and the model it trains, the rules for its parameters."""
+"""Makes the rules for a model's parameters from what a run is asked to obey."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -49,7 +49,7 @@ def make_rules(model: nn.Module, constraint: Constraint, trains: Trains) -> list
 
 
 class ActiveRules:
-    """The rules of a constraint for what an optimizer updates, made when it comes to update it.
+    """Rules of a constraint for what an optimizer updates, made when it comes to update it.
 
     A weight gets its rule before the first step in which it can move: when the optimizer holds it and it requires a
     gradient. Layers that are unfrozen later and groups that are added later are picked up so.

@@ -1,4 +1,4 @@
-"""What a caller may give as a mask, brought to one form.
+"""Reads what a caller gives as a mask, in any of its forms, into one: a Constraint.
 
 A path of a mask, a subspace or a ``layer_importance.json``; an open ``MaskFile``; a mapping of bool tensors, of modes
 (``<name>.U``, ``<name>.V``), or what is in a ``layer_importance.json``. Knows no model.
@@ -50,7 +50,7 @@ class Pull(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """What a run is asked to obey.
+    """Mask, subspace or layer scales that a run is asked to obey.
 
     Attributes:
         kind: ``mask`` (binary), ``subspace``, or ``scale`` (one factor per layer).
@@ -75,7 +75,7 @@ class Constraint:
 
 
 class LazyMasks(Mapping[str, Tensor]):
-    """The masks of a file by checkpoint name, read when asked for; bool, broadcastable to the weight.
+    """Masks of a file by checkpoint name, read when asked for; bool, broadcastable to the weight.
 
     Flags of a file without a description (see ``artefacts.mask_file``) come in the shape they have there.
     """
@@ -148,7 +148,7 @@ def read_constraint(
 
 
 def _opened(mask: MaskLike) -> MaskFile | None:
-    """The file behind a mask; None where there is none, or one of layer importance."""
+    """Return the file behind a mask; None where there is none, or one of layer importance."""
     if isinstance(mask, LazyMasks):
         return mask.file
     if isinstance(mask, str | Path) and Path(mask).suffix != ".json":
@@ -173,7 +173,7 @@ def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) ->
 
 
 def _refuse_our_own(path: Path) -> None:
-    """A Fisher has a model's names and shapes too."""
+    """Raise CheckpointError for files of fisherkit: a Fisher has a model's names and shapes, too."""
     beside = path.with_suffix(".json")
     made = parse_json(beside, beside.read_bytes(), "file")
     if str(made.get("format", "")).startswith("fisherkit."):

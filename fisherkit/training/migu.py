@@ -22,7 +22,7 @@ from fisherkit.training.rules import Rule, freeze
 
 
 class MIGU(TrainerCallback):  # type: ignore[misc]  # transformers comes without types
-    """The published baseline: ``Trainer(..., callbacks=[MIGU()])``, or ``attach`` for loops of one's own.
+    """Published baseline: ``Trainer(..., callbacks=[MIGU()])``, or ``attach`` for loops of one's own.
 
     Args:
         threshold: share of the rows of each layer that stay frozen in a step.
@@ -97,7 +97,7 @@ class _Outputs:
             self._magnitude = own if self._magnitude is None else self._magnitude + own
 
     def take(self) -> Tensor | None:
-        """The magnitudes [out] over all processes, which start over; None (or all zero) where none used the layer."""
+        """Return the magnitudes [out] over all processes and start over; None (or zeros) where none used the layer."""
         magnitude, self._magnitude = self._magnitude, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if magnitude is None:  # another process may have used it, and waits for this one

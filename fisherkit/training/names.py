@@ -1,4 +1,4 @@
-"""From the names in a mask to the parameters of a model that is being trained.
+"""Finds the parameters of a model in training that the names in a mask mean.
 
 A mask is keyed by checkpoint names; a model that trains may be wrapped (``module.``, ``_orig_mod.``, ...), carry
 adapters (``base_model.model.``, ``.base_layer.``), lie under another class's prefix, and hold experts in one tensor
@@ -29,7 +29,7 @@ _FROZEN_COPY = ".original_module."
 
 @dataclass(frozen=True)
 class Target:
-    """Where a weight of the mask lives: a parameter, or the piece of it that is one expert's."""
+    """Place of a weight of the mask: a parameter, or the piece of it that is one expert's."""
 
     name: str
     parameter: nn.Parameter
@@ -37,17 +37,17 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
+        """Shape of the weight itself, not of the parameter that it may be a piece of."""
         return self.piece.shape_in(tuple(self.parameter.shape))
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The view of a tensor shaped like the parameter (or with size 1 at its last axis) that is this weight."""
+        """Return this weight's view of a tensor shaped like the parameter, or with size 1 at its last axis."""
         return tensor if self.piece.expert is None else tensor[self.piece.expert, self.piece.start : self.piece.stop]
 
 
 @dataclass
 class Names:
-    """The parameters of a model by the spelling of what they are, and the adapters on them.
+    """Parameters of a model by the spelling of what they are, and the adapters on them.
 
     Attributes:
         targets: spelling of a weight -> where it lives; fused experts whole and one by one.
@@ -113,7 +113,7 @@ def find_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Paramet
 
 
 def find_all(names: Names, wanted: Iterable[str], model: nn.Module) -> dict[str, Target]:
-    """Where every weight of a mask lives; a name that is found nowhere is left out.
+    """Return where every weight of a mask lives; a name that is found nowhere is left out.
 
     Names that are spelled in none of the known ways are renamed as transformers does when it loads this model.
     """
@@ -127,7 +127,7 @@ def find_all(names: Names, wanted: Iterable[str], model: nn.Module) -> dict[str,
 
 
 def _targets(parameters: dict[str, nn.Parameter]) -> dict[str, Target]:
-    """By spelling, fused experts piece by piece and whole; a spelling that two parameters share is nobody's."""
+    """Return targets by spelling, fused experts in pieces and whole; none for a spelling that two parameters share."""
     owners: dict[str, list[Target]] = defaultdict(list)
     bare = {unwrapped(name): name for name in parameters}
     for short, cut in pieces({short: tuple(parameters[name].shape) for short, name in bare.items()}).items():
@@ -139,7 +139,7 @@ def _targets(parameters: dict[str, nn.Parameter]) -> dict[str, Target]:
 
 
 def _as_loaded(names: Iterable[str], model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of a checkpoint, each with what transformers' renaming makes of it."""
+    """Yield names of a checkpoint, each with what transformers' renaming makes of it."""
     from transformers import PreTrainedModel, conversion_mapping, core_model_loading
 
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

@@ -110,7 +110,7 @@ class Handle:
 
     @property
     def is_anchored_here(self) -> bool:
-        """Whether a rule draws weights back to what they were when it was made."""
+        """True if a rule draws weights back to what they were when it was made."""
         return not self._on_gradients and any(rule.is_anchored_here for rule in self.rules())
 
     def remove(self) -> None:
@@ -150,7 +150,7 @@ class Handle:
 
 
 def _rates(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, float, float]]:
-    """Of every parameter its learning rate, and the largest one that is known: a scheduler begins by saying its own."""
+    """Yield parameters with their learning rate and the largest known one: a scheduler begins by saying its own."""
     for group in optimizer.param_groups:
         rate = 1.0 if group.get("lr") is None else float(group["lr"])  # transformers' Adafactor may have none to say
         peak = max(rate, *(float(group.get(key) or 0.0) for key in ("initial_lr", "max_lr")))  # max_lr: OneCycleLR's

@@ -1,4 +1,4 @@
-"""What holds for one parameter: remembered before a step, enforced after it.
+"""Rules for one parameter: remembered before a step, enforced after it.
 
 A rule knows its parameter and nothing of optimizers, models or files. ``remember`` returns what ``enforce`` needs to
 undo the part of the update that is not allowed; ``on_gradient`` is what the papers do instead, before the step.
@@ -18,13 +18,13 @@ Rows = tuple[int, int, int] | None
 
 
 class Rule(ABC):
-    """What holds for ``parameter``."""
+    """Constraint on the updates of ``parameter``."""
 
     pace: float | None = None
     """Learning rate of the coming step as a share of its peak, said before it; None for a rule that does not ask."""
 
     is_anchored_here = False
-    """Whether it goes back to the weight as it was when the rule was made."""
+    """True for a rule that goes back to the weight as it was when the rule was made."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -36,7 +36,7 @@ class Rule(ABC):
 
     @abstractmethod
     def remember(self) -> Tensor:
-        """The parameter before the step, as far as it is needed after it."""
+        """Return the parameter before the step, as far as it is needed after it."""
 
     @abstractmethod
     def enforce(self, before: Tensor) -> None:
@@ -48,7 +48,7 @@ class Rule(ABC):
 
 
 def freeze(parameter: nn.Parameter, flags: Tensor) -> Rule | None:
-    """Entries whose flag is False keep their bits; None where there are none.
+    """Keep the bits of entries whose flag is False; None where there are none.
 
     Args:
         parameter: of any shape and dtype.
@@ -58,17 +58,17 @@ def freeze(parameter: nn.Parameter, flags: Tensor) -> Rule | None:
 
 
 def scale(parameter: nn.Parameter, factor: float) -> Rule | None:
-    """The update is multiplied by ``factor``, in float32 and rounded once; None where that is 1."""
+    """Multiply updates by ``factor``, in float32 and rounded once; None where that is 1."""
     return None if factor == 1 else _Scale(parameter, factor)
 
 
 def project(parameter: nn.Parameter, parts: Sequence[tuple[Rows, Basis]]) -> Rule:
-    """The update of a matrix, or of each expert in a parameter, stays out of the directions of its basis."""
+    """Keep the update of a matrix, or of each expert in a parameter, out of the directions of its basis."""
     return _Project(parameter, parts)
 
 
 def pull(parameter: nn.Parameter, parts: Sequence[tuple[Rows, Pull, Tensor | None]]) -> Rule:
-    """What a matrix (or each expert in a parameter) does to the directions of a pull is drawn back to where it began.
+    """Draw a matrix (or each expert in a parameter) back to where it began, in the directions of a pull.
 
     With D the change so far, every step ends with D q_j / (1 + p s_j) in place of D q_j, p being the pace; see
     kernels.pull. Nothing is remembered but where it began: W q_j, float32 [k, n] or [n, k] per matrix.
@@ -81,7 +81,7 @@ def pull(parameter: nn.Parameter, parts: Sequence[tuple[Rows, Pull, Tensor | Non
 
 
 def span(factor: nn.Parameter, basis: Tensor, over: int) -> Rule:
-    """A LoRA factor itself, not its update, stays out of the directions of a basis; it is projected now, too.
+    """Keep a LoRA factor itself, not its update, out of the directions of a basis; it is projected now, too.
 
     Args:
         factor: B [out, r] or A [r, in].
@@ -95,7 +95,7 @@ def span(factor: nn.Parameter, basis: Tensor, over: int) -> Rule:
 
 
 class _Freeze(Rule):
-    """Where whole rows are frozen only those are remembered, by number; the whole parameter otherwise."""
+    """Frozen entries; of whole rows only those are remembered, by number, the whole parameter otherwise."""
 
     def __init__(self, parameter: nn.Parameter, flags: Tensor) -> None:
         super().__init__(parameter)
@@ -126,9 +126,11 @@ class _Freeze(Rule):
 
 
 def _residual(parameter: nn.Parameter) -> Tensor | None:
-    """What rounding to a 16-bit type keeps from a parameter, carried to the next step; None for float32.
+    """Return room for what rounding to 16 bits keeps from a parameter, carried to the next step; None for float32.
 
-    Without it the part of an update that a rule takes away, far below the spacing of bfloat16, would round back.
+    Without it the part of an update that a rule takes away, far below the spacing of bfloat16, would round back. It has
+    the parameter's own type: in float32 it would carry 40 times more exactly, and what is saved would leak the same,
+    since that is the one rounding of the weights at rest (benchmarks/training.py --only bfloat16).
     """
     return torch.zeros_like(parameter.detach()) if parameter.element_size() < 4 else None
 
@@ -226,7 +228,7 @@ class _Pull(Rule):
 
 
 def _turned(weight: Tensor, axis: int) -> Tensor:
-    """A matrix with the directions' axis last."""
+    """Return a matrix with the directions' axis last."""
     return weight if axis == 1 else weight.mT
 
 
@@ -254,7 +256,7 @@ def _part(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def _outside(update: Tensor, basis: Basis, leak: Basis | None = None) -> Tensor:
-    """What of an update [..., a, b] lies outside of a basis, less what earlier updates leaked into it.
+    """Return what of an update [..., a, b] lies outside of a basis, less what earlier updates leaked into it.
 
     With U^T D = left and D V = right for all updates so far, D, what is returned brings both to zero: they agree on
     what lies in both (U^T right = left V), so the second product does not undo the first.
@@ -271,7 +273,7 @@ def _outside(update: Tensor, basis: Basis, leak: Basis | None = None) -> Tensor:
 
 
 def _leaked(update: Tensor, basis: Basis, leak: Basis | None) -> Basis:
-    """What all updates so far have in the directions of a basis: U^T D [..., k, b] and D V [..., a, k]."""
+    """Return what all updates so far have in the directions of a basis: U^T D [..., k, b] and D V [..., a, k]."""
     (u, v), (left, right) = basis, leak or (None, None)
     if u is not None:
         left = u.mT @ update if left is None else left + u.mT @ update

@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     return torch.distributed.is_available() and isinstance(tensor, _dtensor().DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that lies in this process, sharing memory; the tensor itself if it is not spread."""
+    """Return the part that lies in this process, sharing memory; the tensor itself if it is not spread."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def flags_like(flags: Tensor, parameter: Tensor) -> Tensor:
-    """The flags of the part of ``parameter`` that lies here, on its device.
+    """Return the flags of the part of ``parameter`` that lies here, on its device.
 
     Args:
         flags: bool, the same in every process, broadcastable to the whole parameter.
@@ -41,7 +41,7 @@ def flags_like(flags: Tensor, parameter: Tensor) -> Tensor:
 
 
 def replicated_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every process holds whole, on the parameter's device and fit to compute with it."""
+    """Return a tensor that every process holds whole, on the parameter's device and fit to compute with it."""
     tensor = tensor.to(parameter.device)
     if not is_sharded(parameter):
         return tensor

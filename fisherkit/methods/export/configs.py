@@ -77,7 +77,7 @@ def _axolotl(facts: MaskFacts, options: ExportOptions) -> str:
     lines = _comments(
         f"For axolotl, from {facts.path.name}: put this into your training config.",
         "Weights are trained or frozen as a whole. Rows and entries cannot be told apart here; to hold them, attach",
-        "fisherkit's MaskedUpdate as a plugin (docs/training.md).",
+        "fisherkit.training.MaskedUpdate as a plugin.",
     )
     lines += _unfrozen(facts.weights) if facts.weights else []
     lines += _comments(
@@ -132,8 +132,8 @@ def _llamafactory(facts: MaskFacts, options: ExportOptions) -> str:
         f"For LLaMA-Factory, from {facts.path.name}: put this into your training config.",
         f"It trains whole layers, the first or the last ones. Of {len(shares)} layers as many are trained as the mask "
         f"lets change ({sum(shares):.1f} layers' worth), at the end where it lets more.",
-        "All else is frozen: other layers, embedding, head, final norm. To hold rows and entries, attach fisherkit's",
-        "MaskedUpdate as a callback (docs/training.md).",
+        "All else is frozen: other layers, embedding, head, final norm. To hold rows and entries, attach",
+        "fisherkit.training.MaskedUpdate as a callback.",
     )
     lines += [
         "finetuning_type: freeze",

@@ -1,4 +1,4 @@
-"""What a mask or a ``layer_importance.json`` says, as far as other tools can be told: shares by layer and by weight."""
+"""Shares by layer and by weight: as much of a mask or a ``layer_importance.json`` as other tools can be told."""
 
 import json
 from collections import defaultdict
@@ -40,7 +40,7 @@ class WeightFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskFacts:
-    """What a file says.
+    """Content of a mask or a ``layer_importance.json``.
 
     Attributes:
         path: the file.

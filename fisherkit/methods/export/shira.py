@@ -1,4 +1,4 @@
-"""The Python file that hands a mask to peft's SHiRA.
+"""Writer of the Python file that hands a mask to peft's SHiRA.
 
 SHiRA trains ``r * (in + out)`` entries of each linear layer, no more and no fewer, and asks a function for them without
 saying which layer it is. The file's function knows the layers by their identity, and draws that many, seeded, from the
