@@ -1,11 +1,8 @@
 import io
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 import typer
 from fisher_files import MODULES, fisher_tensors, write_fisher
 from rich.console import Console
+from terminals import in_a_terminal
 
 from fisherkit.cli import console
 from fisherkit.errors import CheckpointError, OptionError
@@ -23,13 +21,15 @@ from fisherkit.render import formatting, terminal
 WEIRD = "model.layers.0.[bold]\x1b[31mé\n.weight"
 
 
-def drawn(summary: Summary, *, encoding: str = "utf-8", colour: bool = False, width: int = 80) -> str:
+def drawn(
+    summary: Summary, *, encoding: str = "utf-8", colour: bool = False, width: int = 80, every: bool = False
+) -> str:
     """What the terminal would show; raises UnicodeEncodeError where it could not."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     screen = Console(
         file=stream, width=width, force_terminal=colour, color_system="truecolor" if colour else None, highlight=False
     )
-    terminal.draw(summary, screen)
+    terminal.draw(summary, screen, every=every)
     stream.seek(0)
     return stream.read()
 
@@ -84,7 +84,8 @@ def test_the_table_draws_in_every_encoding_and_fits(summary: Summary, encoding: 
 def test_seven_modules_in_sixty_layers_fit_eighty_columns(tmp_path: Path) -> None:
     modules = [*MODULES, "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     tensors = {f"model.layers.{i}.{module}.weight": torch.rand(2, 3) for i in range(60) for module in modules}
-    text = drawn(inspect(write_fisher(tmp_path / "fisher.safetensors", tensors)), colour=True)
+    summary = inspect(write_fisher(tmp_path / "fisher.safetensors", tensors))
+    text = drawn(summary, colour=True, every=True)
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines()]
     assert max(map(len, plain)) <= 80
     assert sum(line.startswith(" 7 ") or line.startswith("59 ") for line in plain) == 3  # heat map twice, table once
@@ -132,27 +133,6 @@ def test_layer_importance_and_masks_have_tables(tmp_path: Path) -> None:
     assert "density" in text
 
 
-def in_a_terminal(code: str, **environment: str) -> str:
-    """What a Python program prints when stdout and stderr are a terminal of 100 columns."""
-    parent, child = pty.openpty()
-    termios.tcsetwinsize(child, (50, 100))
-    fixed = {"PYTHONPATH": os.getcwd(), "TERM": "xterm-256color", "PATH": os.environ["PATH"]}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child, env=fixed | environment)
-    os.close(child)
-    output = b""
-    while True:
-        try:
-            piece = os.read(parent, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        output += piece
-    os.close(parent)
-    assert process.wait() == 0, output.decode()
-    return output.decode()
-
-
 SHOW = "from fisherkit import inspect; from fisherkit.cli import console; console.show(inspect({!r}))"
 
 
@@ -163,73 +143,6 @@ def test_a_terminal_gets_colours_unless_told_not_to(tmp_path: Path) -> None:
     assert "\x1b[48" not in plain
     assert "▓" in plain
     assert "#" in in_a_terminal(code, NO_COLOR="1", PYTHONIOENCODING="ascii")
-
-
-PROGRESS = "from fisherkit.cli import console; t = console.tracker('read'); [t('shards', i, 40) for i in range(41)]"
-
-
-class Clock:
-    """What console takes for the time: it goes on by ``step`` seconds at each look."""
-
-    def __init__(self, step: float) -> None:
-        self.now, self.step = 0.0, step
-
-    def monotonic(self) -> float:
-        self.now += self.step
-        return self.now
-
-
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: float) -> list[str]:
-    """What is said of a stage of 1000 parts that takes so many seconds."""
-    monkeypatch.setattr(console, "time", Clock(seconds / 1000))
-    track = console.tracker("extract")
-    for done in range(1001):
-        track("sweep", done, 1000)
-    said = capsys.readouterr()
-    assert said.out == ""
-    return said.err.splitlines()
-
-
-def test_progress_is_a_bar_on_a_terminal_and_lines_when_bars_are_off() -> None:
-    assert "\r" in in_a_terminal(PROGRESS).replace("\r\n", "")
-    assert in_a_terminal(PROGRESS, TQDM_DISABLE="1") == "read: shards 0/40\r\n"
-
-
-def test_progress_elsewhere_is_a_line_a_tenth(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert told(monkeypatch, capsys, 1000) == [f"extract: sweep {n}/1000" for n in range(0, 1001, 100)]
-
-
-def test_a_short_stage_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(monkeypatch, capsys, 1.9) == ["extract: sweep 0/1000"]
-
-
-def test_lines_are_two_seconds_apart_and_a_long_stage_ends_with_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = told(monkeypatch, capsys, 9)
-    assert 5 <= len(lines) <= 6
-    assert lines[-1] == "extract: sweep 1000/1000"
-    assert told(monkeypatch, capsys, 2.5)[-1] == "extract: sweep 1000/1000"
-
-
-def test_every_stage_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(console, "time", Clock(0.0))
-    track = console.tracker("extract")
-    for stage in ("read", "sweep", "read"):
-        for done in range(3):
-            track(stage, done, 2)
-    track("write", 0, 0)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["extract: read 0/2", "extract: sweep 0/2", "extract: read 0/2", "extract: write 0/0"]
-
-
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    track = console.tracker("extract", quiet=True)
-    for done in range(11):
-        track("sweep", done, 10)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_rows_are_exact_in_a_pipe_and_short_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

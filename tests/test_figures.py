@@ -2,6 +2,7 @@ import csv
 import html
 import io
 import json
+import re
 import stat
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -12,7 +13,7 @@ from fisher_files import fisher_tensors, write_fisher
 
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.methods.inspect.summary import Summary, inspect
-from fisherkit.render import files, svg_summary
+from fisherkit.render import files, formatting, pages, svg_summary
 from fisherkit.render.files import write_figure
 
 EVIL = 'model.layers.0.<script>alert("1")</script>&\x00\x1b.weight'
@@ -60,21 +61,40 @@ def test_the_drawing_stays_inside_its_frame(summary: Summary) -> None:
 def test_the_page_is_self_contained(summary: Summary, tmp_path: Path) -> None:
     write_figure(summary, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    for outside in ("<script", "http", "@import", "url(", "src=", "href="):
+    for outside in ("http", "@import", "url(", "src=", "href=", "fetch(", "import("):
         assert outside not in text
+    assert text.count("<script>") == text.count("<script") == 1
     assert "prefers-color-scheme: dark" in text
     assert "200 prompts (builtin)" in text
     assert "estimator.name" in text
     assert text.count("<svg ") == 2
-    assert text.count("<tr>") == 1 + len(summary.rows) + len(
-        list(files.formatting.provenance_rows(summary.provenance or {}))
-    )
+    known = formatting.provenance_rows(summary.provenance or {})
+    assert text.count("<tr>") == 1 + len(summary.rows) + len(known)
+
+
+def test_tables_sort_by_exact_numbers_and_back_to_the_models_order(summary: Summary) -> None:
+    text = pages.page(summary)
+    (table,) = re.findall(r'<table class="sortable">(.*?)</table>', text, re.DOTALL)
+    assert re.findall(r'<th><button type="button">(.*?)</button></th>', table) == list(summary.columns)
+    for place, (line, record) in enumerate(zip(table.splitlines()[1:], summary.records(), strict=False)):
+        values = re.findall(r'<td data-value="(.*?)">', line)
+        assert values[0] == str(place)
+        exact = ["" if value is None else repr(value) for value in list(record.values())[1:]]
+        assert values[1:] == exact
+
+
+def test_drawings_shrink_and_then_scroll_in_a_narrow_window(summary: Summary) -> None:
+    text = pages.page(summary)
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    widths = re.findall(r'<section style="--wide: (\d+)px">', text)
+    assert widths == re.findall(r'<figure><svg viewBox="0 0 (\d+) ', text)
+    assert len(widths) == 2
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     summary = inspect(write_fisher(tmp_path / "fisher.pt", {EVIL: torch.ones(2, 3)}), by="tensor")
-    for text in (files.page(summary), svg_summary.picture(summary)):
-        assert "<script" not in text
+    for text in (pages.page(summary), svg_summary.picture(summary)):
+        assert 'alert("1")' not in text
         assert "\x00" not in text
         assert "\x1b" not in text
         assert html.escape("<script>") in text

@@ -15,8 +15,9 @@ from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.kernels.ranks import mean_ranks, rank_correlation, top_overlap
+from fisherkit.methods.inspect.heat_map import HeatMap
 from fisherkit.methods.inspect.records import render
-from fisherkit.methods.inspect.summary import HeatMap, inspect
+from fisherkit.methods.inspect.summary import inspect
 
 KINDS_OF_FILE = ["fisher.pt", "fisher.safetensors", "fisher"]
 
@@ -391,7 +392,8 @@ def test_progress_counts_every_tensor(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     path = write_fisher(tmp_path / "fisher.safetensors", statistics=False)
     inspect(path, path, track=lambda *step: seen.append(step))
-    assert seen == [(stage, done, 11) for stage in ("reading", "comparing") for done in range(1, 12)]
+    stages = ("reading", "comparing", "reading")  # both files are summed up: their maps are drawn side by side
+    assert seen == [(stage, done, 11) for stage in stages for done in range(1, 12)]
 
 
 def test_large_tensors_are_read_in_rows(tmp_path: Path) -> None:

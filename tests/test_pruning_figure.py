@@ -19,7 +19,7 @@ from fisherkit.kernels.density import BINS, DensityMap
 from fisherkit.methods.merge.fapm import fapm
 from fisherkit.methods.merge.fapm_report import FapmReport
 from fisherkit.options import FapmOptions
-from fisherkit.render import fapm_view, files, svg_fapm
+from fisherkit.render import fapm_view, files, pages, svg_fapm
 from fisherkit.render.files import write_pruning
 
 EVIL = 'model.layers.0.<script>alert("1")</script>&\x1b.weight'
@@ -256,21 +256,22 @@ def test_every_metric_has_every_kind_of_figure(tmp_path: Path, metric: str, name
 def test_the_page_is_self_contained_and_says_what_was_done(report: FapmReport, tmp_path: Path) -> None:
     write_pruning(replace(report, warnings=("look here",)), tmp_path / "fapm.html")
     text = (tmp_path / "fapm.html").read_text()
-    for outside in ("<script", "http", "@import", "url(", "src=", "href="):
+    for outside in ("http", "@import", "url(", "src=", "href=", "fetch(", "import("):
         assert outside not in text
+    assert text.count("<script>") == text.count("<script") == 1
     assert "prefers-color-scheme: dark" in text
     assert '<p class="alarm">look here</p>' in text
     assert f"{report.totals['kept']:,} of {report.totals['weights']:,} entries" in text
     assert "In every tensor, those entries were kept with the highest S" in text
     assert text.count("<svg ") == 2
     for group in fapm_view.energy_of(report).layers:
-        assert f"<td>{group.name}</td>" in text
+        assert f">{group.name}</td>" in text
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     report = prune(tmp_path, {EVIL: (8, 9), "model.layers.1.a.weight": (8, 9)})
-    for text in (files.pruning_page(report), svg_fapm.picture(report)):
-        assert "<script" not in text
+    for text in (pages.pruning_page(report), svg_fapm.picture(report)):
+        assert 'alert("1")' not in text
         assert "\x1b" not in text
         assert html.escape("<script>") in text
     assert tooltips(report)
@@ -291,3 +292,23 @@ def test_what_cannot_be_drawn_is_one_line(report: FapmReport, tmp_path: Path, mo
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingLibraryError, match="'matplotlib'"):
         write_pruning(report, tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "Sparsity 0.9 (the default), metric fapm."),
+        ({"sparsity": 0.7}, "Sparsity 0.7, metric fapm."),
+        ({"density": 0.3, "metric": "magnitude"}, "Sparsity 0.7, metric magnitude."),
+    ],
+)
+def test_every_kind_of_figure_states_the_sparsity(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    report = prune(tmp_path, **options)
+    assert fapm_view.asked_for(report) == said
+    assert said in pages.pruning_page(report)
+    assert said in svg_fapm.picture(report)
+
+
+def test_modules_stand_in_the_models_order(report: FapmReport) -> None:
+    rows = dict(sorted(report.tensors.items()))
+    assert fapm_view.energy_of(replace(report, tensors=rows)).modules[:2] == ("self_attn.q_proj", "mlp.up_proj")

@@ -7,12 +7,12 @@ names and exact numbers. How a table looks is the business of ``fisherkit.render
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from fisherkit.cli import progress
 from fisherkit.errors import FisherkitError
 from fisherkit.options.checks import one_of
 from fisherkit.options.inspect import Form
@@ -21,14 +21,12 @@ from fisherkit.render import formatting
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from tqdm import tqdm
 
     from fisherkit.methods.inspect.records import Record
     from fisherkit.methods.inspect.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
 _LINE = 290  # characters of an error, besides the word Error
-_PAUSE = 2.0  # seconds between two lines of progress
 
 
 def say(text: str) -> None:
@@ -36,10 +34,16 @@ def say(text: str) -> None:
     _write(sys.stderr, text + "\n")
 
 
-def show(summary: "Summary", form: Form = "auto") -> None:
+def show(summary: "Summary", form: Form = "auto", *, every: bool = False) -> None:
     """Print a summary on stdout as ``table``, ``tsv``, ``csv``, ``json`` or ``jsonl``, and its warnings for people.
 
-    ``auto`` is a table on a terminal and TSV anywhere else. Raises OptionError for any other name.
+    Args:
+        summary: of a file.
+        form: ``auto`` is a table on a terminal and TSV anywhere else.
+        every: the table has a row for every layer, where many would fold into groups.
+
+    Raises:
+        OptionError: another form.
     """
     one_of("format", form, Form)
     from fisherkit.methods.inspect.records import render
@@ -50,7 +54,7 @@ def show(summary: "Summary", form: Form = "auto") -> None:
     for note in summary.notes:
         say(f"note: {formatting.printable(note)}")
     if form == "table":
-        terminal.draw(summary, _screen())
+        terminal.draw(summary, _screen(), every=every)
         return
     for warning in summary_text.warnings(summary):
         say(f"warning: {warning}")
@@ -112,65 +116,15 @@ def _never_fail(stream: TextIO) -> None:
         reconfigure(errors="backslashreplace")
 
 
-# Progress
+def tracker(label: str, *, quiet: bool = False, begin: str = "") -> Track:
+    """Return a progress function for the library, see cli.progress; ``quiet`` says nothing at all.
 
-
-def tracker(label: str, *, quiet: bool = False) -> Track:
-    """A progress function for the library: a bar on a terminal, else a line per stage and long tenth, on stderr.
-
-    TQDM_DISABLE asks for lines on a terminal too. ``quiet`` says nothing at all.
+    Args:
+        label: the command.
+        quiet: no progress.
+        begin: said at once, before the seconds that imports take.
     """
-    if quiet:
-        return lambda stage, done, total: None
-    bars = sys.stderr.isatty() and os.environ.get("TQDM_DISABLE", "0") in ("", "0")
-    return _Bars(label) if bars else _Lines(label)
-
-
-class _Bars:
-    """A tqdm bar per stage; each is closed when its stage is done or another begins."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._stage: str | None = None
-        self._bar: tqdm | None = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._bar is None or stage != self._stage:
-            self._close()
-            self._stage = stage
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, desc=f"{self._label}: {stage}", file=sys.stderr, leave=False, dynamic_ncols=True
-            )
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
-
-
-class _Lines:
-    """A line when a stage begins, then every other second at most one for another tenth; a short stage is one line."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._said: tuple[str, int] | None = None
-        self._began = self._at = 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        step, now = (stage, 10 * done // total if total else 10), time.monotonic()
-        begins = self._said is None or stage != self._said[0]
-        if begins:
-            self._began = now
-        since = self._began if done >= total else self._at  # the end of a long stage is always said
-        if begins or (step != self._said and now - since >= _PAUSE):
-            self._said, self._at = step, now
-            say(f"{self._label}: {stage} {done}/{total}")
+    return (lambda stage, done, total: None) if quiet else progress.tracker(label, say, begin=begin)
 
 
 # Errors

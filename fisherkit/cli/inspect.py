@@ -19,6 +19,9 @@ def inspect(
     by: Annotated[By, typer.Option(help="A row for each of them.")] = "layer",
     sort: Annotated[str | None, typer.Option(help="Column, largest first; -COLUMN smallest first.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every layer in the table, where many fold into groups.")
+    ] = False,
     form: Annotated[Form, typer.Option("--format", help="auto: a table on a terminal, tsv elsewhere.")] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write a report: .html, .svg, .png, .csv or .json.")
@@ -38,7 +41,8 @@ def inspect(
 
         view = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet)).sorted(sort, top)
         if out is None:
-            console.show(view, "json" if as_json else form)
+            # Rows that were sorted or cut are no neighbours any more: they do not fold.
+            console.show(view, "json" if as_json else form, every=every or sort is not None or top is not None)
             return
         from fisherkit.render import files
 

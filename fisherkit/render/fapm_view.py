@@ -1,4 +1,4 @@
-"""What fapm kept, put together for eyes: by layer and module, in words, and the part of the density worth drawing.
+"""Views of what fapm kept: by layer and module, in words, and the part of the density that is worth drawing.
 
 Knows neither SVG nor bitmaps. Energy is the sum of squared deltas; octaves are powers of two on the density's axes (see
 ``kernels.density``).
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from fisherkit.checkpoint.names.order import in_model_order
 from fisherkit.kernels.density import BINS, HIGH, LOW, DensityMap, threshold_curve
 from fisherkit.methods.merge.fapm_report import FapmReport
 from fisherkit.render import formatting
@@ -54,18 +55,18 @@ class Group:
 
     @property
     def share(self) -> float:
-        """The share of the energy that is left; NaN where fine-tuning changed nothing."""
+        """Share of the energy that is left; NaN where fine-tuning changed nothing."""
         return self.left / self.energy if self.energy else math.nan
 
     def tooltip_text(self) -> str:
-        """The figures in words."""
+        """Say the figures in words."""
         if not self.energy:
             return f"{self.name}: fine-tuning changed nothing"
         entries = f"{self.kept:,} of {self.weights:,} entries"
         return f"{self.name}: {formatting.percent(self.share)} of the squared delta kept, in {entries}"
 
     def record(self) -> dict[str, str | int | float | None]:
-        """A row of a table."""
+        """Return a row of a table."""
         return {
             "layer": self.name,
             "tensors": self.tensors,
@@ -86,12 +87,12 @@ class Energy:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """In order of first appearance."""
-        return tuple(dict.fromkeys(module for _, module in self.cells))
+        """In the order of ``checkpoint.names.order``."""
+        return in_model_order(module for _, module in self.cells)
 
     @cached_property
     def bounds(self) -> tuple[float, float] | None:
-        """The least and the greatest share among cells of some size; None where nothing changed.
+        """Least and greatest share among cells of some size; None where nothing changed.
 
         The shares of vectors (norms, biases) scatter so widely that they would leave all matrices the same colour.
         """
@@ -102,13 +103,13 @@ class Energy:
 
     @property
     def measure(self) -> str:
-        """What colours stand for, in words."""
+        """Words for what colours stand for."""
         shares = [group.share for group in self.cells.values() if group.energy]
         beyond = self.bounds is not None and (min(shares), max(shares)) != self.bounds
         return "share of the squared delta kept" + ("; small tensors lie beyond too" if beyond else "")
 
     def level(self, layer: int, module: str) -> float | None:
-        """Where a cell's share lies between the bounds, 0 to 1, those beyond at the ends; None where there is none."""
+        """Return where a share lies between the bounds, 0 to 1, those beyond at the ends; None where there is none."""
         group = self.cells.get((layer, module))
         if group is None or self.bounds is None or not group.energy:
             return None
@@ -117,7 +118,7 @@ class Energy:
 
 
 def energy_of(report: FapmReport) -> Energy:
-    """Blocks by number, then what lies outside of them in the report's order."""
+    """Add tensors up: blocks by number, then what lies outside of them in the report's order."""
     layers: dict[int | str, list[Mapping[str, Any]]] = {}
     cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in sorted(report.tensors.values(), key=lambda row: (row["layer"] is None, row["layer"] or 0)):
@@ -149,7 +150,7 @@ def _group(name: str, rows: Rows) -> Group:
 
 @dataclass(frozen=True)
 class Window:
-    """The octaves of the density that hold anything, from ``left`` to ``right`` and ``bottom`` to ``top``."""
+    """Octaves of the density that hold anything, from ``left`` to ``right`` and ``bottom`` to ``top``."""
 
     left: int
     right: int
@@ -162,26 +163,26 @@ class Window:
         return _cells(self.bottom, self.top), _cells(self.left, self.right)
 
     def clip(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        """Points as powers of two, those inside of the window."""
+        """Return points as powers of two, those inside of the window."""
         logs = [(math.log2(x), math.log2(y)) for x, y in points]
         return [(x, y) for x, y in logs if self.left <= x <= self.right and self.bottom <= y <= self.top]
 
 
 def window_of(density: DensityMap) -> Window:
-    """Octaves with all but the thin ends of the density, and the units themselves, the origin of both axes."""
+    """Return octaves with all but the thin ends of the density, and the units themselves, the origin of both axes."""
     rows, columns = (density.entries.sum(axis=axis).reshape(-1, PER_OCTAVE).sum(axis=1) for axis in (1, 0))
     (bottom, top), (left, right) = (_span([float(total) for total in sums]) for sums in (rows, columns))
     return Window(left, right, bottom, top)
 
 
 def beyond(density: DensityMap, window: Window) -> float:
-    """The share of all entries that lie outside of the window."""
+    """Return the share of all entries that lie outside of the window."""
     total = float(density.entries.sum())
     return max(0.0, 1 - float(density.entries[window.cells].sum()) / total) if total else 0.0
 
 
 def _span(sums: Sequence[float]) -> tuple[int, int]:
-    """First and last octave; the small entries are many octaves of little, so more of them may be left out."""
+    """Return first and last octave; the small entries are many octaves of little, so more of them may be left out."""
     first, last = 0, len(sums)
     below, above = (share * sum(sums) for share in _THIN)
     while first < -int(LOW) - 1 and sum(sums[: first + 1]) <= below:
@@ -197,7 +198,7 @@ def _cells(first: int, last: int) -> slice:
 
 @dataclass(frozen=True)
 class Curve:
-    """The cut of some tensors: points as powers of two. ``second`` if others have another."""
+    """Cut of some tensors: points as powers of two. ``second`` if others have another."""
 
     points: Sequence[tuple[float, float]]
     tooltip_text: str
@@ -205,29 +206,29 @@ class Curve:
 
 
 def curves_of(density: DensityMap, window: Window) -> list[Curve]:
-    """The cut inside of the window, apart for thresholds above and below zero; nothing for metrics without one."""
-    found: list[Curve] = []
+    """Return the cut inside of the window, thresholds above and below zero apart; none for metrics without one."""
+    curves: list[Curve] = []
     for tensors, above in ((density.positive, True), (density.negative, False)):
         points = window.clip(threshold_curve(density.metric, positive=above)) if tensors else []
         if points:
             side = f", whose threshold is {'above' if above else 'below'} 0" if density.metric == "fapm" else ""
             whose = f"{tensors:,} tensor{'s' if tensors != 1 else ''}"
-            found.append(Curve(points, f"the cut of {whose}{side}", second=bool(found)))
-    return found
+            curves.append(Curve(points, f"the cut of {whose}{side}", second=bool(curves)))
+    return curves
 
 
 def y_label(metric: str) -> str:
-    """What the density's upright axis measures."""
+    """Say what the density's upright axis measures."""
     return f"|delta|, in units of its tensor's {_UNITS.get(metric, 'mean |delta|')}"
 
 
 def ticks(first: int, last: int) -> list[int]:
-    """Every second octave between two, both included; 0 is always one."""
+    """Return every second octave between two, both included; 0 is always one."""
     return [octave for octave in range(first, last + 1) if octave % 2 == 0]
 
 
 def power(exponent: int) -> str:
-    """``-3`` as ``2⁻³``; ``1`` for 0."""
+    """Write a power of two: -3 as ``2⁻³``; ``1`` for 0."""
     return f"2{str(exponent).translate(_RAISED)}" if exponent else "1"
 
 
@@ -235,19 +236,29 @@ def power(exponent: int) -> str:
 
 
 def headline(report: FapmReport) -> str:
-    """One line that says what was pruned."""
+    """Say in one line what was pruned."""
     made, share = report.provenance, formatting.percent(report.totals["density"])
     done = "kept" if report.metric in _RULES else "changed"
     return formatting.printable(f"{report.metric} of {made['tuned']['id']} on {made['base']['id']}: {share} {done}")
 
 
 def sentences(report: FapmReport) -> list[str]:
-    """What the figures come to, in words."""
+    """Say what was asked for, and what the figures come to."""
     total, now = report.totals, "the tuned model's" if report.metric in _RULES else "not the base's"
-    tooltip_text = [
+    lines = [
+        asked_for(report),
         f"{total['kept']:,} of {total['weights']:,} entries ({formatting.percent(total['density'])}) are {now}, and "
         f"{formatting.percent(total['energy_kept'])} of the squared delta is left. Fine-tuning itself had not changed "
-        f"{total['zero_deltas']:,}."
+        f"{total['zero_deltas']:,}.",
     ]
     rule, scope = _RULES.get(report.metric), _SCOPES.get(report.provenance["options"]["scope"])
-    return [*tooltip_text, f"{scope}, those entries were kept {rule}."] if rule else tooltip_text
+    return [*lines, f"{scope}, those entries were kept {rule}."] if rule else lines
+
+
+def asked_for(report: FapmReport) -> str:
+    """Say which sparsity was asked for, or that it is the default."""
+    options = report.provenance["options"]
+    given = options.get("sparsity") is not None or options.get("density") is not None
+    # 1 - density is not the decimal that a person typed: 1 - 0.1 is 0.9, but 1 - 0.7 is 0.30000000000000004.
+    sparsity = f"{1 - report.density:.10g}"
+    return f"Sparsity {sparsity}{'' if given else ' (the default)'}, metric {report.metric}."

@@ -21,20 +21,31 @@ _VIRIDIS: tuple[RGB, ...] = (
     (109, 205, 89),
     (253, 231, 37),
 )
+# From one colour over light grey to another that the colour-blind tell from it; both ends are equally dark.
+_DIVERGING: tuple[RGB, ...] = ((21, 90, 150), (110, 165, 205), (222, 222, 222), (232, 150, 85), (166, 60, 10))
 _SUFFIXES = ("", "k", "M", "G", "T")
 
 
 def colour(level: float) -> RGB:
-    """The colour of a level from 0 to 1; what lies outside takes the nearest end."""
-    place = min(max(level, 0.0), 1.0) * (len(_VIRIDIS) - 1)
-    index = min(int(place), len(_VIRIDIS) - 2)
-    low, high, part = _VIRIDIS[index], _VIRIDIS[index + 1], place - index
+    """Return the colour of a level from 0 to 1; what lies outside takes the nearest end."""
+    return _between(_VIRIDIS, level)
+
+
+def diverging(level: float) -> RGB:
+    """Return the colour of a level from 0 to 1 whose middle means that nothing differs."""
+    return _between(_DIVERGING, level)
+
+
+def _between(palette: Sequence[RGB], level: float) -> RGB:
+    place = min(max(level, 0.0), 1.0) * (len(palette) - 1)
+    index = min(int(place), len(palette) - 2)
+    low, high, part = palette[index], palette[index + 1], place - index
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
     return red, green, blue
 
 
 def count(number: int) -> str:
-    """``29286727680`` as ``29.3 G``; below a thousand in full."""
+    """Shorten a count: ``29286727680`` is ``29.3 G``; below a thousand in full."""
     size, step = float(number), 0
     while size >= 999.5 and step < len(_SUFFIXES) - 1:
         size, step = size / 1000, step + 1
@@ -42,7 +53,7 @@ def count(number: int) -> str:
 
 
 def number(value: float | int | str | None) -> str:
-    """A figure in four digits; ``-`` for what is unknown."""
+    """Return a figure in four digits; ``-`` for what is unknown."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return "-"
@@ -51,7 +62,7 @@ def number(value: float | int | str | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """``0.0123`` as ``1.23 %``; ``-`` for what is unknown."""
+    """Return a share in percent: ``0.0123`` is ``1.23 %``; ``-`` for what is unknown."""
     if share is None:
         return "-"
     if 0 < share < 5e-5:
@@ -60,12 +71,12 @@ def percent(share: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with everything that a terminal might obey, such as escapes and line ends, spelled out."""
+    """Return the text with everything that a terminal might obey, such as escapes and line ends, spelled out."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def short_names(modules: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of dotted names that still tell them apart; ``self_attn.q_proj`` as ``q``."""
+    """Return the shortest endings of dotted names that tell them apart; ``self_attn.q_proj`` is ``q``."""
     short: dict[str, str] = {}
     for module in modules:
         parts = module.split(".")
@@ -77,7 +88,7 @@ def short_names(modules: Sequence[str]) -> dict[str, str]:
 
 
 def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Nested provenance as flat ``(field, text)`` pairs: ``("prompts.rows", "200")``; what is null is left out."""
+    """Flatten provenance to ``(field, text)`` pairs: ``("prompts.rows", "200")``; what is null is left out."""
     rows = []
     for field, value in provenance.items():
         if isinstance(value, Mapping):

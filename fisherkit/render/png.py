@@ -1,154 +1,165 @@
-"""Summaries and prunings as PNG, through matplotlib, which is imported on first use."""
+"""Summaries as PNG, through matplotlib: of one file, of the comparison of two, and of the insides of a mask."""
 
-import io
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from fisherkit.methods.inspect.compare import Overlap
+from fisherkit.methods.inspect.heat_map import HeatMap, positive_bounds
+from fisherkit.methods.inspect.mask_bands import Bands
 from fisherkit.methods.inspect.summary import Summary
-from fisherkit.render import formatting, summary_text
+from fisherkit.render import formatting, summary_text, svg_bands, svg_compare, svg_summary
+from fisherkit.render.png_pieces import BAR, draw_bars, draw_map, encoded, in_percent, new_figure
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
+    from matplotlib.gridspec import SubplotSpec
 
-    from fisherkit.kernels.density import DensityMap
-    from fisherkit.methods.merge.fapm_report import FapmReport
-    from fisherkit.render.fapm_view import Energy
-
-_BAR, _CUT = "#31688e", "#d81b60"
+_BLANK = "(blank: none or zero)"
 
 
-def summary_png(summary: Summary) -> bytes:
-    """The heat map, the bars and the mass curve."""
-    from matplotlib.figure import Figure
+def summary_png(summary: Summary, bands: Sequence[Bands] = ()) -> bytes:
+    """Return the figure of a summary as a PNG file: the same drawings as its page, in the same units.
 
-    height = max(4.0, 1.6 + 0.17 * len(summary.layers))
-    figure = Figure(figsize=(13, height), layout="constrained")
-    heat, bars, curve = figure.subplots(1, 3, width_ratios=(2, 1.5, 1.5))
-    figure.suptitle(summary_text.headline(summary))
-    if summary.heat.means:
-        levels = [
-            [summary.heat.level(layer, module) for module in summary.heat.modules] for layer in summary.heat.layers
-        ]
-        ends = [formatting.number(end) for end in summary.heat.bounds or ()]
-        _draw_heat(heat, levels, summary.heat.layers, summary.heat.modules, ends)
-        title = summary.heat.measure if summary.heat.linear else "mean per weight, log scale (blank: none or zero)"
-        heat.set_title(title)
-    else:
-        heat.set_axis_off()
+    Args:
+        summary: of one file, or of the comparison of two.
+        bands: of a mask, see mask_bands.
+    """
+    heights = _heights(summary, bands)
+    sentences = summary_text.sentences(summary, bands=bool(bands))
+    figure = new_figure(13, sum(heights) + 0.4 + 0.2 * len(sentences), summary_text.headline(summary), sentences)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    parts = iter(range(len(heights)))
+    if summary.other is not None:
+        _compare(figure, grid[next(parts)], summary)
+        if svg_compare.has_scatter(summary):
+            _scatter_and_curves(figure, grid[next(parts)], summary)
+    elif not (bands and summary.heat.is_flat):
+        _one_file(figure, grid[next(parts)], summary)
+    if bands:
+        _bands(figure, grid[next(parts)], bands)
+    return encoded(figure)
+
+
+def _heights(summary: Summary, bands: Sequence[Bands]) -> list[float]:
+    """Return the inches of each part of the figure, top to bottom."""
+    of_layers = max(4.0, 1.6 + 0.17 * len(summary.layers))
+    heights = [] if summary.other is None and bands and summary.heat.is_flat else [of_layers]
+    if summary.other is not None and svg_compare.has_scatter(summary):
+        heights.append(5.0)
+    return [*heights, 3.2 * -(-len(bands) // 4)] if bands else heights
+
+
+def _one_file(figure: "Figure", place: "SubplotSpec", summary: Summary) -> None:
+    """Draw the map, the bars and the mass curve."""
+    heat, known = summary.heat, bool(summary.mass())
+    grid = place.subgridspec(1, 3 if known else 2, width_ratios=(2, 1.5, 1.5)[: 3 if known else 2])
+    _draw_heat(figure.add_subplot(grid[0]), heat, heat.measure if heat.linear else "mean per weight, log scale")
     labels = [summary_text.row_label(row, "layer") for row in summary.layers]
-    _draw_bars(bars, labels, [row.share for row in summary.layers])
-    bars.set_title("share of the total")
+    shares = [row.mean if heat.linear else row.share for row in summary.layers]
+    title = heat.measure if heat.linear else "share of the total"
+    draw_bars(figure.add_subplot(grid[1]), labels, shares, title=title, most=1.0 if heat.linear else None)
+    if known:
+        _curves(figure.add_subplot(grid[2]), summary)
+
+
+def _draw_heat(axes: "Axes", heat: HeatMap, title: str, bounds: tuple[float, float] | None = None) -> None:
+    levels = [[heat.level(layer, module, bounds) for module in heat.modules] for layer in heat.layers]
+    ends = [svg_summary.end(heat, which, bounds) for which in (0, 1)] if bounds or heat.bounds else []
+    labels = [heat.label(layer) for layer in heat.layers]
+    draw_map(axes, levels, labels, heat.modules, ends, title=f"{title} {_BLANK}")
+
+
+def _curves(axes: "Axes", summary: Summary) -> None:
     tops = [10 ** (-4 + step / 30) for step in range(121)]
-    curve.semilogx(tops, [summary.histogram.mass(top) for top in tops], color=_BAR)
-    curve.set(title="share held by the largest weights", xlabel="fraction of all weights", ylim=(0, 1))
-    curve.grid(alpha=0.3)
-    return _encoded(figure)
+    files = [summary] if summary.other is None else [summary, summary.other]
+    names = ["this file"] if summary.other is None else list(summary_text.pair_names(summary))
+    for one, name, style in zip(files, names, ("-", "--"), strict=False):
+        axes.semilogx(tops, [one.histogram.mass(top) for top in tops], style, color=BAR, label=name)
+    if len(files) > 1:
+        axes.legend(fontsize=8)
+    axes.set_title("share of the total held by the largest weights", fontsize=9)
+    axes.set(xlabel="of all weights, largest first", ylim=(0, 1))
+    for axis in (axes.xaxis, axes.yaxis):
+        in_percent(axis)
+    axes.grid(alpha=0.3)
+    axes.set_box_aspect(0.6)
+    axes.set_anchor("N")
+    for top, held in summary.mass():
+        axes.plot([top], [held], "o", color=BAR)
+        axes.annotate(formatting.percent(held), (top, held), (6, -12), textcoords="offset points", fontsize=8)
 
 
-def pruning_png(report: "FapmReport") -> bytes:
-    """The density of all and of kept entries, the heat map of kept energy and the bars."""
-    from matplotlib.figure import Figure
-
-    from fisherkit.render import fapm_view
-
-    energy = fapm_view.energy_of(report)
-    heights = [*([5.4] if report.map is not None else []), max(3.0, 1.6 + 0.17 * len(energy.layers))]
-    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-    figure.suptitle(fapm_view.headline(report))
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    if report.map is not None:
-        _draw_density(figure.add_subplot(grid[0, 0]), report.map, "all entries that changed")
-        if report.map.kept.any():
-            _draw_density(figure.add_subplot(grid[0, 1]), report.map, "those that were kept", only_kept=True)
-    _draw_energy(figure.add_subplot(grid[-1, 0]), energy)
-    bars = figure.add_subplot(grid[-1, 1])
-    labels = [group.name if group.layer is None else str(group.layer) for group in energy.layers]
-    _draw_bars(bars, labels, [group.share for group in energy.layers])
-    bars.set_title("share of the squared delta kept")
-    return _encoded(figure)
-
-
-def _draw_energy(axes: "Axes", energy: "Energy") -> None:
-    if not energy.cells:
-        axes.set_axis_off()
-        return
-    layers = tuple(dict.fromkeys(layer for layer, _ in energy.cells))
-    levels = [[energy.level(layer, module) for module in energy.modules] for layer in layers]
-    _draw_heat(axes, levels, layers, energy.modules, [formatting.percent(end) for end in energy.bounds or ()])
-    axes.set_title(f"{energy.measure}\n(blank: no such tensor, or not changed)", fontsize=9)
-
-
-def _draw_density(axes: "Axes", density: "DensityMap", title: str, *, only_kept: bool = False) -> None:
-    from matplotlib.colors import LogNorm
-
-    from fisherkit.render import fapm_view
-
-    window, counts = fapm_view.window_of(density), density.kept if only_kept else density.entries
-    filled = density.entries[density.entries > 0]
-    ends = (filled.min(), max(filled.max(), 2 * filled.min())) if filled.size else (1.0, 2.0)
-    place: dict[str, Any] = {
-        "origin": "lower",
-        "aspect": "auto",
-        "extent": (window.left, window.right, window.bottom, window.top),
-    }
-    if only_kept:
-        outline = _blank((density.entries[window.cells] > 0).astype(float))
-        axes.imshow(outline, cmap="Greys", vmin=0, vmax=6, interpolation="nearest", **place)
-    shown = _blank(counts[window.cells])
-    image = axes.imshow(shown, cmap="viridis", norm=LogNorm(*ends), interpolation="nearest", **place)
-    for curve in fapm_view.curves_of(density, window):
-        style = "--" if curve.second else "-"
-        axes.plot(*zip(*curve.points, strict=True), style, color=_CUT, linewidth=2, label=curve.tooltip_text)
-    if axes.lines:
-        axes.legend(loc="lower left", fontsize=8)
-    for axis, first, last in ((axes.xaxis, window.left, window.right), (axes.yaxis, window.bottom, window.top)):
-        ticks = fapm_view.ticks(first, last)
-        axis.set_ticks(ticks, [fapm_view.power(octave) for octave in ticks])
-    axes.set(title=f"{title}: about {formatting.count(round(counts.sum()))}", xlabel=fapm_view.X_LABEL)
-    axes.set_ylabel(fapm_view.y_label(density.metric))
-    axes.figure.colorbar(image, ax=axes, label="entries per cell", aspect=40)
-
-
-def _blank(counts: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    """Empty cells as NaN, which has no colour."""
-    shown = counts.copy()
-    shown[shown == 0] = math.nan
-    return shown
-
-
-# Pieces of both
-
-
-def _draw_heat(
-    axes: "Axes",
-    levels: list[list[float | None]],
-    layers: tuple[int, ...],
-    modules: tuple[str, ...],
-    ends: list[str],
-) -> None:
-    shown = [[math.nan if level is None else level for level in row] for row in levels]
-    image = axes.imshow(shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    names = formatting.short_names(modules)
-    axes.set_xticks(
-        range(len(modules)), [names[module] for module in modules], rotation=60, ha="right", rotation_mode="anchor"
+def _compare(figure: "Figure", place: "SubplotSpec", summary: Summary) -> None:
+    """Draw both maps on one scale, and the map of how they differ."""
+    assert summary.other is not None
+    here, there = summary.heat, summary.other.heat
+    flat = here.is_flat and there.is_flat
+    grid = place.subgridspec(1, 2 if here.linear and flat else 3)
+    bounds = None if here.linear else positive_bounds([here, there])
+    if not flat:
+        for at, (heat, name) in enumerate(zip((here, there), summary_text.pair_names(summary), strict=True)):
+            _draw_heat(figure.add_subplot(grid[at]), heat, name, bounds)
+    axes = figure.add_subplot(grid[0 if flat else 2])
+    difference = svg_compare.difference(summary)
+    layers = sorted({*here.layers, *there.layers})
+    cells = [[difference.cell(layer, module).shown for module in difference.modules] for layer in layers]
+    levels = [[None if isinstance(shown, str) else shown for shown in row] for row in cells]
+    draw_map(
+        axes,
+        levels,
+        list(map(str, layers)),
+        difference.modules,
+        [difference.low, difference.high],
+        title=difference.title,
+        diverging=not here.linear,
     )
-    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
-    if ends:
-        scale = axes.figure.colorbar(image, ax=axes, ticks=[0, 1], aspect=50)
-        scale.ax.set_yticklabels(ends)
+    if flat:
+        overlaps = [row.agreement.jaccard if isinstance(row.agreement, Overlap) else math.nan for row in summary.layers]
+        labels = [summary_text.row_label(row, "layer") for row in summary.layers]
+        draw_bars(figure.add_subplot(grid[1]), labels, overlaps, title="Jaccard overlap", most=1.0)
 
 
-def _draw_bars(axes: "Axes", labels: list[str], shares: list[float]) -> None:
-    axes.barh(labels, [share if math.isfinite(share) else 0.0 for share in shares], color=_BAR)
-    axes.invert_yaxis()
-    axes.margins(y=0.005)
-    axes.tick_params(axis="y", labelsize=7)
+def _scatter_and_curves(figure: "Figure", place: "SubplotSpec", summary: Summary) -> None:
+    """Draw layers against layers, and both mass curves."""
+    grid = place.subgridspec(1, 2)
+    axes, pairs = figure.add_subplot(grid[0]), svg_compare.shared_layers(summary)
+    ends = svg_compare.scatter_ends(pairs)
+    one, two = summary_text.pair_names(summary)
+    axes.plot(ends, ends, "--", color="grey", linewidth=1)
+    shares = [[layer.share for layer in side] for side in zip(*pairs, strict=True)]
+    points = axes.scatter(shares[1], shares[0], c=[here.layer for here, _ in pairs], cmap="viridis", edgecolors="white")
+    for here, there in pairs:
+        if here.layer in svg_compare.furthest(pairs):
+            axes.annotate(str(here.layer), (there.share, here.share), (6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"share in {two}", ylabel=f"share in {one}")
+    axes.set_title("layers by their share of the total; equal on the dashed line", fontsize=9)
+    axes.set_box_aspect(1)
+    axes.grid(alpha=0.3)
+    ticks = svg_compare.scatter_ticks(*ends)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks)
+        axis.set_ticks([], minor=True)
+        in_percent(axis)
+    figure.colorbar(points, ax=axes, label="layer", aspect=40)
+    if summary.mass():
+        _curves(figure.add_subplot(grid[1]), summary)
 
 
-def _encoded(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+def _bands(figure: "Figure", place: "SubplotSpec", bands: Sequence[Bands]) -> None:
+    """Draw an image of layers x heads or bands per module, four abreast, on one scale."""
+    grid = place.subgridspec(-(-len(bands) // 4), 4)
+    layers, top = svg_bands.all_layers(bands), svg_bands.highest(bands)
+    drawn = []
+    for at, one in enumerate(bands):
+        axes = figure.add_subplot(grid[at // 4, at % 4])
+        levels = svg_bands.levels(one, layers, top)
+        image = axes.imshow(levels, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(one.module, fontsize=9)
+        axes.set_yticks([0, len(layers) - 1], [str(layers[0]), str(layers[-1])], fontsize=7)
+        axes.set_xticks([])
+        axes.set_xlabel(f"{levels.shape[1]} {svg_bands.AXES[one.axis]}, first to last", fontsize=8)
+        drawn.append(axes)
+    scale = figure.colorbar(image, ax=drawn, ticks=[0, 1], aspect=50)
+    scale.ax.set_yticklabels(["0 %", formatting.percent(top)])

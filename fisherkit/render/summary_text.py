@@ -1,11 +1,14 @@
 """A summary in words: its headline, where the mass lies, how far two files agree, what a person must not overlook."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fisherkit.errors import some_names
 from fisherkit.methods.inspect.compare import Overlap
-from fisherkit.methods.inspect.summary import Summary, SummaryRow
+from fisherkit.methods.inspect.heat_map import ratios
+from fisherkit.methods.inspect.rows import SummaryRow
+from fisherkit.methods.inspect.summary import Summary
 from fisherkit.render.formatting import number, percent, printable
 
 KINDS = {
@@ -20,14 +23,17 @@ _DIRECTIONS = {"train": "the top may change (train)", "protect": "the top is fro
 
 def row_label(row: SummaryRow, by: str) -> str:
     """Return a row's name for a person: blocks by their number, everything else in full."""
-    return str(row.layer) if by == "layer" and row.layer is not None else printable(row.name)
+    if by != "layer" or row.layer is None:
+        return printable(row.name)
+    return f"{row.layer}" if row.last_layer in (None, row.layer) else f"{row.layer}-{row.last_layer}"
 
 
 def headline(summary: Summary) -> str:
     """Say in one line what was read."""
     total, made = summary.total, summary.provenance or {}
     name = made.get("model", {}).get("id") or str(summary.path)
-    parts = [f"{KINDS[summary.kind]} of {name}" if summary.kind == "fisher" else f"{KINDS[summary.kind]} in {name}"]
+    parts = [" against ".join(pair_names(summary))] if summary.other is not None else []
+    parts += [f"{KINDS[summary.kind]} of {name}" if summary.kind == "fisher" else f"{KINDS[summary.kind]} in {name}"]
     if summary.kind != "importance":
         parts.append(f"{total.tensors:,} tensors, {total.weights:,} weights")
     if summary.kind == "mask":
@@ -82,9 +88,52 @@ def agreement_sentence(summary: Summary) -> str | None:
     )
 
 
-def sentences(summary: Summary) -> list[str]:
-    """Say what the figures come to."""
-    return [text for text in (mass_sentence(summary), agreement_sentence(summary)) if text]
+def ratio_sentence(summary: Summary) -> str | None:
+    """Say how the totals of two files compare, which the map of ratios leaves out; None where there is no such map."""
+    if summary.other is None or summary.heat.linear:
+        return None
+    overall = ratios(summary.heat, summary.other.heat).overall
+    if math.isnan(overall):
+        return None
+    one, two = pair_names(summary)
+    return f"Over what both have, the total of {one} is {number(2.0**overall)} times that of {two}."
+
+
+def quota_sentence(summary: Summary, *, bands: bool = False) -> str | None:
+    """Say what a mask's map of one colour would show; None where densities differ.
+
+    Args:
+        summary: of a mask.
+        bands: a drawing of rows and heads is near.
+    """
+    if summary.kind != "mask" or not summary.heat.is_flat:
+        return None
+    heat = summary.heat
+    share = percent(sum(heat.means[cell] * heat.weights[cell] for cell in heat.means) / sum(heat.weights.values()))
+    where = "what varies is where in a tensor they are" if bands else "-o FILE.html draws where in a tensor they are"
+    return f"Every tensor of the blocks lets {share} of its weights change; {where}."
+
+
+def pair_names(summary: Summary) -> tuple[str, str]:
+    """Return short names of the two files that are compared, which differ wherever the paths do."""
+    assert summary.comparison is not None
+    one, two = summary.path.absolute(), summary.comparison.path.absolute()
+    for length in range(1, max(len(one.parts), len(two.parts)) + 1):
+        names = ["/".join(path.parts[-length:]) for path in (one, two)]
+        if names[0] != names[1]:
+            return printable(names[0]), printable(names[1])
+    return printable(one.name), f"{printable(two.name)} (the same)"
+
+
+def sentences(summary: Summary, *, bands: bool = False) -> list[str]:
+    """Say what the figures come to.
+
+    Args:
+        summary: of one file, or of the comparison of two.
+        bands: a drawing of a mask's rows and heads is near.
+    """
+    texts = (mass_sentence(summary), quota_sentence(summary, bands=bands), agreement_sentence(summary))
+    return [text for text in (*texts, ratio_sentence(summary)) if text]
 
 
 def warnings(summary: Summary) -> list[str]:

@@ -1,4 +1,4 @@
-"""A summary on the terminal: a table with bars, the mass in words, and a layer x module heat map.
+"""View of a summary on the terminal: a table with bars, the mass in words, and a layer x module heat map.
 
 Colours where the terminal has them, characters where it does not, ASCII where the encoding has no others. Fits 80
 columns; names are folded, never cut.
@@ -17,12 +17,15 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from fisherkit.methods.inspect.heat_map import HeatMap
 from fisherkit.methods.inspect.records import Record
-from fisherkit.methods.inspect.summary import HeatMap, Summary, SummaryRow
+from fisherkit.methods.inspect.rows import SummaryRow
+from fisherkit.methods.inspect.summary import Summary
 from fisherkit.render import formatting, summary_text
 
 _MOST_CELL, _LEAST_CELL = 8, 2
 _BAR_LEAST = 6
+_MOST_GROUPS = 12
 _HEADINGS = {"rank_correlation": "rank corr", "overlap_10": "top 10%", "overlap_30": "top 30%"}
 _SHARES = ("mask", "subspace")
 _DISPENSABLE = ("tensors", "weights", "so far")  # dropped in this order where names would not fit
@@ -49,17 +52,29 @@ _BLOCKS = _Marks("█", " ░▒▓█", "·")
 _ASCII = _Marks("#", " .:*#", "-")
 
 
-def draw(summary: Summary, console: Console) -> None:
-    """Print the whole view of a summary."""
-    marks = _marks(console)
+def draw(summary: Summary, console: Console, *, every: bool = False) -> None:
+    """Print the whole view of a summary.
+
+    Args:
+        summary: of a file.
+        console: the terminal.
+        every: a row for every layer, where many would fold into groups, so that the head stays in sight.
+    """
+    marks, layers = _marks(console), len(summary.heat.layers)
+    if not every:
+        summary = summary.folded(_MOST_GROUPS)
     console.print(Text(summary_text.headline(summary), style="bold"))
     if summary.provenance:
         console.print(Text(_made(summary), style="dim"))
     console.print()
     console.print(_table(summary, marks, console.width))
+    if summary.heat.last:
+        console.print(
+            Text(f"\n{layers} layers in {len(summary.heat.layers)} groups; --all shows every one", style="dim")
+        )
     for sentence in summary_text.sentences(summary):
         console.print(Text(f"\n{sentence}"))
-    if len(summary.heat.means) > 1:
+    if len(summary.heat.means) > 1 and not summary.heat.is_flat:
         console.print()
         for line in _heat_map(summary.heat, marks, console.width, coloured=_has_colour(console)):
             console.print(line, soft_wrap=isinstance(line, Text))  # a map is for the terminal to wrap
@@ -90,7 +105,7 @@ def _has_colour(console: Console) -> bool:
 
 
 def _made(summary: Summary) -> str:
-    """How a Fisher was estimated, in one line."""
+    """Say in one line how a Fisher was estimated."""
     made = summary.provenance or {}
     estimator, prompts, run = (made.get(section, {}) for section in ("estimator", "prompts", "run"))
     known = (
@@ -133,7 +148,7 @@ def _width(columns: Mapping[str, list[str]]) -> int:
 
 
 def _columns(summary: Summary) -> dict[str, list[str]]:
-    """Headings and cells, the name and the bar left out."""
+    """Return headings and cells, the name and the bar left out."""
     rows, there = summary.rows, set(summary.columns)
     columns: dict[str, list[str]] = {}
     if "tensors" in there and summary.by != "tensor":
@@ -169,7 +184,7 @@ def _agreement(summary: Summary, row: SummaryRow, name: str) -> str:
 
 
 def _bars(summary: Summary, marks: _Marks, room: int) -> list[Text]:
-    """A bar per row, as long as its share (density for a mask); none where there is no room."""
+    """Return a bar per row, as long as its share (density for a mask); none where there is no room."""
     if room < _BAR_LEAST or not summary.rows:
         return []
     values = [_level(row.mean if summary.kind in _SHARES else row.share) for row in summary.rows]
@@ -182,8 +197,8 @@ def _bars(summary: Summary, marks: _Marks, room: int) -> list[Text]:
 
 
 def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> Iterator[Text | Columns]:
-    """A line per layer, modules side by side; in several panels where they do not fit, then the legend."""
-    margin = max(len(str(layer)) for layer in heat.layers) + 1
+    """Yield a line per layer, modules side by side; in several panels where they do not fit, then the legend."""
+    margin = max(len(heat.label(layer)) for layer in heat.layers) + 1
     cell, per_panel = _cells(heat, width - margin)
     short = formatting.short_names(heat.modules)
     keyed = any(len(name) > cell - 1 for name in short.values())
@@ -192,7 +207,7 @@ def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> It
         panel = slice(start, start + per_panel)
         yield Text(" " * margin + "".join(heading[:cell].ljust(cell) for heading in headings[panel]), style="bold")
         for layer in heat.layers:
-            line = Text(f"{layer:>{margin - 1}} ")
+            line = Text(f"{heat.label(layer):>{margin - 1}} ")
             for module in heat.modules[panel]:
                 line.append_text(_cell(heat, layer, module, cell, marks, coloured=coloured))
             yield line
@@ -203,7 +218,7 @@ def _heat_map(heat: HeatMap, marks: _Marks, width: int, *, coloured: bool) -> It
 
 
 def _cells(heat: HeatMap, room: int) -> tuple[int, int]:
-    """Width of a cell, and how many of them stand side by side."""
+    """Return the width of a cell, and how many of them stand side by side."""
     count = len(heat.modules)
     cell = min(max(room // count, _LEAST_CELL), _MOST_CELL)
     if cell <= len(str(count)):  # numbers of modules must fit
