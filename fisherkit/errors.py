@@ -74,3 +74,8 @@ def some_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first names of many and how many more there are, for a message: ``a, b, c and 4 more``."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s: ``1 group``, ``2 groups``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -32,6 +32,10 @@ def extract(model: Path, prompts: Path, out: Path, track: Any = lambda *_: None,
     return said
 
 
+# The command line with a line of progress at every step, not one a minute.
+TALKATIVE = "from fisherkit.cli import progress; progress.PAUSE = 0; from fisherkit.__main__ import main; main()"
+
+
 def count_steps(model: Path, prompts: Path, out: Path, **changes: Any) -> int:
     steps: list[tuple[str, int]] = []
     extract(model, prompts, out, lambda stage, done, total: steps.append((stage, done)), **changes)
@@ -84,7 +88,7 @@ def test_a_run_killed_again_and_again_gets_there(checkpoint: Checkpoint, prompts
 def test_sigkill_leaves_no_target_and_can_be_resumed(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     model, out = checkpoint("llama"), tmp_path / "fisher.pt"
     arguments = ["extract", str(model), str(prompts), "-o", str(out), "--group-size", "1", "--batch-tokens", "20"]
-    process = subprocess.Popen([sys.executable, "-m", "fisherkit", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", TALKATIVE, *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "backward" in line:
@@ -103,7 +107,7 @@ def test_interrupt_exits_130_and_tells_how_to_go_on(checkpoint: Checkpoint, prom
     model, out = checkpoint("llama"), tmp_path / "fisher.pt"
     arguments = ["extract", str(model), str(prompts), "-o", str(out), "--group-size", "1", "--batch-tokens", "1"]
     read, write = os.pipe()
-    program = Forked(["-m", "fisherkit", *arguments], (0, 1, write))
+    program = Forked(["-c", TALKATIVE, *arguments], (0, 1, write))
     os.close(write)
     with open(read, encoding="utf-8") as told:
         while "forward" not in told.readline():

@@ -155,13 +155,15 @@ def extract(
             shard_bytes=parse_bytes("max-shard-size", max_shard_size),
             force=force,
         )
+        say = sayer(quiet)
+        track = console.tracker("extract", quiet=quiet, begin="loading torch and transformers")
         from fisherkit.methods.extract import measure
 
-        say, source = sayer(quiet), prompts or ["builtin"]
+        source = prompts or ["builtin"]
         if dry_run:
             console.show_facts(measure.plan_extract(model, source, options, say=say), as_json=as_json)
             return
-        report = measure.extract(model, source, out, options, track=console.tracker("extract", quiet=quiet), say=say)
+        report = measure.extract(model, source, out, options, track=track, say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 
     run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")

@@ -16,6 +16,30 @@ def available_bytes(device: torch.device) -> int:
     return min(_machine(), _cgroup(), _ulimit())
 
 
+def used_bytes(device: torch.device) -> int:
+    """Return the bytes that this process holds: tensors on the device, or what is its own of the host's memory.
+
+    Pages of files that are mapped, such as weights, are not its own: the system takes them back when it likes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    except OSError:  # not Linux
+        return _peak()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+
+def _peak() -> int:
+    """Return the most bytes that this process held so far; 0 where nothing tells."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def give_back() -> None:
     """Return freed memory to the system, where the C library can (glibc).
 

@@ -20,6 +20,7 @@ from fisherkit.engine.sweep.spool import Budget
 from fisherkit.engine.sweep.sweep import stream
 from fisherkit.errors import UnsupportedModelError
 from fisherkit.methods.extract.prepare import Prepared
+from fisherkit.methods.extract.whole_run import whole_run
 from fisherkit.progress import Say, Track
 from fisherkit.prompts.dataset import batches
 
@@ -96,16 +97,25 @@ def _job(
     assert prepared.prompts is not None
     options, samples = prepared.options, prepared.prompts.samples
     singles = [(number,) for number in range(len(samples))]
+    sizes = singles if mode["singles"] else batches(samples, options.batch_tokens)
+    progress = whole_run(
+        prepared.plan,
+        mode["engine"],
+        samples=len(samples),
+        batches=len(sizes),
+        device=prepared.device,
+        track=track,
+    )
     return Job(
         skeleton=prepared.skeleton,
         plan=prepared.plan,
         samples=samples,
-        batches=singles if mode["singles"] else batches(samples, options.batch_tokens),
+        batches=sizes,
         device=prepared.device,
         work=work,
         sink=sink,
         budget=Budget(available_bytes(torch.device("cpu")) // 8),
-        track=track,
+        track=progress,
         reduction=options.reduction,
         labels=options.labels,
         seed=options.seed,

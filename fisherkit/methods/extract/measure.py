@@ -20,6 +20,7 @@ from fisherkit.artefacts import covariance_file, fisher_sidecar
 from fisherkit.artefacts.fisher_paths import FisherPaths
 from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.content import content_sha256
+from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
@@ -80,6 +81,7 @@ def extract(
     """
     options = options or ExtractOptions()
     paths = FisherPaths.of(Path(out))
+    resolve_model(os.fspath(model), weights=False)  # a model that is not there is named before the output is refused
     left = read_progress(paths.partial, PROGRESS) if options.resume else None
     may_be_finished = options.resume and left is None and paths.fisher.exists()
     if not may_be_finished and not (left and "publishing" in left):

@@ -16,7 +16,7 @@ from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.model.skeleton import Skeleton
-from fisherkit.errors import CheckpointError, FisherkitError, first_line
+from fisherkit.errors import CheckpointError, FisherkitError, counted, first_line
 from fisherkit.methods.extract.checks import check_all_taken, check_counts, check_fit, folder_of
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say
@@ -52,8 +52,8 @@ class Prepared:
         plan, dtype = self.plan, str(self.skeleton.dtype).removeprefix("torch.")
         return (
             f"{self.source.id}: {len(plan.tensors):,} tensors, {plan.parameters:,} weights in "
-            f"{len(self.skeleton.blocks)} layers, {dtype} on {self.device}, {len(plan.groups)} groups of "
-            f"{len(plan.groups[0])} layers"
+            f"{len(self.skeleton.blocks)} layers, {dtype} on {self.device}, "
+            f"{counted(len(plan.groups), 'group')} of {counted(len(plan.groups[0]), 'layer')}"
         )
 
     def needs(self) -> Needs:

@@ -61,6 +61,7 @@ def provenance(prepared: Prepared, mode: Mapping[str, Any]) -> dict[str, Any]:
             "id": prepared.source.id,
             "revision": prepared.source.revision,
             "architecture": type(skeleton.model).__name__,
+            "head_dim": _head_dim(skeleton.model.config.get_text_config()),
             "config_sha256": _config_sha256(prepared),
             "weights_sha256": skeleton.index.fingerprint(),
             "dtype": str(choose_dtype(None, skeleton.index, "auto")).removeprefix("torch."),
@@ -97,6 +98,15 @@ def provenance(prepared: Prepared, mode: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config_sha256(prepared: Prepared) -> str:
     return sha256(prepared.skeleton.model.config.to_json_string())
+
+
+def _head_dim(config: Any) -> int | None:
+    """Return the size of an attention head, by which drawings of a mask find the heads; None where there are none."""
+    heads = getattr(config, "num_attention_heads", None)
+    own = getattr(config, "head_dim", None)
+    if isinstance(own, int):
+        return own
+    return config.hidden_size // heads if isinstance(heads, int) and heads and hasattr(config, "hidden_size") else None
 
 
 def _device_name(device: torch.device) -> str:
