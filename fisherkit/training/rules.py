@@ -130,7 +130,7 @@ def _residual(parameter: nn.Parameter) -> Tensor | None:
 
     Without it the part of an update that a rule takes away, far below the spacing of bfloat16, would round back. It has
     the parameter's own type: in float32 it would carry 40 times more exactly, and what is saved would leak the same,
-    since that is the one rounding of the weights at rest (benchmarks/training.py --only bfloat16).
+    since the weights at rest are rounded all the same (measured: benchmarks/training.py --only bfloat16).
     """
     return torch.zeros_like(parameter.detach()) if parameter.element_size() < 4 else None
 
