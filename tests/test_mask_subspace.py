@@ -9,7 +9,7 @@ import pytest
 from mask_oracle import fisher_arrays, write
 
 from fisherkit import MaskOptions, MaskReport, inspect, mask
-from fisherkit.artefacts.mask_file import Modes, open_mask
+from fisherkit.artefacts.mask_file import StoredModes, open_mask
 from fisherkit.errors import CheckpointError, OptionError
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -21,7 +21,7 @@ def run(folder: Path, arrays: dict[str, np.ndarray], **options: Any) -> MaskRepo
     return mask(fisher, folder / "sub.safetensors", MaskOptions(**options))
 
 
-def modes(report: MaskReport, name: str) -> Modes:
+def modes(report: MaskReport, name: str) -> StoredModes:
     with open_mask(report.path) as file:
         return file.modes(name, file.shape(name))
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisherkit.checkpoint.names.location import Place, block_prefix, locate
+from fisherkit.checkpoint.names.location import Location, block_prefix, locate
 from fisherkit.kernels.histogram import BINS, Histogram, lower_edge
 from fisherkit.kernels.stats import BINS_PER_OCTAVE, TensorStats, tensor_stats
 
@@ -130,19 +130,19 @@ def test_histogram_rows_that_cannot_be_are_refused(rows: list[list[float]]) -> N
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("model.layers.3.self_attn.q_proj.weight", Place(3, "model.layers.3", "self_attn.q_proj")),
-        ("model.layers.3.self_attn.q_proj.bias", Place(3, "model.layers.3", "self_attn.q_proj.bias")),
-        ("model.layers.0.mlp.experts.3.gate_proj.weight", Place(0, "model.layers.0", "mlp.experts.gate_proj")),
-        ("model.layers.0.mlp.experts.gate_up_proj", Place(0, "model.layers.0", "mlp.experts.gate_up_proj")),
-        ("model.embed_tokens.weight", Place(None, "model.embed_tokens", "model.embed_tokens")),
-        ("lm_head.weight", Place(None, "lm_head", "lm_head")),
+        ("model.layers.3.self_attn.q_proj.weight", Location(3, "model.layers.3", "self_attn.q_proj")),
+        ("model.layers.3.self_attn.q_proj.bias", Location(3, "model.layers.3", "self_attn.q_proj.bias")),
+        ("model.layers.0.mlp.experts.3.gate_proj.weight", Location(0, "model.layers.0", "mlp.experts.gate_proj")),
+        ("model.layers.0.mlp.experts.gate_up_proj", Location(0, "model.layers.0", "mlp.experts.gate_up_proj")),
+        ("model.embed_tokens.weight", Location(None, "model.embed_tokens", "model.embed_tokens")),
+        ("lm_head.weight", Location(None, "lm_head", "lm_head")),
         (
             "model.vision_tower.encoder.layers.3.mlp.fc1.weight",
-            Place(None, "model.vision_tower.encoder.layers.3", "model.vision_tower.encoder.layers.mlp.fc1"),
+            Location(None, "model.vision_tower.encoder.layers.3", "model.vision_tower.encoder.layers.mlp.fc1"),
         ),
     ],
 )
-def test_names_are_split_at_the_text_models_blocks(name: str, place: Place) -> None:
+def test_names_are_split_at_the_text_models_blocks(name: str, place: Location) -> None:
     assert locate(name, "model.layers") == place
 
 
@@ -168,5 +168,5 @@ def test_a_tower_with_more_tensors_is_not_the_text_model() -> None:
 
 
 def test_gpt2_names_have_layers() -> None:
-    assert locate("h.11.attn.c_attn.weight", "h") == Place(11, "h.11", "attn.c_attn")
-    assert locate("0.weight", "") == Place(None, "0", "0")
+    assert locate("h.11.attn.c_attn.weight", "h") == Location(11, "h.11", "attn.c_attn")
+    assert locate("0.weight", "") == Location(None, "0", "0")

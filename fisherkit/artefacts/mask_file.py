@@ -42,12 +42,12 @@ from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats, widen
 from fisherkit.options import check_pull
 
-__all__ = ["FORMAT", "MaskEntry", "MaskFile", "Modes", "entry", "fit", "header", "open_mask", "pack", "unpack"]
+__all__ = ["FORMAT", "MaskEntry", "MaskFile", "StoredModes", "entry", "fit", "header", "open_mask", "pack", "unpack"]
 
 SIDES = ("U", "S", "V")
 
 
-class Modes(NamedTuple):
+class StoredModes(NamedTuple):
     """Singular modes of one weight [..., a, b]: u [..., a, k], s [..., k], v [..., b, k]; None where not stored."""
 
     u: Floats | None
@@ -181,7 +181,7 @@ class MaskFile:
         except ValueError:
             raise CheckpointError(self._misfit(name, flags.shape, shape)) from None
 
-    def modes(self, name: str, shape: Sequence[int] | None = None) -> Modes:
+    def modes(self, name: str, shape: Sequence[int] | None = None) -> StoredModes:
         """Read the protected directions of one weight, float32.
 
         Args:
@@ -194,7 +194,7 @@ class MaskFile:
         self._expect("subspace")
         known = self.shape(name)
         held = self._reader.index.tensors
-        found = Modes(*(self._mode(f"{name}.{side}") if f"{name}.{side}" in held else None for side in SIDES))
+        found = StoredModes(*(self._mode(f"{name}.{side}") if f"{name}.{side}" in held else None for side in SIDES))
         if shape is not None and ((known or tuple(shape)) != tuple(shape) or not _spans(found, tuple(shape))):
             raise CheckpointError(self._misfit(name, known or _spanned(found), shape))
         return found
@@ -311,10 +311,10 @@ def _check_layout(index: CheckpointIndex, name: str, found: MaskEntry, kind: Kin
         raise CheckpointError(f"{index.path}: the modes of {name} do not fit a weight of {list(found.shape)}")
 
 
-def _spans(modes: Modes, shape: Shape) -> bool:
+def _spans(modes: StoredModes, shape: Shape) -> bool:
     return spans([None if part is None else part.shape for part in modes], shape)
 
 
-def _spanned(modes: Modes) -> list[int]:
+def _spanned(modes: StoredModes) -> list[int]:
     """Return the weight's shape as far as its modes tell; 0 for a side that is missing."""
     return [part.shape[-2] if part is not None and part.ndim > 1 else 0 for part in (modes.u, modes.v)]

@@ -129,7 +129,7 @@ class ScaledMatrix:
         """Modes within the span of all iterates, M ~ left core^T right^T with core = right^T M^T left."""
         (height, length), device = self.blocks.shape, self.blocks.device
         capacity = width * (iterations + 1)
-        left, right = _Basis(height, capacity, device), _Basis(length, capacity + width, device)
+        left, right = _OrthonormalBasis(height, capacity, device), _OrthonormalBasis(length, capacity + width, device)
         core = torch.zeros(capacity + width, capacity, dtype=torch.float64, device=device)
         fresh = right.extend(torch.randn(length, width, generator=generator).to(device))
         for iteration in range(iterations + 1):
@@ -162,7 +162,7 @@ class ScaledMatrix:
         return product.mul_(2.0**self._after)
 
 
-class _Basis:
+class _OrthonormalBasis:
     """Orthonormal columns [N, count] that grow, in memory that is touched only as they do."""
 
     def __init__(self, length: int, capacity: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.checkpoint.lora.base_weights import BaseWeights
 from fisherkit.checkpoint.lora.config import CONFIG_NAME, AdapterConfig
 from fisherkit.checkpoint.lora.keys import parse_keys
-from fisherkit.checkpoint.lora.plan import Plan
+from fisherkit.checkpoint.lora.plan import AdapterPlan
 from fisherkit.checkpoint.lora.updates import Factors
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, Floats, widen
@@ -43,7 +43,7 @@ class Adapter:
     """
 
     def __init__(
-        self, folder: Path, reader: ArrayReader, plan: Plan, config: AdapterConfig, base: CheckpointIndex
+        self, folder: Path, reader: ArrayReader, plan: AdapterPlan, config: AdapterConfig, base: CheckpointIndex
     ) -> None:
         self._folder = folder
         self._reader = reader
@@ -76,7 +76,7 @@ class Adapter:
         try:
             for name in index.tensors:
                 _check_values(reader, name)
-            plan = Plan(keys, config, BaseWeights(base), Factors(reader))
+            plan = AdapterPlan(keys, config, BaseWeights(base), Factors(reader))
             return cls(folder, reader, plan, config, base)
         except BaseException:
             reader.__exit__(None, None, None)

@@ -28,7 +28,7 @@ Group = Mapping[Role, str]
 """The keys of one pair of factors, and of their magnitudes."""
 
 
-class Plan:
+class AdapterPlan:
     """Updates that an adapter makes, worked out on construction.
 
     Attributes:

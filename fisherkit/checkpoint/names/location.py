@@ -1,4 +1,4 @@
-"""Where a tensor sits in its model, read off its checkpoint name.
+"""Location of a tensor in its model, read off its checkpoint name.
 
 A name is split at its block number: ``model.layers.3.self_attn.q_proj.weight`` is block 3 of ``model.layers``,
 module ``self_attn.q_proj``. The blocks are the text model's; towers for images or sound keep their full names,
@@ -19,8 +19,8 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor sits.
+class Location:
+    """Location of a tensor in its model.
 
     Attributes:
         layer: number of its block, or None outside the text model's blocks.
@@ -34,7 +34,7 @@ class Place:
 
 
 def block_prefix(names: Iterable[str]) -> str | None:
-    """The prefix before ``.N.`` that holds the most tensors of the text model; None when no name has a number.
+    """Return the prefix before ``.N.`` that holds the most tensors of the text model; None where no name has a number.
 
     ``model.layers`` for Llama, ``h`` or ``transformer.h`` for GPT-2. Where there are only towers, the largest tower.
     Ties go to the prefix that comes first.
@@ -45,26 +45,29 @@ def block_prefix(names: Iterable[str]) -> str | None:
     return max(candidates, key=candidates.__getitem__, default=None)
 
 
-def locate(name: str, blocks: str | None) -> Place:
-    """Where tensor ``name`` sits in a model whose blocks are ``blocks.0``, ``blocks.1``, ... (see block_prefix).
+def locate(name: str, blocks: str | None) -> Location:
+    """Return the location of a tensor.
 
     ``.weight`` is dropped from the end of a module, other endings (``.bias``) are kept.
+
+    Args:
+        name: of the tensor in its checkpoint.
+        blocks: prefix of the model's blocks, as block_prefix returns it, such as ``model.layers``.
     """
     stem = name.removesuffix(".weight")
     match = _BLOCK.fullmatch(stem)
     if match is None:
-        return Place(None, stem, stem)
+        return Location(None, stem, stem)
     layer_name = stem[: match.end("layer")]
     if (match["prefix"] or "") != blocks:
-        return Place(None, layer_name, _NUMBER.sub("", stem))
-    return Place(int(match["layer"]), layer_name, _NUMBER.sub("", match["rest"]))
+        return Location(None, layer_name, _NUMBER.sub("", stem))
+    return Location(int(match["layer"]), layer_name, _NUMBER.sub("", match["rest"]))
 
 
 def tower(name: str) -> str | None:
-    """The part beside the text model that a tensor belongs to, such as ``model.vision_tower`` or ``mtp``; or None.
+    """Return the part beside the text model that holds a tensor, such as ``model.vision_tower`` or ``mtp``; or None.
 
-    What has a tower's word in its name only below a block's number (``model.layers.3.vision_expert``) is the text
-    model's own.
+    A tower's word below a block's number (``model.layers.3.vision_expert``) does not count: that is the text model's.
     """
     words = name.split(".")
     for count, word in enumerate(words, start=1):

@@ -13,7 +13,7 @@ from transformers import conversion_mapping, core_model_loading
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.engine.model.buffers import compute_buffers
 from fisherkit.engine.model.config import refuse_quantised
-from fisherkit.engine.model.skeleton import Names, Skeleton, has_towers
+from fisherkit.engine.model.skeleton import CheckpointNames, Skeleton, has_towers
 from fisherkit.errors import UnsupportedModelError, first_line
 
 
@@ -151,11 +151,11 @@ def _has_matrices(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters())
 
 
-def _map_names(model: Any, index: CheckpointIndex | None) -> Names:
+def _map_names(model: Any, index: CheckpointIndex | None) -> CheckpointNames:
     if index is None:
         conversions = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
         prefix_changes = getattr(core_model_loading, "PrefixChange", ())
-        return Names({}, frozenset(), [c for c in conversions if not isinstance(c, prefix_changes)])
+        return CheckpointNames({}, frozenset(), [c for c in conversions if not isinstance(c, prefix_changes)])
     mapping = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if not isinstance(entry, core_model_loading.WeightConverter)]
     converters = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightConverter)]
@@ -172,7 +172,7 @@ def _map_names(model: Any, index: CheckpointIndex | None) -> Names:
             if pattern is not None:
                 converted.add(name)
     used = [entry for entry in mapping if not hasattr(entry, "was_used") or entry.was_used()]
-    return Names(parameter_of, frozenset(converted), used)
+    return CheckpointNames(parameter_of, frozenset(converted), used)
 
 
 def blocks_in_groups(count: int, size: int) -> tuple[tuple[int, ...], ...]:

@@ -39,7 +39,7 @@ class TargetTensor:
 
 
 @dataclass(frozen=True)
-class Names:
+class CheckpointNames:
     """Names on both sides of a checkpoint.
 
     Attributes:
@@ -73,7 +73,7 @@ class Skeleton:
     blocks: tuple[nn.Module, ...]
     lists: tuple[str, ...]
     decoder_path: str
-    names: Names
+    names: CheckpointNames
 
     @property
     def blocks_path(self) -> str:

@@ -1,4 +1,4 @@
-"""Shares by layer and by weight: as much of a mask or a ``layer_importance.json`` as other tools can be told."""
+"""Shares by layer and by weight: as much of a mask or a ``layer_importance.json`` as other tools can take."""
 
 import json
 from collections import defaultdict
@@ -13,7 +13,7 @@ from fisherkit.checkpoint.folder.side_files import read_config
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.names.axes import AxisFinder
-from fisherkit.checkpoint.names.location import Place, block_prefix, locate
+from fisherkit.checkpoint.names.location import Location, block_prefix, locate
 from fisherkit.errors import CheckpointError
 
 _COUNT_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -32,7 +32,7 @@ class WeightFacts:
     """
 
     name: str
-    place: Place
+    place: Location
     numel: int
     kept: int
     rank: int = 0
@@ -69,7 +69,7 @@ class MaskFacts:
         """
         if self.layer_count is None:
             raise CheckpointError(
-                f"{self.path}: does not say how many layers its model has, and {tool} has to be told of each; "
+                f"{self.path}: does not say how many layers its model has, and {tool} needs a setting for each; "
                 "name the model with --base"
             )
         last = max(self.layers, default=-1)
@@ -98,12 +98,12 @@ def _from_importance(path: Path, base: str | None) -> MaskFacts:
     rows = described.get("layers")
     named = str(rows[0].get("name", "")) if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
     model = str(described.get("model", ""))
-    told = _described_beside(path, described.get("fisher"))
+    layer_count = _layers_beside(path, described.get("fisher"))
     return MaskFacts(
         path=path,
         model=model,
         layers=dict(sorted(scales.items())),
-        layer_count=told if told is not None else _layers_of(base or model, ask_hub=base is not None),
+        layer_count=layer_count if layer_count is not None else _layers_of(base or model, ask_hub=base is not None),
         prefix=named.rpartition(".")[0] or "layers",
     )
 
@@ -117,25 +117,27 @@ def _from_mask(path: Path, base: str | None) -> MaskFacts:
         weights = tuple(_weight(file, name, prefix, axes) for name in file.names)
         fisher = file.fisher or {}
     model = str((fisher.get("model") or {}).get("id") or "")
-    told = fisher.get("layers")
+    layer_count = fisher.get("layers")
     return MaskFacts(
         path=path,
         model=model,
         layers=_shares(weights),
-        layer_count=told if isinstance(told, int) else _layers_of(base or model, ask_hub=base is not None),
+        layer_count=layer_count
+        if isinstance(layer_count, int)
+        else _layers_of(base or model, ask_hub=base is not None),
         prefix=prefix or "layers",
         weights=weights,
     )
 
 
-def _described_beside(path: Path, fisher: object) -> int | None:
+def _layers_beside(path: Path, fisher: object) -> int | None:
     """Return how many layers the model of the Fisher beside a ``layer_importance.json`` has; None if unknown."""
     name = Path(str(fisher or "")).name
     beside = path.with_name(name).with_suffix(".json") if name else None
     if beside is None or not beside.is_file():
         return None
-    told = parse_json(beside, beside.read_bytes(), "description of the Fisher").get("layers")
-    return told if isinstance(told, int) else None
+    count = parse_json(beside, beside.read_bytes(), "description of the Fisher").get("layers")
+    return count if isinstance(count, int) else None
 
 
 def _layers_of(model: str, *, ask_hub: bool) -> int | None:

@@ -28,7 +28,7 @@ from fisherkit.kernels.eigenspace import (
 )
 from fisherkit.methods.mask.binary import Masked
 from fisherkit.methods.mask.scores import MaskInputs
-from fisherkit.methods.mask.subspace import Spool, as_written
+from fisherkit.methods.mask.subspace import ArraySpool, as_written
 from fisherkit.options import MaskOptions
 from fisherkit.progress import Track
 
@@ -58,7 +58,7 @@ def write_activation_subspace(
         finder = CovarianceDirections(file, made_from, options)
         names = [name for name in made_from.shapes if finder.has(name)]
         finder.prepare(names)
-        spool = Spool(work / "directions")
+        spool = ArraySpool(work / "directions")
         details: dict[str, dict[str, Any]] = {}
         for done, name in enumerate(names, start=1):
             found = finder.directions(name)

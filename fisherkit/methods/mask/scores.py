@@ -21,7 +21,7 @@ from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.matching.counterpart import Counterpart, Values
 from fisherkit.checkpoint.names.axes import AxisFinder
-from fisherkit.checkpoint.names.location import Place, block_prefix, locate
+from fisherkit.checkpoint.names.location import Location, block_prefix, locate
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.mask_scores import Doubles, Flags, Units, contrasted, entry_scores
@@ -202,7 +202,7 @@ def _all_zero(path: Path) -> str:
     )
 
 
-def _rank(name: str, place: Place) -> tuple[bool, int, str]:
+def _rank(name: str, place: Location) -> tuple[bool, int, str]:
     """Blocks by number, then what lies outside of them; by name within."""
     return place.layer is None, place.layer or 0, name
 

@@ -55,7 +55,7 @@ def write_subspace(out: Path, made_from: MaskInputs, options: MaskOptions, work:
     basis = _Basis(made_from, options)
     names = [name for name in made_from.shapes if made_from.axes.axes(name) is not None and made_from.size(name)]
     _check_rank(made_from, names, options)
-    spool = Spool(work / "modes")
+    spool = ArraySpool(work / "modes")
     details: dict[str, dict[str, Any]] = {}
     for done, name in enumerate(names, start=1):
         found = _modes(basis, name, options)
@@ -189,7 +189,7 @@ class _Spooled:
     start: int
 
 
-class Spool:
+class ArraySpool:
     """Arrays one after the other in a file, until all of their shapes are known."""
 
     def __init__(self, path: Path) -> None:

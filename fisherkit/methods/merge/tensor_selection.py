@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from fisherkit.checkpoint.names.location import Place, block_prefix, locate
+from fisherkit.checkpoint.names.location import Location, block_prefix, locate
 from fisherkit.errors import OptionError
 from fisherkit.options import PairOptions
 from fisherkit.pairs.reader import Tensors, is_floating
@@ -34,7 +34,7 @@ class Chosen:
     integers: tuple[str, ...]
     base_only: tuple[str, ...]
     dropped: tuple[str, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
 
     @cached_property
     def _names(self) -> frozenset[str]:
