@@ -172,7 +172,7 @@ class CovarianceFile:
 
 
 def _orthogonal(factor: Floats) -> bool:
-    """Return whether the columns of a factor [size, rank] are orthogonal, told from 64 of them spread over all.
+    """Return whether the columns of a factor [size, rank] are orthogonal, judged by 64 of them spread over all.
 
     A whole covariance that is taken for a factor has columns that lean on each other; a factor's differ from
     orthogonal by rounding, far below a thousandth of the longest one's square.

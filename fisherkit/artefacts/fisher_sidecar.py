@@ -42,7 +42,7 @@ def sidecar_path(target: Path) -> Path:
 
 
 def why_not_of(sidecar: Mapping[str, Any], path: Path) -> str | None:
-    """Return why a sidecar does not describe the tensors at ``path``; None where it does, as far as can be told.
+    """Return why a sidecar does not describe the tensors at ``path``; None where it does, as far as can be seen.
 
     Size, names and shapes are compared, and the content (see checkpoint.content) where the sidecar notes it.
 

@@ -1,6 +1,6 @@
 """Storage of the mask of one weight: its entry in the JSON, its flags, eight of them to a byte.
 
-The format itself is told in ``artefacts.mask_file``. numpy and the standard library only; knows no file.
+The format itself is described in ``artefacts.mask_file``. numpy and the standard library only; knows no file.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""What a user asks for, one folder for each command; every function returns a report dataclass."""
+"""Commands as functions, one folder for each; every public function returns a report dataclass."""

@@ -66,7 +66,7 @@ def load_prompts(
             ``read_rows``.
         tokenizer: a tokenizer of transformers.
         options: which rows and fields, the chat template, the loss, the greatest length.
-        say: told of columns that look like an answer and are not read.
+        say: called about columns that look like an answer and are not read.
 
     Raises:
         PromptError: the set cannot be read, or no token of it would count.

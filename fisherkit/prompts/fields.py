@@ -1,4 +1,4 @@
-"""Which columns of a row hold the question, the answer and what goes with them, and a row read by them.
+"""Columns of a row that hold the question, the answer and what goes with them; and a row read by them.
 
 The sets that are known by their columns stand in ``known_sets``. Knows nothing of files, templates or tokens.
 """

@@ -21,7 +21,7 @@ LARGEST_JSON = 2**31  # characters of a .json file, which is read as a whole
 
 
 def decoded_lines(stream: IO[bytes], name: str, longest: int = LONGEST_LINE) -> Iterator[str]:
-    """Decode a stream line by line, ends included, so that a wrong byte can be told by its line.
+    """Decode a stream line by line, ends included, so that a message can name the line of a wrong byte.
 
     Args:
         stream: of UTF-8, with or without a byte order mark.

@@ -1,4 +1,4 @@
-"""How a prompt set was read: what a person is told before a long run, and what goes into an artefact's provenance."""
+"""Report on how a prompt set was read: for a person before a long run, and for an artefact's provenance."""
 
 import hashlib
 import struct
@@ -11,7 +11,7 @@ from fisherkit.prompts.wording import counted, reasons_of
 
 @dataclass(frozen=True)
 class PromptReport:
-    """How a prompt set was read.
+    """Source, counts and settings of a prompt set as it was read.
 
     Attributes:
         source: as given; of several files the first, and how many more.

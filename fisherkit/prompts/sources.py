@@ -1,4 +1,4 @@
-"""Where prompts come from: files, folders, patterns, stdin, the hub or the built-in set, as rows with their names."""
+"""Sources of prompts: files, folders, patterns, stdin, the hub or the built-in set, as rows with their names."""
 
 import glob
 import io

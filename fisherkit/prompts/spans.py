@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation are the assistant's.
+"""Spans of a rendered conversation that the assistant wrote.
 
 A *span* is a pair of character positions ``(start, end)`` in rendered text. Two ways lead to it:
 

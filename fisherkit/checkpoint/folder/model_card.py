@@ -105,7 +105,7 @@ def front_matter(card: str) -> dict[str, str | list[str]]:
     match = _FRONT.match(card)
     try:
         # BaseLoader leaves scalars as text (a licence called "no" is no boolean) and makes nothing but text, lists and
-        # mappings. Its faster twin in C crashes on deeply nested brackets instead of raising RecursionError.
+        # mappings. The faster CBaseLoader crashes on deeply nested brackets instead of raising RecursionError.
         fields = yaml.load(match[1], Loader=yaml.BaseLoader) if match is not None else None  # noqa: S506
     except (yaml.YAMLError, RecursionError):
         fields = None

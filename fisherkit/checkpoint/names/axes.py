@@ -1,4 +1,4 @@
-"""Which axis of a stored weight is its input and which its output. Standard library only; reads no values.
+"""Input and output axis of a stored weight. Standard library only; reads no values.
 
 A linear layer stores [out, in]. Two kinds of weights are the other way round, and nothing in the file says so: GPT-2's
 Conv1D, [in, out], and the fused experts of gpt-oss, Llama 4 and Qwen3-VL, [E, in, out] against [E, out, in] elsewhere.

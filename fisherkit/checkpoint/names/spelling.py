@@ -77,7 +77,7 @@ class Piece:
 
 
 def spelling(name: str) -> str:
-    """The one spelling of a tensor's name, equal for the same weight in any layout that is known here.
+    """Return the one spelling of a tensor's name, equal for the same weight in any layout that is known here.
 
     Prefixes of wrappers, multimodal classes and GPT-2's ``transformer.`` go; experts and routers are called as they are
     in memory. ``model.language_model.layers.0.mlp.up_proj.weight`` is ``model.layers.0.mlp.up_proj.weight``; towers for
@@ -94,7 +94,7 @@ def spelling(name: str) -> str:
 
 
 def pieces(shapes: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
-    """The pieces of every tensor of one checkpoint, in memory order.
+    """Cut every tensor of one checkpoint into its pieces, in memory order.
 
     A tensor is one piece, except for fused experts: ``X.experts.gate_up_proj`` is, expert by expert,
     ``X.experts.{e}.gate_proj.weight`` (its upper half of rows) and ``X.experts.{e}.up_proj.weight``, and
@@ -127,7 +127,7 @@ def _cut(name: str, shape: Shape, fused: Mapping[str, Shape]) -> tuple[Piece, ..
 
 
 def _is_output_first(module: str, fused: Mapping[str, Shape]) -> bool:
-    """Whether the fused experts of ``module`` (``X.experts``) are [E, out, in], as their two shapes say together.
+    """Return whether the fused experts of ``module`` (``X.experts``) are [E, out, in], as their two shapes say.
 
     Args:
         module: spelling of the module.

@@ -188,7 +188,7 @@ class BlockCallRecorder:
 
 
 class _Recorder:
-    """Notes one batch's calls. Each call gets hidden states of its own identity, so that they can be told apart."""
+    """Notes one batch's calls. Each call gets hidden states of its own identity, which tells the calls apart."""
 
     def __init__(self, last: int, final: Tensor | None = None) -> None:
         self.record = Record()

@@ -83,9 +83,9 @@ class _Sweep:
         for number in range(progress.get("backward", self.top + 1) - 1, lowest - 1, -1):
             self._backward(number, lowest)
         if self.has_outer and "outer" not in progress:
-            self._settle()
+            self._wait_for_commit()
             self._outer()
-        self._settle()
+        self._wait_for_commit()
 
     def _record(self) -> None:
         """Record the arguments of all blocks, and boundary 0."""
@@ -235,7 +235,7 @@ class _Sweep:
 
     def _commit(self, spent: list[str], **progress: Any) -> None:
         """Note progress once the Fisher values are on the disk, while the next group computes; then drop ``spent``."""
-        self._settle()
+        self._wait_for_commit()
         state = self.job.state()
 
         def commit() -> None:
@@ -244,7 +244,7 @@ class _Sweep:
 
         self.committing = self.disk.submit(commit), spent
 
-    def _settle(self) -> None:
+    def _wait_for_commit(self) -> None:
         """Wait for the commit that is under way."""
         if self.committing is not None:
             future, spent = self.committing

@@ -38,7 +38,7 @@ def export(source: str | os.PathLike[str], options: ExportOptions, *, folder: Pa
     if options.to == "peft-shira" and not facts.weights:
         raise OptionError(f"--to peft-shira needs a mask with its weights; {path} holds layers only")
     if options.to != "peft-shira" and not facts.layers:
-        raise CheckpointError(f"{path}: none of its tensors lies in a layer, and {options.to} is told of layers")
+        raise CheckpointError(f"{path}: none of its tensors lies in a layer, and {options.to} takes layers alone")
     if options.to == "peft-shira":
         return _shira(facts, folder)
     return _WRITERS[options.to](facts, options)
@@ -76,7 +76,7 @@ def _shira(facts: MaskFacts, folder: Path | None) -> str:
 def _axolotl(facts: MaskFacts, options: ExportOptions) -> str:
     lines = _comments(
         f"For axolotl, from {facts.path.name}: put this into your training config.",
-        "Weights are trained or frozen as a whole. Rows and entries cannot be told apart here; to hold them, attach",
+        "Weights are trained or frozen as a whole. Single rows and entries cannot be named here; to hold them, attach",
         "fisherkit.training.MaskedUpdate as a plugin.",
     )
     lines += _unfrozen(facts.weights) if facts.weights else []

@@ -26,7 +26,7 @@ from fisherkit.prompts.dataset import batches
 
 Mode = dict[str, Any]
 """How a run goes: ``engine``, the ``reason``, ``singles`` (batches of one sample), ``general`` (left to autograd),
-``token_types`` (prefix and answer are told apart)."""
+``token_types`` (they tell prefix from answer)."""
 
 PROGRESS = table(
     {},

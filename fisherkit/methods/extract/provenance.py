@@ -16,7 +16,7 @@ from fisherkit.engine.model.config import choose_dtype
 from fisherkit.methods.extract.prepare import Prepared, sha256
 
 _NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit", "dtype")
-"""Options that a resumed run may be given anew: they make no other result, or are told by something else below."""
+"""Options that a resumed run may be given anew: they make no other result, or follow from something else below."""
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:

@@ -145,7 +145,7 @@ def _check_directions(inputs: MergeInputs, options: MergeOptions) -> None:
 
 
 def _sides_of_axes(finder: AxisFinder, name: str) -> tuple[Side, Side]:
-    """Sides that U and V are directions of: outputs and inputs; the other way round for a Conv1D [in, out]."""
+    """Return what U and V are directions of: outputs and inputs; the other way round for a Conv1D [in, out]."""
     axes = finder.axes(name)
     return ("left", "right") if axes is None or axes.output < axes.input else ("right", "left")
 

@@ -27,7 +27,7 @@ class SharedThresholds:
     ) -> None:
         self._thresholds = thresholds
         self._groups = groups
-        self._twins = {**tied_pairs, **{body: head for head, body in tied_pairs.items()}}
+        self._tied_to = {**tied_pairs, **{body: head for head, body in tied_pairs.items()}}
         self._spent: dict[str, int] = defaultdict(int)
         self._ties_of: dict[str, int] = {}
 
@@ -35,13 +35,13 @@ class SharedThresholds:
         """Return the threshold of a tensor, with the ties that it may keep."""
         group = self._groups[name]
         threshold = self._thresholds[group]
-        twin = self._twins.get(name)
+        tied = self._tied_to.get(name)
         left = threshold.ties - self._spent[group]
-        return Threshold(threshold.at, self._ties_of.get(twin, left) if twin is not None else left)
+        return Threshold(threshold.at, self._ties_of.get(tied, left) if tied is not None else left)
 
     def spend(self, name: str, ties: int) -> None:
-        """Count the ties that a tensor has kept; those of its twin are counted already."""
-        if self._twins.get(name) not in self._ties_of:
+        """Count the ties that a tensor has kept; those of the tensor it is tied to are counted already."""
+        if self._tied_to.get(name) not in self._ties_of:
             self._spent[self._groups[name]] += ties
         self._ties_of[name] = ties
 
@@ -99,5 +99,5 @@ def survey(
 
 
 def random_stream(name: str, tied_pairs: Mapping[str, str]) -> int:
-    """Return the random stream of a tensor; that of its twin where BASE and FT tie the two."""
+    """Return the random stream of a tensor; one for both where BASE and FT tie two."""
     return stream_of(tied_pairs.get(name, name))
