@@ -121,5 +121,5 @@ def print_mergekit(folder: Path, odd: list[str]) -> None:
             wrong.append(name)
     if wrong or len(merged) != len(base.state_dict()):
         odd.append(f"mergekit: {len(wrong)} of {len(merged)} tensors, such as {json.dumps(wrong[:1])}")
-    told = f"{len(shares)} of {LAYERS} layers"
-    print(f"\n**mergekit** on a mask of {told}: {len(merged) - len(wrong)} of {len(merged)} tensors as meant.")
+    trained = f"{len(shares)} of {LAYERS} layers"
+    print(f"\n**mergekit** on a mask of {trained}: {len(merged) - len(wrong)} of {len(merged)} tensors as meant.")

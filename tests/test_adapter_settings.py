@@ -1,4 +1,4 @@
-"""Settings of an adapter: patterns match as peft's do, in bounded time, and what nothing corresponds to is told."""
+"""Settings of an adapter: patterns match as peft's do, in bounded time, and what nothing corresponds to is noted."""
 
 import random
 import re
@@ -37,10 +37,10 @@ def expected(pattern: str, name: str) -> bool:
 
 
 def test_patterns_match_what_pefts_do() -> None:
-    draw, told = random.Random(0), {True: 0, False: 0}  # noqa: S311
+    draw, drawn = random.Random(0), {True: 0, False: 0}  # noqa: S311
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of nested sets
-        while sum(told.values()) < 4000:
+        while sum(drawn.values()) < 4000:
             text = some_pattern(draw)
             try:
                 re.compile(text)
@@ -51,8 +51,8 @@ def test_patterns_match_what_pefts_do() -> None:
                 name = "".join(draw.choices("ab1.{}", k=draw.randrange(9)))
                 wanted = expected(text, name)
                 assert pattern.matches(name) == wanted, (text, name)
-                told[wanted] += 1
-    assert min(told.values()) > 500
+                drawn[wanted] += 1
+    assert min(drawn.values()) > 500
 
 
 @pytest.mark.parametrize(
@@ -97,5 +97,5 @@ def test_settings_that_nothing_corresponds_to_are_noted(
         before = plain.notes
     edit_config(adapter, **settings)
     with Adapter.open(adapter, open_index(checkpoint("llama"))) as opened:
-        (told,) = set(opened.notes) - set(before)
-    assert re.search(note, told)
+        (added,) = set(opened.notes) - set(before)
+    assert re.search(note, added)

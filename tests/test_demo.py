@@ -28,7 +28,7 @@ from fisherkit.options import ExtractOptions
 
 SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=60, window=64, held_out=8)
 COURSE = Course(steps=40, window=64, held_out=8, learning_rate=2e-3, embedding_rate=1e-2)
-TALKS = 200
+CONVERSATIONS = 200
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def _little_text() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[tuple[str, int, int]]]:
-    """A small demo model, what was said, and the progress that was told."""
+    """A small demo model, what was said, and the progress that was reported."""
     folder, said, seen = tmp_path_factory.mktemp("demo") / "new" / "folder", [], []
     model = make_model(folder, say=said.append, track=lambda *at: seen.append(at), seconds=30, recipe=SMALL)
     assert model == folder / "model"
@@ -211,9 +211,9 @@ def test_the_text_is_bounded_and_the_same_each_time() -> None:
     assert read_corpus() == corpus
     assert 500_000 < sum(map(len, corpus.texts())) < 3_000_000
     assert len(corpus.conversations) > 500
-    for talk in corpus.conversations:
-        assert [turn["role"] for turn in talk] == ["user", "assistant"] * (len(talk) // 2)
-        assert all(turn["content"].strip() for turn in talk)
+    for conversation in corpus.conversations:
+        assert [turn["role"] for turn in conversation] == ["user", "assistant"] * (len(conversation) // 2)
+        assert all(turn["content"].strip() for turn in conversation)
     assert read_corpus(0).plain == ()
 
 
@@ -230,15 +230,17 @@ def tuned(made: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
 
 def tune(base: Path, target: Path, **options: Any) -> Path:
-    return fine_tune.tune_model(base, target, seconds=30, course=COURSE, conversations=TALKS, **options)
+    return fine_tune.tune_model(base, target, seconds=30, course=COURSE, conversations=CONVERSATIONS, **options)
 
 
 def test_the_fine_tune_learns_the_new_text_and_forgets_the_old(made: Any, tuned: Any) -> None:
-    base, after = fine_tune.measure(made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, conversations=TALKS)
+    base, after = fine_tune.measure(
+        made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, conversations=CONVERSATIONS
+    )
     assert after.new < base.new - 0.5
     assert after.old > base.old
-    told = [line for line in tuned[1] if line.startswith("Loss")]
-    assert [f"{base.new:.2f} before" in line for line in told] == [True]  # bf16 as loaded, float32 in training
+    losses = [line for line in tuned[1] if line.startswith("Loss")]
+    assert [f"{base.new:.2f} before" in line for line in losses] == [True]  # bf16 as loaded, float32 in training
 
 
 def test_the_fine_tune_is_of_the_same_layout_and_type(made: Any, tuned: Any) -> None:
@@ -272,9 +274,9 @@ def test_only_answers_are_learnt(made: Any) -> None:
     tokenizer = fine_tune.load_tokenizer(made[0])
     learnt = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if learnt]
     asked = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if not learnt]
-    talks = task_conversations(8)
-    assert learnt == [f"{answer['content']}<|end|>\n</s>" for _, answer in talks]
-    assert asked == [f"<s><|user|>\n{question['content']}<|end|>\n<|assistant|>\n" for question, _ in talks]
+    conversations = task_conversations(8)
+    assert learnt == [f"{answer['content']}<|end|>\n</s>" for _, answer in conversations]
+    assert asked == [f"<s><|user|>\n{question['content']}<|end|>\n<|assistant|>\n" for question, _ in conversations]
 
 
 def test_windows_hold_all_text_once_and_mask_what_is_only_read() -> None:
@@ -301,12 +303,14 @@ def test_the_mean_loss_is_per_token_whatever_the_windows(made: Any) -> None:
 
 
 def test_tasks_are_asked_once_and_answered_rightly() -> None:
-    talks = task_conversations(400)
-    assert task_conversations(400) == talks
-    assert task_conversations(400, seed=1) != talks
-    questions = [talk[0]["content"] for talk in talks]
+    conversations = task_conversations(400)
+    assert task_conversations(400) == conversations
+    assert task_conversations(400, seed=1) != conversations
+    questions = [conversation[0]["content"] for conversation in conversations]
     assert len(set(questions)) == 400
-    for question, answer in ((talk[0]["content"], talk[1]["content"]) for talk in talks):
+    for question, answer in (
+        (conversation[0]["content"], conversation[1]["content"]) for conversation in conversations
+    ):
         if question.startswith("Put"):
             words = question.removesuffix(".").split(": ")[1].split(", ")
             assert answer == f"In order: {', '.join(sorted(words))}."
@@ -339,9 +343,11 @@ def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch
     recipe = replace(SMALL, window=128, held_out=4)
     monkeypatch.setattr("fisherkit.cli.demo.ExtractOptions", partial(ExtractOptions, limit=8))
     monkeypatch.setattr(model, "make_model", partial(make_model, recipe=recipe))
-    monkeypatch.setattr(fine_tune, "tune_model", partial(fine_tune.tune_model, course=COURSE, conversations=TALKS))
     monkeypatch.setattr(
-        fine_tune, "measure", partial(fine_tune.measure, recipe=recipe, course=COURSE, conversations=TALKS)
+        fine_tune, "tune_model", partial(fine_tune.tune_model, course=COURSE, conversations=CONVERSATIONS)
+    )
+    monkeypatch.setattr(
+        fine_tune, "measure", partial(fine_tune.measure, recipe=recipe, course=COURSE, conversations=CONVERSATIONS)
     )
     folder = tmp_path / "a demo"
     done = CliRunner().invoke(app, ["demo", "--folder", str(folder)])

@@ -86,8 +86,8 @@ def check_keys(folder: Path) -> None:
     tables = re.findall(r"^### (\S+\.json)\n(.*?)(?=^#|\Z)", TEXT["docs/formats.md"], re.DOTALL | re.MULTILINE)
     assert len(tables) >= 6
     columns = {name: "".join(re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)) for name, text in tables}
-    told = {name: sorted(re.findall(r"`(\w+)`", column)) for name, column in columns.items()}
-    assert told == {name: sorted(json.loads((folder / name).read_bytes())) for name in told}
+    documented = {name: sorted(re.findall(r"`(\w+)`", column)) for name, column in columns.items()}
+    assert documented == {name: sorted(json.loads((folder / name).read_bytes())) for name in documented}
 
 
 def check_console(block: str, folder: Path, search_path: str) -> None:

@@ -283,8 +283,8 @@ def test_the_same_seed_makes_the_same_items() -> None:
 def test_an_item_s_tokens_are_what_the_template_makes() -> None:
     tokenizer = text.new_tokenizer()
     (ids, read), *_ = text.Chat.of(tokenizer).tokens([("copy ab", "ab")])
-    talk = [{"role": "user", "content": "copy ab"}, {"role": "assistant", "content": "ab"}]
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(talk, tokenize=False)
+    conversation = [{"role": "user", "content": "copy ab"}, {"role": "assistant", "content": "ab"}]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
     assert tokenizer.decode(ids[read:]) == "ab<|end|>"
 
 
@@ -308,8 +308,8 @@ def test_one_forward_pass_says_what_generating_would(llama: Any) -> None:
     rows = []
     for at, (ids, read) in enumerate(asked):
         prompt = torch.tensor([ids[:read]])
-        told = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
-        answer = told[0, read:].tolist()
+        generated = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
+        answer = generated[0, read:].tolist()
         rows.append((ids[:read] + (answer if at % 2 else [*answer[:-1], (answer[-1] + 1) % 200]), read))
     assert [model.measure(llama, {"x": [row]}, "cpu")["x"].exact for row in rows] == [0, 1, 0, 1]
     assert model.measure(llama, {"x": rows}, "cpu")["x"].exact == 0.5

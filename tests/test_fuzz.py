@@ -82,26 +82,26 @@ def listing(place: Path) -> dict[str, bytes]:
 
 def check_end(done: Ended, place: Path, before: dict[str, bytes]) -> None:
     """The form of an end: code, streams, files."""
-    told = f"{' '.join(done.words)}: code {done.code}\n{done.stderr[:2000]}"
-    assert not done.late, f"took more than {SECONDS} s: {told}"
-    assert done.code in (0, 1, 2), told
-    assert "Traceback" not in done.stderr, told
-    assert "Warning" not in done.stderr, told
+    summary = f"{' '.join(done.words)}: code {done.code}\n{done.stderr[:2000]}"
+    assert not done.late, f"took more than {SECONDS} s: {summary}"
+    assert done.code in (0, 1, 2), summary
+    assert "Traceback" not in done.stderr, summary
+    assert "Warning" not in done.stderr, summary
     after = listing(place)
-    assert not [name for name in after if "code-ran" in name], f"code ran: {told}"
-    assert {name: after.get(name) for name in before} == before, f"inputs have changed: {told}"
+    assert not [name for name in after if "code-ran" in name], f"code ran: {summary}"
+    assert {name: after.get(name) for name in before} == before, f"inputs have changed: {summary}"
     outside = [path for _, path in done.changes if not Path(path).is_relative_to(place)]
-    assert not [path for path in outside if not path.startswith("/tmp/")], f"wrote {outside}: {told}"  # noqa: S108
+    assert not [path for path in outside if not path.startswith("/tmp/")], f"wrote {outside}: {summary}"  # noqa: S108
     if done.code:
         lines = done.stderr.rstrip("\n").splitlines()
-        assert lines, told
-        assert lines[-1].startswith("Error: ") or done.code == 2, told
-        assert sum(line.startswith("Error: ") for line in lines) == 1 or done.code == 2, told
-        assert len(lines[-1]) <= LONGEST, told
-        assert "unexpected" not in lines[-1], told
-        assert not done.stdout, told
+        assert lines, summary
+        assert lines[-1].startswith("Error: ") or done.code == 2, summary
+        assert sum(line.startswith("Error: ") for line in lines) == 1 or done.code == 2, summary
+        assert len(lines[-1]) <= LONGEST, summary
+        assert "unexpected" not in lines[-1], summary
+        assert not done.stdout, summary
         new = [name for name in after if name not in before and ".partial/" not in name]
-        assert not new, f"left {new}: {told}"
+        assert not new, f"left {new}: {summary}"
 
 
 def check_answer(done: Ended, place: Path, command: str) -> None:
@@ -119,8 +119,8 @@ def check_answer(done: Ended, place: Path, command: str) -> None:
     weights = sum(int(row[2]) for row in rows)
     assert weights == sum(tensor.numel() for tensor in held.values()), done.stdout
     total = sum(float(tensor.double().abs().nan_to_num(0, 0, 0).sum()) for tensor in held.values())
-    told = sum(float(row[3]) for row in rows if row[3] != "null")
-    assert told == pytest.approx(total, rel=1e-2, abs=1e-30), (told, total)
+    total_of_rows = sum(float(row[3]) for row in rows if row[3] != "null")
+    assert total_of_rows == pytest.approx(total, rel=1e-2, abs=1e-30), (total_of_rows, total)
 
 
 # Words on the command line

@@ -224,16 +224,16 @@ def test_a_saved_data_set_without_the_library_names_it(tmp_path: Path, monkeypat
 # What is too large, too deep, too long
 
 
-TALK = "good morning to you all, what is two plus two? "
+TEXT = "good morning to you all, what is two plus two? "
 
 
 @pytest.mark.parametrize(
     ("row", "template", "options"),
     [
-        ({"prompt": TALK}, None, {}),
-        ({"prompt": TALK}, CHATML, {}),
-        ({"prompt": "hello", "completion": TALK}, CHATML, {}),
-        ({"prompt": "hello", "completion": TALK}, THINKING, {"max_length": 1000}),
+        ({"prompt": TEXT}, None, {}),
+        ({"prompt": TEXT}, CHATML, {}),
+        ({"prompt": "hello", "completion": TEXT}, CHATML, {}),
+        ({"prompt": "hello", "completion": TEXT}, THINKING, {"max_length": 1000}),
     ],
 )
 def test_of_a_huge_row_the_head_is_what_counts(
@@ -243,7 +243,7 @@ def test_of_a_huge_row_the_head_is_what_counts(
 
     def repeated(times: int) -> PromptSet:
         return load(
-            tmp_path, [{key: text * times if text is TALK else text for key, text in row.items()}], tokenizer, **options
+            tmp_path, [{key: text * times if text is TEXT else text for key, text in row.items()}], tokenizer, **options
         )
 
     whole = repeated(400)  # not yet long enough to be cut before it is tokenised
@@ -263,13 +263,13 @@ def test_a_huge_row_of_few_tokens_is_whole(tmp_path: Path) -> None:
 
 def test_an_answer_behind_a_huge_prompt_is_cut_off_and_not_lost_for_another_reason(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="1 cut off before the first loss token"):
-        load(tmp_path, [{"prompt": TALK * 10_000, "completion": "Four."}])
+        load(tmp_path, [{"prompt": TEXT * 10_000, "completion": "Four."}])
 
 
 def test_a_thought_of_ten_million_characters_is_realigned_in_time(tmp_path: Path) -> None:
-    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "<think>\n@\n</think>\n\nYes."}] * 2
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "<think>\n@\n</think>\n\nYes."}] * 2
     short, long = (
-        json.loads(json.dumps({"messages": talk}).replace("@", thought)) for thought in ("hm", TALK * 200_000)
+        json.loads(json.dumps({"messages": turns}).replace("@", thought)) for thought in ("hm", TEXT * 200_000)
     )
     long["messages"][-1] = short["messages"][-1]
     tokenizer = tiny_tokenizer(THINKING)

@@ -36,7 +36,7 @@ MARKED = {  # the same text as without the marks
     ),
 }
 UNMARKED = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA}
-TALKS: list[list[dict[str, Any]]] = [
+CONVERSATIONS: list[list[dict[str, Any]]] = [
     DIALOGUE,
     DIALOGUE[:2],
     DIALOGUE[:3],
@@ -48,7 +48,7 @@ TALKS: list[list[dict[str, Any]]] = [
 @pytest.mark.parametrize("name", MARKED)
 @pytest.mark.parametrize("loss", ["assistant", "completion"])
 def test_marks_and_search_agree_where_both_exist(tmp_path: Path, name: str, loss: str) -> None:
-    rows = [{"messages": talk} for talk in TALKS]
+    rows = [{"messages": turns} for turns in CONVERSATIONS]
     by_marks = load(tmp_path, rows, tiny_tokenizer(MARKED[name]), loss=loss)
     by_search = load(tmp_path, rows, tiny_tokenizer(UNMARKED[name]), loss=loss)
     assert texts(by_marks) == texts(by_search)
@@ -59,10 +59,13 @@ def test_marks_and_search_agree_where_both_exist(tmp_path: Path, name: str, loss
 @pytest.mark.parametrize("name", MARKED)
 def test_marks_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     tokenizer = tiny_tokenizer(MARKED[name])
-    for talk in TALKS:
-        sample = load(tmp_path, [{"messages": talk}], tokenizer, loss="assistant").samples[0]
+    for turns in CONVERSATIONS:
+        sample = load(tmp_path, [{"messages": turns}], tokenizer, loss="assistant").samples[0]
         oracle = tokenizer.apply_chat_template(
-            talk, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=talk[-1]["role"] == "user"
+            turns,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=turns[-1]["role"] == "user",
         )
         assert sample.ids == tuple(oracle["input_ids"])
         assert sample.counts == tuple(map(bool, oracle["assistant_masks"]))
@@ -110,19 +113,19 @@ def test_common_length_is_that_of_the_slow_loop() -> None:
 def test_turns_of_weight_zero_do_not_count(tmp_path: Path) -> None:
     for template in (CHATML, MARKED["chatml"], None):
         tokenizer = tiny_tokenizer(template)
-        talk = [dict(turn) for turn in DIALOGUE]
+        turns = [dict(turn) for turn in DIALOGUE]
         plain = load(tmp_path, [{"messages": DIALOGUE}], tokenizer, loss="assistant").samples[0]
-        talk[1]["weight"] = 0
-        light = load(tmp_path, [{"messages": talk}], tokenizer, loss="assistant").samples[0]
+        turns[1]["weight"] = 0
+        light = load(tmp_path, [{"messages": turns}], tokenizer, loss="assistant").samples[0]
         assert light.ids == plain.ids
         assert "{Yes." in marked(tokenizer, plain)
         assert "{Yes." not in marked(tokenizer, light)
         assert "{No." in marked(tokenizer, light)
-        talk[3]["weight"] = 0
+        turns[3]["weight"] = 0
         with pytest.raises(PromptError, match="1 without a loss token"):
-            load(tmp_path, [{"messages": talk}], tokenizer, loss="assistant")
-        talk[1]["weight"] = talk[3]["weight"] = 1
-        assert load(tmp_path, [{"messages": talk}], tokenizer, loss="assistant").samples[0] == plain
+            load(tmp_path, [{"messages": turns}], tokenizer, loss="assistant")
+        turns[1]["weight"] = turns[3]["weight"] = 1
+        assert load(tmp_path, [{"messages": turns}], tokenizer, loss="assistant").samples[0] == plain
 
 
 def test_an_answer_before_any_question_is_found(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_an_answer_before_any_question_is_found(tmp_path: Path) -> None:
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "default": None}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-TOOL_TALK = [
+TOOL_TURNS = [
     {"role": "user", "content": "What is two plus two?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "content": "4", "name": "add"},
@@ -151,25 +154,25 @@ RENDERED = 'user:What is two plus two?;assistant:{add {"a": 2, "b": 2};}tool:4;a
 
 def test_tools_and_tool_turns_reach_the_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(TOOL_TEMPLATE)
-    found = load(tmp_path, [{"messages": TOOL_TALK}], tokenizer, loss="assistant")
+    found = load(tmp_path, [{"messages": TOOL_TURNS}], tokenizer, loss="assistant")
     assert marked(tokenizer, found.samples[0]) == RENDERED
     shown = json.loads(json.dumps(TOOLS).replace(', "default": null', ""))
     for tools in (TOOLS, json.dumps(TOOLS)):
-        found = load(tmp_path, [{"messages": TOOL_TALK, "tools": tools}], tokenizer, loss="assistant")
+        found = load(tmp_path, [{"messages": TOOL_TURNS, "tools": tools}], tokenizer, loss="assistant")
         assert marked(tokenizer, found.samples[0]) == f"tools:{json.dumps(shown)};{RENDERED}"
     for none in ([], None, ""):
-        found = load(tmp_path, [{"messages": TOOL_TALK, "tools": none}], tokenizer, loss="assistant")
+        found = load(tmp_path, [{"messages": TOOL_TURNS, "tools": none}], tokenizer, loss="assistant")
         assert marked(tokenizer, found.samples[0]) == RENDERED
 
 
 def test_arguments_as_text_are_objects_for_templates_that_want_objects(tmp_path: Path) -> None:
     as_text = {**CALL, "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
-    talk = [TOOL_TALK[0], {**TOOL_TALK[1], "tool_calls": [as_text]}, *TOOL_TALK[2:]]
+    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [as_text]}, *TOOL_TURNS[2:]]
     tokenizer = tiny_tokenizer(TOOL_TEMPLATE)
-    assert marked(tokenizer, load(tmp_path, [{"messages": talk}], tokenizer, loss="assistant").samples[0]) == RENDERED
+    assert marked(tokenizer, load(tmp_path, [{"messages": turns}], tokenizer, loss="assistant").samples[0]) == RENDERED
     text_only = TOOL_TEMPLATE.replace("{{ call.function.arguments | tojson }}", "{{ '' + call.function.arguments }}")
     tokenizer = tiny_tokenizer(text_only)  # as DeepSeek's does
-    assert marked(tokenizer, load(tmp_path, [{"messages": talk}], tokenizer, loss="assistant").samples[0]) == RENDERED
+    assert marked(tokenizer, load(tmp_path, [{"messages": turns}], tokenizer, loss="assistant").samples[0]) == RENDERED
 
 
 def test_calls_and_results_of_sharegpt_are_tool_turns(tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_calls_and_results_of_sharegpt_are_tool_turns(tmp_path: Path) -> None:
 
 
 def test_what_a_template_leaves_out_makes_the_row_unusable(tmp_path: Path) -> None:
-    rows = [{"messages": TOOL_TALK}, {"messages": DIALOGUE}]
+    rows = [{"messages": TOOL_TURNS}, {"messages": DIALOGUE}]
     no_calls = load(tmp_path, rows, tiny_tokenizer(CHATML))
     assert no_calls.report.skipped_because == {"has tool calls that the chat template leaves out": 1}
     no_results = TOOL_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
@@ -196,7 +199,7 @@ def test_what_a_template_leaves_out_makes_the_row_unusable(tmp_path: Path) -> No
 
 
 def test_without_a_template_calls_are_json(tmp_path: Path) -> None:
-    assert json.dumps([CALL]) in texts(load(tmp_path, [{"messages": TOOL_TALK}]))[0]
+    assert json.dumps([CALL]) in texts(load(tmp_path, [{"messages": TOOL_TURNS}]))[0]
 
 
 def test_tools_that_are_no_schemas_are_named(tmp_path: Path) -> None:
@@ -217,9 +220,9 @@ def test_tools_that_are_no_schemas_are_named(tmp_path: Path) -> None:
             GEMMA,
             "refused by the chat template: Roles must alternate user/assistant",
         ),
-        (TOOL_TALK, GEMMA, "refused by the chat template with a tool turn: Roles must alternate user/assistant"),
+        (TOOL_TURNS, GEMMA, "refused by the chat template with a tool turn: Roles must alternate user/assistant"),
         (
-            [{"role": "system", "content": "a"}, *TOOL_TALK],
+            [{"role": "system", "content": "a"}, *TOOL_TURNS],
             GEMMA,
             "refused by the chat template with a tool turn: Roles must alternate user/assistant",
         ),

@@ -62,11 +62,11 @@ def test_roles_of_sharegpt_reach_the_template_under_their_usual_names(tmp_path: 
 
 
 def test_field_overrides_detection(tmp_path: Path) -> None:
-    row = {"prompt": "a", "completion": "b", "other": "c", "talk": DIALOGUE}
+    row = {"prompt": "a", "completion": "b", "other": "c", "conversation": DIALOGUE}
     assert texts(load(tmp_path, [row], field="other")) == ["c"]
     assert load(tmp_path, [row], field="prompt").report.loss == "all"
-    talk = load(tmp_path, [row], field="talk")
-    assert (talk.report.kind, talk.report.loss) == ("messages", "completion")
+    conversation = load(tmp_path, [row], field="conversation")
+    assert (conversation.report.kind, conversation.report.loss) == ("messages", "completion")
 
 
 @pytest.mark.parametrize(

@@ -109,11 +109,11 @@ def test_interrupt_exits_130_and_tells_how_to_go_on(checkpoint: Checkpoint, prom
     read, write = os.pipe()
     program = Forked(["-c", TALKATIVE, *arguments], (0, 1, write))
     os.close(write)
-    with open(read, encoding="utf-8") as told:
-        while "forward" not in told.readline():
+    with open(read, encoding="utf-8") as log:
+        while "forward" not in log.readline():
             pass
         program.send_signal(signal.SIGINT)
-        rest = told.read()
+        rest = log.read()
     assert program.wait() == 130
     assert "--resume goes on with it" in rest
     assert "Traceback" not in rest

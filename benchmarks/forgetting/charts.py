@@ -109,8 +109,8 @@ def _line(
     body = f'<polyline class="{css}" stroke="{colour}" points="{path}"/>'
     mark = f'fill="var(--paper)" stroke="{colour}" stroke-width="2"' if ring else f'fill="{colour}"'
     for (x, y), (new_score, old) in zip(placed, points, strict=True):
-        told = html.escape(f"{name}: new {new_score:.1f}, General {old:.1f}")
-        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {mark}><title>{told}</title></circle>'
+        tooltip = html.escape(f"{name}: new {new_score:.1f}, General {old:.1f}")
+        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {mark}><title>{tooltip}</title></circle>'
     left, top = _LEFT + _WIDTH + 18, _TOP + 10 + 18 * row
     return body + f'<circle cx="{left}" cy="{top}" r="4" {mark}/>' + _text(left + 10, top + 4, name)
 

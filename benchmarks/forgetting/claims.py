@@ -1,6 +1,6 @@
 """What was published, what came out here, and a plain verdict on each claim.
 
-A claim is confirmed here when the paired difference that it speaks of (of exact match; losses are told beside it) has
+A claim is confirmed here when the paired difference that it speaks of (of exact match; losses are shown beside it) has
 the claimed sign and its 95 % interval leaves out zero; it is not testable here when a run that it needs is not in the
 results. Nothing here is a statement about large models.
 """
@@ -121,7 +121,7 @@ def _better(ours: Arm, theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
 
     def test(results: Results) -> tuple[bool, str]:
         found, *losses = (results.gain_over(ours, theirs, point) for point in (by_one, by_one_loss, by_loss))
-        return _above(found), _told(f"against {' '.join(theirs)}", found, *losses)
+        return _above(found), _comparison(f"against {' '.join(theirs)}", found, *losses)
 
     return test
 
@@ -133,12 +133,12 @@ def _at_match(arm: Arm) -> Callable[[Results], tuple[bool, str]]:
         gain, *losses = (results.gain(arm, point) for point in (by_one, by_one_loss, by_loss))
         outside = f"; {gain.outside} of {gain.runs} runs beyond the curve's ends" if gain.outside else ""
         what = f"against plain's learning rates{outside}"
-        return _above(gain.gain), _told(what, gain.gain, *(loss.gain for loss in losses))
+        return _above(gain.gain), _comparison(what, gain.gain, *(loss.gain for loss in losses))
 
     return test
 
 
-def _told(against: str, found: Mean, one_loss: Mean, loss: Mean) -> str:
+def _comparison(against: str, found: Mean, one_loss: Mean, loss: Mean) -> str:
     return (
         f"one task: General at equal new {_points(found)} {against}; old loss at equal new loss better by "
         f"{number(one_loss, '+.3f')}, in the sequence by {number(loss, '+.3f')}"
@@ -184,8 +184,8 @@ def _below_shield(theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
 def _beaten(results: Results, arm: Arm) -> tuple[bool, str]:
     """Whether it lies below the shield's curve beyond its interval, both orders put together, and below in each."""
     found = [results.gain(arm, against="shield", orders=orders).gain for orders in ("", *results.orders)]
-    told = ", ".join(f"{name} {_points(one)}" for name, one in zip(("General", *results.orders), found, strict=True))
-    return found[0].decided and all(one.mean < 0 for one in found), told
+    points = ", ".join(f"{name} {_points(one)}" for name, one in zip(("General", *results.orders), found, strict=True))
+    return found[0].decided and all(one.mean < 0 for one in found), points
 
 
 def _below_shield_all(results: Results) -> tuple[bool, str]:

@@ -32,8 +32,8 @@ def number(found: Mean, form: str) -> str:
     if found.mean != found.mean:
         return "-"
     half = "" if found.half != found.half else f" ± {found.half:{form.lstrip('+')}}"
-    told = f"{found.mean:{form}}{half}"
-    return f"**{told}**" if form.startswith("+") and found.decided else told
+    shown = f"{found.mean:{form}}{half}"
+    return f"**{shown}**" if form.startswith("+") and found.decided else shown
 
 
 def _signed(found: Mean) -> str:
@@ -43,8 +43,8 @@ def _signed(found: Mean) -> str:
 def gained(gain: Gain, form: Callable[[Mean], str]) -> str:
     """With how many runs lie beyond the ends of the curve, and how many of these say nothing."""
     counts = ((gain.outside, "outside"), (gain.dropped, "left out"))
-    told = [f"{count} of {gain.runs} {what}" for count, what in counts if count]
-    return form(gain.gain) + (f" ({', '.join(told)})" if told else "")
+    parts = [f"{count} of {gain.runs} {what}" for count, what in counts if count]
+    return form(gain.gain) + (f" ({', '.join(parts)})" if parts else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -197,8 +197,8 @@ def shield_table(results: Results, arms: Sequence[Arm]) -> str:
             gain = results.gain(arm, against="shield")
             orders = (results.gain(arm, against="shield", orders=order) for order in results.orders)
             loss = results.gain(arm, by_one_loss, against="shield")
-            told = (gained(one, _signed) for one in (gain, *orders))
-            rows.append((*arm, *told, gained(loss, lambda mean: number(mean, "+.3f"))))
+            gains = (gained(one, _signed) for one in (gain, *orders))
+            rows.append((*arm, *gains, gained(loss, lambda mean: number(mean, "+.3f"))))
     return table(head, rows)
 
 

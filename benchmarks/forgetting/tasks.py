@@ -161,9 +161,9 @@ def _order(seed: int) -> Task:
 def _table(seed: int) -> Task:
     def task(rng: random.Random) -> Item:
         fields = [("name", _word(rng, 3, 3)), ("age", str(rng.randint(10, 99)))]
-        told = f"{fields[0][1]} is {fields[1][1]}"
+        sentence = f"{fields[0][1]} is {fields[1][1]}"
         rng.shuffle(fields)
-        return ", ".join(f"{key}:{value}" for key, value in fields), told
+        return ", ".join(f"{key}:{value}" for key, value in fields), sentence
 
     return task
 

@@ -70,17 +70,17 @@ class Chat:
         """Read off the tokenizer's own template; plain lines where it has none."""
         if not tokenizer.chat_template:
             return cls(tokenizer, tokenizer.bos_token or "", "\n", tokenizer.eos_token)
-        talk = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-        asked = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(talk, tokenize=False)
+        conversation = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        asked = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False)
         before, between = asked.split(_QUESTION)
         return cls(tokenizer, before, between, whole.split(_ANSWER)[1].rstrip() or tokenizer.eos_token)
 
     def tokens(self, items: Sequence[tuple[str, str]]) -> list[Tokens]:
         """Of questions with their answers; question and answer are cut into tokens apart, as when it is generated."""
         asked = self._ids([f"{self.before}{question}{self.between}" for question, _ in items])
-        told = self._ids([f"{answer}{self.after}" for _, answer in items])
-        return [(question + answer, len(question)) for question, answer in zip(asked, told, strict=True)]
+        answers = self._ids([f"{answer}{self.after}" for _, answer in items])
+        return [(question + answer, len(question)) for question, answer in zip(asked, answers, strict=True)]
 
     def windows(self, text: str, size: int) -> list[Tokens]:
         """Plain text in pieces of ``size`` tokens; all but the first token of each count."""

@@ -65,11 +65,11 @@ class World:
 
     def _base_batches(self, chat: Chat) -> Iterator[list[Tokens]]:
         size, rng = self.size, random.Random("base")
-        talks = chat.tokens(self._base_items())
+        conversations = chat.tokens(self._base_items())
         text = self._windows(chat, self._pieces()[size.windows :])
         plain = size.base.batch // _TEXT_SHARE
         for _ in range(size.base.steps):
-            yield rng.sample(talks, size.base.batch - plain) + rng.sample(text, plain)
+            yield rng.sample(conversations, size.base.batch - plain) + rng.sample(text, plain)
 
     def _base_items(self) -> list[tasks.Item]:
         return list(tasks.takes_turns(tasks.BASE, "train", self.size.base_items, "base"))

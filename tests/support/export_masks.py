@@ -1,4 +1,4 @@
-"""Masks whose layers may change to different degrees, for what other tools are told of them."""
+"""Masks whose layers may change to different degrees, for what other tools take from them."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,8 @@ def graded(folder: Path, layers: int = 12, *, of: int | None = 12, outside: tupl
     arrays |= {name: np.arange(40, dtype=np.float32).reshape(10, 4) for name in outside}
     fisher = write(folder / "fisher.safetensors", arrays, architecture="LlamaForCausalLM")
     if of is not None:
-        told = json.loads(fisher.with_suffix(".json").read_text()) | {"layers": of, "blocks": "model.layers"}
-        fisher.with_suffix(".json").write_text(json.dumps(told))
+        sidecar = json.loads(fisher.with_suffix(".json").read_text()) | {"layers": of, "blocks": "model.layers"}
+        fisher.with_suffix(".json").write_text(json.dumps(sidecar))
     options = MaskOptions(train="top", aggregate="none", scope="global", force=True)
     return mask(fisher, folder / "mask.safetensors", options).path
 

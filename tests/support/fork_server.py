@@ -114,8 +114,8 @@ def run(
         program = Forked(words, (0 if stdin is None else given, to_out, to_err), cwd=cwd, env=environment)
         os.close(to_out)
         os.close(to_err)
-        told = pool.map(_read_all, (out, err))
-        return subprocess.CompletedProcess([sys.executable, *words], program.wait(timeout), *told)
+        streams = pool.map(_read_all, (out, err))
+        return subprocess.CompletedProcess([sys.executable, *words], program.wait(timeout), *streams)
 
 
 def _read_all(pipe: int) -> str:

@@ -54,11 +54,11 @@ def run(
         kill_after_seconds: the child is killed after that, which is no fault of its own.
         limits: ``kill_at`` (before the n-th change of the file system, from 1), ``memory_bytes``, ``file_bytes``.
     """
-    told = [str(word) for word in words]
+    arguments = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "changes")
         log.touch()
-        request = json.dumps({"words": told, "log": str(log), **limits})
+        request = json.dumps({"words": arguments, "log": str(log), **limits})
         with open(Path(folder, "out"), "w+b") as out, open(Path(folder, "err"), "w+b") as err, open(os.devnull) as none:
             began = time.monotonic()
             child = Forked([str(WATCHED), request], (none, out, err), cwd=cwd, env=_environment())
@@ -70,7 +70,7 @@ def run(
             was_late = late.cancel()
             texts = [_text(Path(folder, name)) for name in ("out", "err")]
         changes = tuple((event, path) for event, _, path in (line.partition("\t") for line in _text(log).splitlines()))
-    return Ended(tuple(told), code, was_late, seconds, *texts, changes)
+    return Ended(tuple(arguments), code, was_late, seconds, *texts, changes)
 
 
 def _text(path: Path) -> str:
