@@ -19,7 +19,7 @@ from fisherkit.pairs.outputs import DELTA, FINISHED, Targets, check_targets, ope
 from fisherkit.pairs.reader import Tensors
 from fisherkit.progress import Track
 
-Row = dict[str, Any]
+TensorRow = dict[str, Any]
 """Figures that are reported of a tensor; plain values, since they go to JSON."""
 
 _COMMIT_SECONDS = 5.0
@@ -36,7 +36,7 @@ class Changed(NamedTuple):
     """
 
     data: Stored
-    row: Row
+    row: TensorRow
     entries: Entries | None = None
 
 
@@ -57,7 +57,7 @@ class Rewrite:
         *,
         force: bool,
     ) -> None:
-        self.rows: dict[str, Row] = dict(work.progress.get("rows", {}))
+        self.rows: dict[str, TensorRow] = dict(work.progress.get("rows", {}))
         self._tensors = tensors
         self._targets = targets
         self._work = work

@@ -15,7 +15,7 @@ from fisherkit.methods.merge.output import say_warnings
 from fisherkit.methods.merge.pair_run import Request, Run, open_run, refuse_bad_values
 from fisherkit.methods.merge.quotas import find_groups, group_sizes
 from fisherkit.options import FapmOptions, exact_share
-from fisherkit.pairs.rewrite import Row
+from fisherkit.pairs.rewrite import TensorRow
 from fisherkit.progress import Say, Track
 
 _TRIAL_SECONDS = 1
@@ -48,7 +48,7 @@ def sweep_fapm(
         raise OptionError(f"--sweep is for metrics that select, not {options.metric}")
     with open_run(Request("fapm", str(base), str(tuned), None, options, None, track, say)) as run:
         pruners = make_pruners(run, options, [1 - exact_share(sparsity) for sparsity in sparsities], write=False)
-        rows: list[dict[str, Row]] = [{} for _ in pruners]
+        rows: list[dict[str, TensorRow]] = [{} for _ in pruners]
         for at, name in enumerate(run.tensors.walk(run.chosen.names)):
             track("sweeping", at, len(run.chosen.names))
             loaded = pruners[0].load(name)

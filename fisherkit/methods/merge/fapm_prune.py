@@ -18,7 +18,7 @@ from fisherkit.methods.merge.pair_run import Loaded, Run, load_pair, refuse_bad_
 from fisherkit.methods.merge.quotas import SharedThresholds, random_stream, survey
 from fisherkit.options import FapmOptions
 from fisherkit.pairs.prune import Outcome, Pruning
-from fisherkit.pairs.rewrite import Changed, Row
+from fisherkit.pairs.rewrite import Changed, TensorRow
 
 DEFAULT_SPARSITY = 0.9
 ADAPTER_SPARSITY = 0.1
@@ -77,7 +77,7 @@ class Pruner:
         self.shared.spend(name, outcome.ties)
         return pair, outcome
 
-    def row(self, name: str, outcome: Outcome, remarks: Row) -> Row:
+    def row(self, name: str, outcome: Outcome, remarks: TensorRow) -> TensorRow:
         """Return what the report says of a tensor.
 
         Args:
@@ -175,7 +175,7 @@ def _list_changed(pruner: Pruner, name: str, tuned: Stored) -> Changed:
     return Changed(base, {}, Entries(info.dtype, info.numel, indices, tuned[indices]))
 
 
-def recall_samples(pruner: Pruner, rows: Mapping[str, Row], density_map: DensityMap) -> None:
+def recall_samples(pruner: Pruner, rows: Mapping[str, TensorRow], density_map: DensityMap) -> None:
     """Add to the figure what was pruned by the run that this one goes on with; before the rest, so in its order."""
     for name, row in rows.items():
         if row:

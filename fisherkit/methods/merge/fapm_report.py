@@ -11,7 +11,7 @@ from fisherkit.kernels.density import DensityMap
 from fisherkit.methods.merge.output import find_warnings, provenance, totals
 from fisherkit.methods.merge.pair_run import Run
 from fisherkit.options import FapmOptions
-from fisherkit.pairs.rewrite import Row
+from fisherkit.pairs.rewrite import TensorRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class FapmReport:
     files: tuple[Path, ...]
     metric: str
     density: float
-    tensors: Mapping[str, Row]
+    tensors: Mapping[str, TensorRow]
     totals: Mapping[str, Any]
     rules: Mapping[str, Any]
     warnings: tuple[str, ...]
@@ -61,7 +61,11 @@ class FapmReport:
 
 
 def make_report(
-    run: Run, options: FapmOptions, share: Fraction, all_rows: Mapping[str, Row], density_map: DensityMap | None = None
+    run: Run,
+    options: FapmOptions,
+    share: Fraction,
+    all_rows: Mapping[str, TensorRow],
+    density_map: DensityMap | None = None,
 ) -> FapmReport:
     """Return the report of a run; its files are for the caller to name.
 

@@ -25,7 +25,7 @@ from fisherkit.methods.merge.pair_run import Request, Run, load_pair, open_run, 
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.blend import blend
 from fisherkit.pairs.outputs import Targets
-from fisherkit.pairs.rewrite import Changed, Row, rewriting
+from fisherkit.pairs.rewrite import Changed, TensorRow, rewriting
 from fisherkit.progress import Say, Track
 
 
@@ -48,7 +48,7 @@ class MergeReport:
 
     path: Path
     files: tuple[Path, ...]
-    tensors: Mapping[str, Row]
+    tensors: Mapping[str, TensorRow]
     totals: Mapping[str, Any]
     rules: Mapping[str, Any]
     warnings: tuple[str, ...]
@@ -166,7 +166,7 @@ def _merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: st
 
 
 def _make_report(
-    run: Run, options: MergeOptions, out: Path, inputs: MergeInputs, all_rows: Mapping[str, Row]
+    run: Run, options: MergeOptions, out: Path, inputs: MergeInputs, all_rows: Mapping[str, TensorRow]
 ) -> MergeReport:
     """Make the report, but for the names of files.
 

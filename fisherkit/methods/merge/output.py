@@ -19,7 +19,7 @@ from fisherkit.checkpoint.target import MANIFEST
 from fisherkit.methods.merge.pair_run import Request, Run
 from fisherkit.pairs.pair import Pair
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import Row
+from fisherkit.pairs.rewrite import TensorRow
 from fisherkit.progress import Say
 
 _MUCH_ROUNDED = 0.2  # share of the changes that rounding may take away without a word
@@ -62,7 +62,7 @@ def fingerprint(checkpoints: Pair, settings: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def totals(rows: Mapping[str, Row], counts: Sequence[str]) -> dict[str, Any]:
+def totals(rows: Mapping[str, TensorRow], counts: Sequence[str]) -> dict[str, Any]:
     """Return sums over tensors.
 
     Args:
@@ -85,7 +85,7 @@ def totals(rows: Mapping[str, Row], counts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def find_warnings(rows: Mapping[str, Row], tensors: Tensors) -> list[str]:
+def find_warnings(rows: Mapping[str, TensorRow], tensors: Tensors) -> list[str]:
     """Return what a person should know of the result, from what the rows remark.
 
     Args:

@@ -19,7 +19,7 @@ from fisherkit.pairs.pair import Pair, open_pair
 from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.prune import flipped_signs
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import Row, refuse_unwritable
+from fisherkit.pairs.rewrite import TensorRow, refuse_unwritable
 from fisherkit.progress import Say, Track
 
 _UNRELATED = 0.45  # share of flipped signs; independent weights have a half
@@ -108,7 +108,7 @@ class Loaded(NamedTuple):
     """A tensor of both checkpoints, and what its row of the report says besides its counts."""
 
     pair: TensorPair
-    remarks: Row
+    remarks: TensorRow
 
 
 def load_pair(
@@ -138,7 +138,7 @@ def load_pair(
         CheckpointError: the base holds NaN or infinities.
     """
     pair = tensors.load(name, metric, keep_nonfinite=options.nan == "keep-base", mean=mean)
-    remarks: Row = {}
+    remarks: TensorRow = {}
     is_matrix = len(tensors.info(name).shape) > 1
     if is_matrix and pair.base.size >= _ENOUGH_SIGNS and flipped_signs(pair) > _UNRELATED:
         remarks["unrelated"] = True

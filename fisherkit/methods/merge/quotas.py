@@ -11,7 +11,7 @@ from fisherkit.options import FapmOptions
 from fisherkit.options.merge import Scope
 from fisherkit.pairs.prune import stream_of
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import Row
+from fisherkit.pairs.rewrite import TensorRow
 from fisherkit.pairs.thresholds import ScoredTensors, find_thresholds
 
 
@@ -45,7 +45,7 @@ class SharedThresholds:
             self._spent[self._groups[name]] += ties
         self._ties_of[name] = ties
 
-    def recall(self, rows: Mapping[str, Row]) -> None:
+    def recall(self, rows: Mapping[str, TensorRow]) -> None:
         """Count what tensors have kept in the run that this one goes on with."""
         for name, row in rows.items():
             if name in self._groups:
