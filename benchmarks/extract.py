@@ -177,7 +177,7 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _script(model_path: Path, prompts: Path, out: Path, tokens: int, group: int) -> None:
-    """What people write themselves, with the square taken per sample."""
+    """Script as people write it themselves, with the square taken per sample."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -40,7 +40,7 @@ TORCH = "torch==2.13.0"  # first and pinned, or pip fetches the build for GPUs w
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama."""
+    """Shape of a Llama."""
 
     blocks: int
     hidden: int
@@ -69,17 +69,17 @@ class Pair:
 
     @property
     def base(self) -> Path:
-        """The model."""
+        """Path of the model."""
         return self.folder / "base"
 
     @property
     def tuned(self) -> Path:
-        """The model after its fine-tune."""
+        """Path of the model after its fine-tune."""
         return self.folder / "tuned"
 
     @property
     def out(self) -> Path:
-        """Where a side writes."""
+        """Path that a side writes to."""
         return self.folder / "out"
 
     @property
@@ -123,7 +123,7 @@ def _options() -> argparse.Namespace:
 
 
 def _programs(environment: Path, peers: bool) -> dict[str, list[str]]:
-    """How to start both; each has been started once, so that bytecode and libraries are in place."""
+    """Return the programs to start; each has been started once, so that bytecode and libraries are in place."""
     found = {OURS: [sys.executable, "-m", "fisherkit"]}
     if peers:
         found["mergekit"] = [str(_install(environment) / "bin" / "mergekit-yaml")]
@@ -218,7 +218,7 @@ def _compare(
 
 
 def _shell(pair: Pair) -> dict[str, list[str]]:
-    """The least that a pass over both sides can take."""
+    """Measure the least that a pass over both sides can take."""
     read = f"cat {pair.base}/*.safetensors {pair.tuned}/*.safetensors > /dev/null"
     copy = f"{read}; cp -r {pair.tuned} {pair.out}"
     lines = {READ: read, COPY: copy, SYNC: f"{copy}; sync {pair.out}/*"}
@@ -235,7 +235,7 @@ def _turn(pair: Pair, name: str, command: Sequence[str], patience: float) -> Too
 
 
 def _better(one: Took | None, other: Took) -> Took:
-    """The faster of two turns, with the higher of their peaks."""
+    """Return the faster of two turns, with the higher of their peaks."""
     if one is None:
         return other
     fast = min(one, other, key=lambda took: took.seconds)
@@ -276,7 +276,7 @@ def _print_limits(pair: Pair, best: dict[str, Took]) -> None:
 
 
 def _memory_against_size(folder: Path, shape: Shape, programs: dict[str, list[str]], patience: float) -> None:
-    """The same largest tensor, more of them."""
+    """Measure memory at the same largest tensor and more of them."""
     print("\npeak memory of fapm against size")
     for one in (shape, replace(shape, blocks=DEEPER * shape.blocks)):
         pair = _make(folder, one)

@@ -21,7 +21,7 @@ _SAMPLE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Took:
-    """What a command took.
+    """Time and memory that a command took.
 
     Attributes:
         seconds: wall time, from before the fork to after the exit.
@@ -90,7 +90,7 @@ def _busy_seconds() -> float:
 
 
 class _Sampler:
-    """The highest sums of resident and private memory over a process tree."""
+    """Samples the highest sums of resident and private memory over a process tree."""
 
     def __init__(self, pid: int) -> None:
         self.resident = self.private = 0

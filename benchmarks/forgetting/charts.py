@@ -36,7 +36,7 @@ class Scale:
     y: tuple[float, float]
 
     def at(self, new_score: float, general_score: float) -> tuple[float, float]:
-        """Of a point."""
+        """Return the position of a point."""
         across = (new_score - self.x[0]) / (self.x[1] - self.x[0])
         up = (general_score - self.y[0]) / (self.y[1] - self.y[0])
         return _LEFT + _WIDTH * across, _TOP + _HEIGHT * (1 - up)

@@ -1,4 +1,4 @@
-"""What was published, what came out here, and a plain verdict on each claim.
+"""Claims: as published, as they came out here, and a plain verdict on each claim.
 
 A claim is confirmed here when the paired difference that it speaks of (of exact match; losses are shown beside it) has
 the claimed sign and its 95 % interval leaves out zero; it is not testable here when a run that it needs is not in the
@@ -67,7 +67,7 @@ class Claim:
 
 
 def judge(results: Results, claim: Claim) -> tuple[Verdict, str]:
-    """The verdict and why."""
+    """Return the verdict and why."""
     missing = [" ".join(arm) for arm in claim.needs if arm not in results.arms]
     if missing:
         return "not testable here", f"not run: {', '.join(missing)}"
@@ -182,7 +182,7 @@ def _below_shield(theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
 
 
 def _beaten(results: Results, arm: Arm) -> tuple[bool, str]:
-    """Whether it lies below the shield's curve beyond its interval, both orders put together, and below in each."""
+    """Return whether it lies below the shield's curve: in each order, and beyond its interval in both together."""
     found = [results.gain(arm, against="shield", orders=orders).gain for orders in ("", *results.orders)]
     points = ", ".join(f"{name} {_points(one)}" for name, one in zip(("General", *results.orders), found, strict=True))
     return found[0].decided and all(one.mean < 0 for one in found), points
@@ -199,7 +199,7 @@ def _below_shield_all(results: Results) -> tuple[bool, str]:
 
 
 def _in_sequence(theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
-    """The shield keeps more at the end, and has not learnt less."""
+    """Return whether the shield keeps more at the end, and has not learnt less."""
 
     def test(results: Results) -> tuple[bool, str]:
         old, learnt = (results.difference(SHIELD, theirs, read) for read in (general, new))

@@ -1,4 +1,4 @@
-"""What the numbers of runs come to: general ability, new tasks, forgetting, intervals, and comparison at a match.
+"""Figures of runs: general ability, new tasks, forgetting, intervals, and comparison at a match.
 
 Pure functions of numbers; ``tests/test_forgetting.py`` has the cases worked out by hand.
 """
@@ -27,7 +27,7 @@ class Mean(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """True if the interval leaves out zero."""
         return self.half == self.half and abs(self.mean) > self.half
 
 
@@ -44,7 +44,10 @@ def mean_interval(values: Sequence[float]) -> Mean:
 
 
 def student_t(freedom: int, share: float = 0.95) -> float:
-    """The t that holds ``share`` of the distribution between -t and t, by bisection of the exact sum for integers."""
+    """Return the t that holds ``share`` of the distribution between -t and t.
+
+    Found by bisection of the exact sum for integers.
+    """
     low, high = 0.0, 1000.0
     while high - low > 1e-12 * max(1.0, low):
         middle = (low + high) / 2
@@ -85,7 +88,7 @@ def backward_transfer(exact: Mapping[int, Mapping[str, float]]) -> float:
 
 
 class Crossing(NamedTuple):
-    """The greatest general score of a curve at a new-task score, and whether the curve gets there at all.
+    """Greatest general score of a curve at a new-task score, and whether the curve gets there at all.
 
     ``beyond`` is the end that it does not reach: 1 above, -1 below, 0 inside.
     """
@@ -159,7 +162,7 @@ class Figures:
 
 
 def figures(line: Line) -> Figures:
-    """Of a line with one stage or more."""
+    """Return the figures of a line with one stage or more."""
     stages = {int(stage): found for stage, found in line["stages"].items()}
     last = stages[max(stages)]
     exact = {stage: {task: score[0] for task, score in found["new"].items()} for stage, found in stages.items()}
@@ -181,7 +184,7 @@ def figures(line: Line) -> Figures:
 
 
 def _after_one(stages: Mapping[int, Line], which: int) -> Point:
-    """Of the untuned model, its scores on what comes first."""
+    """Return the scores of the untuned model on what comes first."""
     found = stages.get(1) or stages[0]
     return next(iter(found["new"].values()))[which], _mean_of(found["old"], which)
 

@@ -1,4 +1,4 @@
-"""The methods that act while a task is learnt: each changes a model, given the task's items and a setting.
+"""Methods that act while a task is learnt: each changes a model, given the task's items and a setting.
 
 All train the matrices of the blocks by the same course and differ in one thing. ``SETTING@RATE`` is a setting at a
 share of the course's learning rate, which many methods need larger than plain fine-tuning does. Masks, subspaces,
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def course(self) -> Course:
-        """Of plain fine-tuning."""
+        """Course of plain fine-tuning."""
         return self.world.size.course
 
 
@@ -73,7 +73,7 @@ def _train(
     data: Iterator[list[Tokens]] | None = None,
     penalty: Callable[[], Tensor] | None = None,
 ) -> None:
-    """The course on the task; ``rate`` is a share of the course's, on top of the stage's own."""
+    """Train the course on the task; ``rate`` is a share of the course's, on top of the stage's own."""
     course = replace(stage.course, rate=rate * stage.rate * stage.course.rate)
     models.train(
         stage.model,
@@ -87,7 +87,7 @@ def _train(
 
 
 def _batches(stage: Stage) -> Iterator[list[Tokens]]:
-    """The same ones for every method."""
+    """Yield batches, the same ones for every method."""
     return models.batches(stage.rows, stage.course, f"{stage.seed} {stage.name}")
 
 
@@ -103,7 +103,7 @@ def _plain_all_weights(stage: Stage, setting: str) -> None:
 
 
 def _early_stop(stage: Stage, setting: str) -> None:
-    """The course as it is, cut off."""
+    """Train the course as it is, cut off."""
     steps = round(float(setting) * stage.course.steps)
     _train(stage, data=(rows for _, rows in zip(range(steps), _batches(stage), strict=False)))
 
@@ -114,7 +114,7 @@ def _pull(stage: Stage, setting: str) -> None:
 
 
 def _pull_fisher(stage: Stage, setting: str) -> None:
-    """The same, by the square root of the base's Fisher over its mean in the matrix (as RecAdam, but for the root)."""
+    """Pull, by the square root of the base's Fisher over its mean in the matrix (as RecAdam, but for the root)."""
     fisher = {name: values.to(stage.world.size.device) for name, values in load_file(stage.world.fisher).items()}
     weights = models.matrices(stage.model)
     _pulled(stage, {name: float(setting) * (fisher[name] / fisher[name].mean()).sqrt() for name in weights})
@@ -198,7 +198,7 @@ def _fggm(stage: Stage, setting: str) -> None:
 
 
 def _protect(stage: Stage, setting: str) -> None:
-    """The top of the base's Fisher may not change."""
+    """Protect the top of the base's Fisher may not change."""
     aggregate, keep = setting.split("-")
     options: dict[str, Any] = {"protect": "top", "aggregate": aggregate, "keep": float(keep)}
     _under(stage, stage.world.mask(f"protect-{setting}", MaskOptions(**options)))
@@ -248,7 +248,7 @@ def _shield_onward(stage: Stage, setting: str) -> None:
 
 
 def shield_mask(world: World, pull: str) -> Path:
-    """The preset, pulling so hard."""
+    """Return the preset's mask, pulling so hard."""
     return world.mask(f"shield-{pull}", MaskOptions(preset="shield", pull=float(pull)))
 
 

@@ -23,7 +23,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """How long, how fast and in what batches a model learns."""
+    """Length, rate and batches of a model's training."""
 
     steps: int
     rate: float
@@ -32,7 +32,7 @@ class Course:
 
 
 class Score(NamedTuple):
-    """Of a set of items: the share whose every answer token is the most likely one, and the mean loss in nats.
+    """Score of a set of items: the share whose every answer token is the most likely one, and the mean loss in nats.
 
     Greedy decoding gives the right answer exactly if each of its tokens is the most likely one after those before it,
     so one forward pass over question and answer says what generating would.

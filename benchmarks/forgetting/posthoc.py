@@ -1,4 +1,4 @@
-"""The methods that act on a finished fine-tune: fapm's and merge's, on folders, with their own options."""
+"""Methods that act on a finished fine-tune: fapm's and merge's, on folders, with their own options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -99,7 +99,7 @@ class Results:
         return sorted({line["order"] for line in self.lines})
 
     def settings(self, method: str) -> list[str]:
-        """Of a method, the weakest first where they are numbers."""
+        """Return the settings of a method, the weakest first where they are numbers."""
         found = [setting for name, setting in self.arms if name == method]
         return sorted(found, key=_as_number)
 
@@ -122,7 +122,7 @@ class Results:
         return found
 
     def gain(self, arm: Arm, point: ByPoint = by_one, against: str = "plain", orders: str = "") -> Gain:
-        """The same, put together; of the named orders only."""
+        """Return the gain, all put together; of the named orders only."""
         found = {pair: one for pair, one in self.gains(arm, point, against).items() if pair[1] in (orders or pair[1])}
         gains = {pair: gain for pair, (gain, _) in found.items()}
         dropped = sum(map(math.isnan, gains.values()))
@@ -135,7 +135,7 @@ class Results:
         return over_seeds({pair: a[pair][0] - b[pair][0] for pair in a if pair in b})
 
     def curves(self, point: ByPoint, method: str = "plain") -> dict[Pair, list[Point]]:
-        """Of every seed and order: the untuned model, then a method's settings from the weakest to the strongest.
+        """Return for every seed and order the untuned model, then a method's settings, the weakest first.
 
         Interpolation ends at the plain fine-tune, which is its setting 1.
         """

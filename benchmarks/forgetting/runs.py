@@ -65,7 +65,7 @@ def planned(size: Size) -> list[list[Run]]:
 
 
 def order_of(size: Size, order: str, seed: int) -> tuple[str, ...]:
-    """The size's new tasks in an order, which begins at another one for each seed: so every task comes first once."""
+    """Return the size's new tasks in an order that begins at another one for each seed: every task comes first once."""
     names = [task for task in tasks.ORDERS[order] if task in size.tasks]
     start = seed % len(names)
     return (*names[start:], *names[:start])
@@ -93,7 +93,7 @@ def do(world: World, run: Run) -> Line:
 
 
 def _learn(world: World, run: Run) -> dict[int, Line]:
-    """The tasks of the order, one after the other."""
+    """Learn the tasks of the order, one after the other."""
     model, stages = world.load_base(), {}
     kept: dict[str, Any] = {}
     setting, _, rate = run.setting.partition("@")
@@ -125,7 +125,7 @@ def _learn(world: World, run: Run) -> dict[int, Line]:
 
 
 def _names(size: Size, run: Run) -> tuple[str, ...]:
-    """What a run learns: all tasks of its order, or the first alone."""
+    """Return the names of what a run learns: all tasks of its order, or the first alone."""
     names = order_of(size, run.order, run.seed)
     return names if run.setting in size.sequences.get(run.method, ()) else names[:_SINGLE]
 
@@ -215,7 +215,7 @@ def do_all(world: World, results: Path, *, workers: int, threads: int, until: fl
 
 
 def _begin(threads: int) -> None:
-    """Of a worker: it ends with the process that started it, however that one ends."""
+    """Begin a worker: it ends with the process that started it, however that one ends."""
     parent = parent_process()
     assert parent is not None
 
@@ -243,7 +243,7 @@ def _in_turn(
 
 
 def _machine(device: str, threads: int) -> dict[str, str]:
-    """What a line was made with and by."""
+    """Return the machine and versions that made a line."""
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     try:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How large a benchmark is: the model, the courses, the tasks, the seeds, and which methods at which settings.
+"""Sizes of the benchmark: the model, the courses, the tasks, the seeds, and which methods at which settings.
 
 A setting is one number or word that a method knows how to read; where it is a strength, several are swept.
 """

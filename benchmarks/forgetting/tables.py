@@ -48,7 +48,7 @@ def gained(gain: Gain, form: Callable[[Mean], str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first two columns to the left, numbers to the right."""
+    """Format a table: the first two columns to the left, numbers to the right."""
     marks = ["---", "---", *("---:" for _ in head[2:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows)) + "\n"
 
@@ -60,7 +60,7 @@ def arms_of(results: Results, size: Size, *, posthoc: bool) -> list[Arm]:
 
 
 def base_table(results: Results) -> str:
-    """What the base can do, by task."""
+    """Return the base's scores by task."""
     line = next((line for line in results.lines if line["method"] == "base"), None)
     if line is None:
         return "(not measured yet)\n"
@@ -176,7 +176,7 @@ def differences_table(results: Results, arms: Sequence[Arm]) -> str:
 
 
 def orders_table(results: Results, arms: Sequence[Arm]) -> str:
-    """The gain after one task, by order of tasks."""
+    """Return the gain after one task, by order of tasks."""
     rows = (
         (
             *arm,
@@ -228,6 +228,6 @@ def kept_table(results: Results, arms: Sequence[Arm]) -> str:
 
 
 def unavailable(results: Results, size: Size) -> str:
-    """What the plan has and the lines have not."""
+    """Return what the plan has and the lines have not."""
     missing = [f"{m} {s}" for m, settings in size.plan.items() for s in settings if (m, s) not in results.arms]
     return f"Not available in these results: {', '.join(missing)}.\n" if missing else ""

@@ -34,7 +34,7 @@ def items(task: Task, split: Split, count: int, seed: str) -> list[Item]:
 
 
 def is_test(question: str) -> bool:
-    """Whether a question belongs to the test split, by a hash of its text."""
+    """Return whether a question belongs to the test split, by a hash of its text."""
     return zlib.crc32(question.encode()) % _TEST_SHARE == 0
 
 

@@ -25,7 +25,7 @@ Tokens = tuple[list[int], int]
 
 
 def corpus(most_bytes: int) -> str:
-    """The documentation's topics, then modules of the standard library in alphabetical order, so many bytes at most."""
+    """Return the documentation's topics, then modules of the standard library by name, so many bytes at most."""
     parts, room = [], most_bytes
     for part in _documents():
         parts.append(part[:room])
@@ -58,7 +58,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Chat:
-    """What a chat template puts before a question, between it and its answer, and after that."""
+    """Parts that a chat template puts before a question, between it and its answer, and after that."""
 
     tokenizer: Any
     before: str
@@ -77,7 +77,7 @@ class Chat:
         return cls(tokenizer, before, between, whole.split(_ANSWER)[1].rstrip() or tokenizer.eos_token)
 
     def tokens(self, items: Sequence[tuple[str, str]]) -> list[Tokens]:
-        """Of questions with their answers; question and answer are cut into tokens apart, as when it is generated."""
+        """Tokenise questions with their answers, each apart, as when the answer is generated."""
         asked = self._ids([f"{self.before}{question}{self.between}" for question, _ in items])
         answers = self._ids([f"{answer}{self.after}" for _, answer in items])
         return [(question + answer, len(question)) for question, answer in zip(asked, answers, strict=True)]

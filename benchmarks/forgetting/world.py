@@ -1,4 +1,4 @@
-"""What all runs of a size share, on disk: the base model, its Fisher and moments, masks; and the items of a seed."""
+"""World that all runs of a size share, on disk: base model, Fisher and covariances, masks; items of a seed."""
 
 import fcntl
 import json
@@ -25,7 +25,7 @@ _TEXT_SHARE = 12
 
 
 class World:
-    """The shared things of a size; made when first asked for, by whichever process is first.
+    """Shared things of a size; made when first asked for, by whichever process is first.
 
     Args:
         folder: where they are kept.
@@ -49,11 +49,11 @@ class World:
 
     @cached_property
     def chat(self) -> Chat:
-        """The base's tokenizer and template."""
+        """Return the base's tokenizer and template."""
         return Chat.of(AutoTokenizer.from_pretrained(self.base))
 
     def load_base(self) -> Any:
-        """The base model, to be changed at will."""
+        """Load the base model, to be changed at will."""
         return models.load(self.base, self.size.device)
 
     def _train_base(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class World:
         return list(tasks.takes_turns(tasks.BASE, "train", self.size.base_items, "base"))
 
     def _pieces(self) -> list[str]:
-        """Of plain text, four windows each, in a random order that is always the same; the first are held out."""
+        """Return pieces of plain text, four windows each, in one fixed random order; the first are held out."""
         text, length = corpus(self.size.text_bytes), 4 * self.size.window
         pieces = [text[start : start + length] for start in range(0, len(text) - length, length)]
         random.Random("text").shuffle(pieces)
@@ -110,7 +110,7 @@ class World:
 
     @cached_property
     def fisher(self) -> Path:
-        """The base's Fisher on its own tasks' training items, with the moments of its activations beside it."""
+        """Measure the base's Fisher on its own tasks' training items, with the covariances of its inputs."""
         return self._made("fisher", self._extract) / "fisher.safetensors"
 
     def _extract(self, folder: Path) -> None:
@@ -120,7 +120,7 @@ class World:
         fisherkit.extract(self.base, prompts, folder / "fisher.safetensors", options)
 
     def extract_options(self, **changes: Any) -> ExtractOptions:
-        """How every Fisher here is measured."""
+        """Return the options with which every Fisher here is measured."""
         return ExtractOptions(
             limit=self.size.probes,
             loss="completion",
