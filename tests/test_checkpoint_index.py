@@ -68,9 +68,9 @@ def test_offsets_point_at_the_bytes_of_each_tensor(tmp_path: Path) -> None:
     assert starts == sorted(starts)
 
 
-def test_gaps_between_tensors_and_metadata_are_harmless(tmp_path: Path) -> None:
-    path = tensor_file(tmp_path / "a.safetensors", {"__metadata__": {"x": "y"}, "w": f32(8, 16)}, bytes(32))
-    assert open_index(path).tensors["w"].start == path.stat().st_size - 32 + 8
+def test_metadata_is_no_tensor(tmp_path: Path) -> None:
+    path = tensor_file(tmp_path / "a.safetensors", {"__metadata__": {"x": "y"}, "w": f32(0, 8)}, bytes(8))
+    assert list(open_index(path).tensors) == ["w"]
 
 
 def test_a_folder_with_an_index_lists_shards_in_order_and_ignores_what_the_index_does_not_name(tmp_path: Path) -> None:
@@ -186,6 +186,10 @@ BAD_HEADERS = {
     "'a' and 'c' overlap": {"a": f32(0, 16), "c": f32(0, 16)},
     r"truncated: \d+ bytes.*needs \d+": {"w": f32(0, 2000)},
     "header needs": {"w": f32(2**40, 2**40 + 4)},
+    "behind the last tensor, 4 of them": {"w": f32(0, 12)},
+    "bytes before tensor 'b'": {"a": f32(0, 4), "b": f32(8, 16)},
+    "bytes before tensor 'w'": {"w": f32(4, 16)},
+    "before tensor 'none'": {"none": f32(16, 16), "w": f32(0, 12)},
     "not a JSON object": [1],
     "JSON: nested too deeply": b"[" * 200_000,
     "header.*JSON: Exp": b"{oops",

@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     entries = parse_json(path, raw, "header")
     infos = [_tensor_info(path, name, entries[name], 8 + length) for name in entries if name != "__metadata__"]
     infos.sort(key=lambda info: (info.start, info.nbytes))
-    _check_ranges(path, infos, size)
+    _check_ranges(path, infos, 8 + length, size)
     return {info.name: info for info in infos}
 
 
@@ -187,12 +187,26 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _check_ranges(path: Path, infos: list[TensorInfo], size: int) -> None:
-    """Inside the file and apart from each other; ``infos`` in the order of their bytes. Gaps are harmless."""
-    end, previous = 0, ""
+def _check_ranges(path: Path, infos: list[TensorInfo], base: int, size: int) -> None:
+    """Refuse tensors that do not cover the file from ``base`` to its end, each byte once, as the format demands.
+
+    Bytes that the header does not speak of are a sign that the header, or the file, is another's.
+
+    Args:
+        path: the file.
+        infos: its tensors in the order of their bytes.
+        base: absolute offset of the first byte behind the header.
+        size: bytes of the file.
+    """
+    end, previous, holes = base, "", ""
     for info in infos:
         if info.start < end and info.nbytes:
             raise CheckpointError(f"{path}: tensors {previous!r} and {info.name!r} overlap")
+        holes = holes or (f"before tensor {info.name!r}" if info.start > end else "")
         end, previous = max(end, info.start + info.nbytes), info.name
     if end > size:
         raise CheckpointError(f"{path}: truncated: {size} bytes, and its header needs {end}; fetch the file again")
+    if infos and end < size:
+        holes = holes or f"behind the last tensor, {size - end} of them"
+    if holes:
+        raise CheckpointError(f"{path}: damaged: holds bytes {holes} that its header does not name; fetch it again")
