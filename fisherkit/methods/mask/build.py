@@ -31,7 +31,7 @@ from fisherkit.artefacts.statistics import stale_note
 from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.target import check_target
-from fisherkit.checkpoint.work_folder import Work
+from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
 from fisherkit.errors import OutputError
 from fisherkit.methods.mask.binary import Masked, write_mask
 from fisherkit.methods.mask.scores import MaskInputs
@@ -109,18 +109,32 @@ def mask(
     started = time.monotonic()
     out = Path(out)
     with MaskInputs(Path(fisher), options) as made_from:
-        _check_output(out, made_from, options)
-        with Work.start(out.with_name(out.name + ".partial"), {"command": "mask"}) as work:
+        was_killed = not options.force and _is_of_killed_run(out, made_from, options)
+        _check_output(out, made_from, options, force=options.force or was_killed)
+        with Work.start(_work_folder(out), {"command": "mask"}) as work:
             try:
-                _check_output(out, made_from, options)  # again: another run may have finished since
+                # Again: another run may have finished since.
+                _check_output(out, made_from, options, force=options.force or was_killed)
                 masked = _make(out, made_from, options, work.staging, track)
-                _finish(out, made_from, options, masked, work.staging)
+                _finish(out, made_from, options, masked, work.staging, was_killed=was_killed)
             finally:
                 work.remove()
     stale = stale_note(Path(fisher))
     for note in (*masked.notes, *([stale] if stale else [])):
         say(f"note: {note}")
     return _report(out, options, masked, time.monotonic() - started)
+
+
+def _work_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _is_of_killed_run(out: Path, made_from: MaskInputs, options: MaskOptions) -> bool:
+    """Return whether a run like this one was killed after the mask was in its place: its work folder is left."""
+    described = fisher_sidecar.sidecar_path(out)
+    if not out.is_file() or fisher_sidecar.owner(described, "options") != _settings(options, made_from):
+        return False
+    return read_progress(_work_folder(out)) is not None or is_remains(_work_folder(out))
 
 
 def _make(out: Path, made_from: MaskInputs, options: MaskOptions, staging: Path, track: Track) -> Masked:
@@ -136,7 +150,7 @@ def _make(out: Path, made_from: MaskInputs, options: MaskOptions, staging: Path,
         return write_mask(out, made_from, options, staging, pool, track)
 
 
-def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> None:
+def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions, *, force: bool) -> None:
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a mask is a .safetensors file with a .json beside it; name it mask.safetensors")
     covariances = (options.activations or path_beside(made_from.path)) if options.reads_activations else None
@@ -146,12 +160,17 @@ def _check_output(out: Path, made_from: MaskInputs, options: MaskOptions) -> Non
         out.resolve() == path.resolve() or path.resolve() in out.resolve().parents for path in inputs
     ):
         raise OutputError(f"{out}: is an input of this command; choose another name")
-    check_target(out, force=options.force)
+    check_target(out, force=force)
     fisher_sidecar.check_sidecar(out)
 
 
-def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Masked, staging: Path) -> None:
-    """Put both files in their places: first what describes the mask, then the mask, which is refused without it."""
+def _finish(
+    out: Path, made_from: MaskInputs, options: MaskOptions, masked: Masked, staging: Path, *, was_killed: bool
+) -> None:
+    """Put both files in their places: first what describes the mask, then the mask, which is refused without it.
+
+    The mask of a killed run (``was_killed``) is replaced by the same one alone.
+    """
     masked.writer.seal()
     made = header(
         "subspace" if options.is_subspace else "mask",
@@ -168,7 +187,8 @@ def _finish(out: Path, made_from: MaskInputs, options: MaskOptions, masked: Mask
     made["content_sha256"] = content_sha256(staging / out.name)
     beside = fisher_sidecar.sidecar_path(out)
     write_json(staging / beside.name, made | version | facts | {"notes": list(masked.notes)})
-    _check_output(out, made_from, options)  # again: hours may have passed
+    is_same = was_killed and fisher_sidecar.owner(beside, "content_sha256") == made["content_sha256"]
+    _check_output(out, made_from, options, force=options.force or is_same)  # again: hours may have passed
     publish([(staging / path.name, path) for path in (beside, out)])
 
 
