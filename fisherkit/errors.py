@@ -13,7 +13,11 @@
 Only ``fisherkit.cli.console`` catches the root of this tree; it prints the message and exits with 1 (or 2).
 """
 
+import re
 from collections.abc import Sequence
+
+LINE_CHARACTERS = 290
+"""Longest line of an error, besides the word Error."""
 
 
 class FisherkitError(Exception):
@@ -35,11 +39,11 @@ class CheckpointError(FisherkitError):
 class PromptError(FisherkitError):
     """A prompt set is empty, unreadable, lacks the field, or has no loss token.
 
-    The message may quote paths, columns and templates of any length: its middle is left out above 300 characters.
+    The message may quote paths, columns and templates of any length, and is made to fit; see fit_line.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= 300 else f"{message[:180]} ... {message[-115:]}")
+        super().__init__(fit_line(message))
 
 
 class UnsupportedModelError(FisherkitError):
@@ -68,6 +72,30 @@ class MissingLibraryError(FisherkitError):
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def fit_line(text: str, most: int = LINE_CHARACTERS) -> str:
+    """Return a text of at most ``most`` characters that still names what is wrong.
+
+    Paths lose their folders first, the longest path before the others. What is still too long loses its middle.
+
+    Args:
+        text: one line.
+        most: characters, 110 or more.
+    """
+    words = {word for word in re.findall(r"[^\s'\"]+", text) if "/" in word}
+    for path in sorted(words, key=len, reverse=True):
+        if len(text) <= most:
+            break
+        text = text.replace(path, _last_of(path))
+    return text if len(text) <= most else f"{text[: most - 105]} ... {text[-100:]}"
+
+
+def _last_of(path: str) -> str:
+    """Return the file and the folder around it, of which only the ends where they are long."""
+    end = "/".join(path.split("/")[-2:])
+    short = f".../{end}" if len(end) <= 60 else f"...{end[-60:]}"
+    return min(short, path, key=len)
 
 
 def some_names(names: Sequence[str], most: int = 3) -> str:

@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 
 from fisherkit._version import __version__
 from fisherkit.cli import console
-from fisherkit.errors import OptionError
+from fisherkit.errors import OptionError, fit_line
 from fisherkit.options.checks import not_a_choice
 from fisherkit.progress import Say
 
@@ -49,7 +49,7 @@ class Command(TyperCommand):
                 raise
             option = max(error.param.opts, key=len).removeprefix("--")
             choices = re.findall("'([^']*)'", match["choices"])
-            console.say(f"Error: {console.one_line(not_a_choice(option, match['given'], choices))}")
+            console.say(f"Error: {fit_line(console.one_line(not_a_choice(option, match['given'], choices)))}")
             raise typer.Exit(OptionError.exit_code) from None
 
 
