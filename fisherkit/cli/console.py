@@ -7,13 +7,14 @@ names and exact numbers. How a table looks is the business of ``fisherkit.render
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from fisherkit.cli import progress
-from fisherkit.errors import FisherkitError
+from fisherkit.errors import FisherkitError, fit_line
 from fisherkit.options.checks import one_of
 from fisherkit.options.inspect import Form
 from fisherkit.progress import Track
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from fisherkit.methods.inspect.summary import Summary
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
-_LINE = 290  # characters of an error, besides the word Error
 
 
 def say(text: str) -> None:
@@ -134,11 +134,15 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
     """Run a command and return its exit code; what goes wrong becomes one line on stderr.
 
     0 done, 1 failed, 2 usage, 130 interrupted, 141 the reader of stdout went away (said by nobody). Typer's own
-    exceptions pass. With ``debug`` all others pass as well, traceback and all, except a closed pipe.
+    exceptions pass. With ``debug`` all others pass as well, traceback and all, except a closed pipe, and the warnings
+    of libraries are shown.
     ``hint`` follows the word that a run was interrupted.
     """
     try:
-        function()
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:  # libraries warn their callers; users hear what concerns them from us
+                warnings.simplefilter("ignore")
+            function()
         sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()
@@ -159,9 +163,8 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
 
 
 def explain(error: Exception) -> str:
-    """Say in one line of at most 300 characters what went wrong; of a longer one the beginning and the end."""
-    text = _reason(error)
-    return text if len(text) <= _LINE else f"{text[: _LINE - 105]} ... {text[-100:]}"
+    """Say in one line of at most 300 characters what went wrong; see fit_line for a longer one."""
+    return fit_line(_reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -60,14 +60,15 @@ class TensorStats:
 def tensor_stats(tensor: Tensor) -> TensorStats:
     """Return the statistics of a tensor of any shape, dtype and device, in constant memory where it is contiguous.
 
-    What does not fit a float32 counts as not finite.
+    What does not fit a float32 counts as not finite. Of complex entries the absolute values are taken.
     """
     counts = torch.zeros(_PATTERNS, dtype=torch.int64, device=tensor.device)
     sums = torch.zeros(_PATTERNS, dtype=torch.float64, device=tensor.device)
     others = torch.zeros(3, dtype=torch.float64, device=tensor.device)  # zeros, negative, max
     flat, step = tensor.detach().reshape(-1), _BLOCK.get(tensor.device.type, _BLOCK_ON_DEVICE)
     for start in range(0, flat.numel(), step):
-        _add_block_(counts, sums, others, flat[start : start + step].float())
+        block = flat[start : start + step]
+        _add_block_(counts, sums, others, (block.abs() if block.is_complex() else block).float())
     zeros, negative, largest = others.tolist()
     return TensorStats(
         numel=tensor.numel(),

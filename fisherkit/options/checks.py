@@ -62,7 +62,7 @@ def check_patterns(option: str, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}") from None
 
 
@@ -88,10 +88,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     most = 10_000
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        # Python reads no number of more than 4,300 digits, so their count is looked at first.
+        if match and any(len(digits) > 6 or int(digits) > most for digits in re.findall(r"\d+", part)):
+            raise OptionError(f"--layers {part.strip()[:40]}: no model has more than {most:,} layers")
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise OptionError(f"--layers takes numbers and ranges such as 0-7,12; {part.strip()!r} is neither")
-        if any(len(digits) > 6 or int(digits) > most for digits in re.findall(r"\d+", part)):
-            raise OptionError(f"--layers {part.strip()[:40]}: no model has more than {most:,} layers")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(layers))
 

@@ -1,11 +1,10 @@
 """Options of ``extract``."""
 
 import dataclasses
-import re
 from typing import Any, Literal
 
 from fisherkit.errors import OptionError
-from fisherkit.options.checks import at_least, check_device, one_of
+from fisherkit.options.checks import at_least, check_device, check_patterns, one_of
 from fisherkit.options.fields import check_json, parse_field
 
 Loss = Literal["auto", "all", "completion", "assistant"]
@@ -114,9 +113,6 @@ class ExtractOptions(PromptOptions):
         object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
         object.__setattr__(self, "store", _STORES.get(self.store, self.store))
         check_device(self.device)
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise OptionError(f"--targets {self.targets!r} is not a regular expression: {error}") from None
+        check_patterns("targets", (self.targets,))
         if self.layers is not None and not self.layers:
             raise OptionError("--layers names no layer")

@@ -94,7 +94,7 @@ class Weights:
         return self._read(self._skeleton.block_tensors(group))
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read tensors, and look for NaN and Inf in each the first time."""
+        """Read tensors, and look for NaN, Inf and complex weights in each the first time."""
         tensors = self._reader.read_many(names)
         for name in [name for name in names if name not in self._checked]:
             self._check(name, tensors[name])
@@ -102,10 +102,12 @@ class Weights:
         return tensors
 
     def _check(self, name: str, tensor: Tensor) -> None:
+        index = self._skeleton.index
+        where = index.tensors[name].file if index is not None else "checkpoint"
+        if tensor.is_complex():  # loading it would drop the imaginary parts
+            raise CheckpointError(f"{where}: {name} is complex; the weights of a language model are real")
         if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
             count = int((~tensor.isfinite()).sum())
-            index = self._skeleton.index
-            where = index.tensors[name].file if index is not None else "checkpoint"
             raise CheckpointError(
                 f"{where}: {name} holds {count:,} weights that are NaN or infinite; "
                 "the checkpoint is damaged, a Fisher of it would mean nothing"
