@@ -73,3 +73,11 @@ def test_a_mask_described_by_something_else_is_not_replaced(tmp_path: Path, monk
     write_json(out.with_suffix(".json"), {"mine": 1})
     with pytest.raises(OutputError, match="exists already"):
         fisherkit.mask(fisher, out, OPTIONS)
+
+
+def test_a_mask_without_its_json_is_read_with_a_note(tmp_path: Path) -> None:
+    out = tmp_path / "mask.safetensors"
+    fisherkit.mask(write_fisher(tmp_path / "fisher.safetensors"), out, MaskOptions(preset="fggm"))
+    assert not any("no JSON" in note for note in fisherkit.inspect(out).notes)
+    out.with_suffix(".json").unlink()
+    assert any("no JSON beside it" in note for note in fisherkit.inspect(out).notes)

@@ -250,8 +250,11 @@ def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> So
     figures = {
         name: {"weights": found.numel, **{key: getattr(found, key) for key in keys}} for name, found in stats.items()
     }
+    kind = _kind(index, path, total.negative)
+    if kind == "mask":  # of a mask by rows the shapes are in the JSON that this file lacks
+        notes += (f"{path.name} has no JSON beside it: flags are counted as stored, one where it may mean a whole row",)
     return Source(
-        kind=_kind(index, path, total.negative),
+        kind=kind,
         path=path,
         entries=_placed(figures),
         histogram=total.histogram,
