@@ -162,10 +162,20 @@ def test_a_file_that_says_nonsense_of_its_pull_is_refused(pull: Any, checkpoint:
         assert not (tmp_path / "out").exists()
 
 
+def test_a_file_without_options_is_a_hard_subspace(tmp_path: Path) -> None:
+    write(tmp_path / "s.safetensors", held(three_weights()))
+    beside = tmp_path / "s.json"
+    described = json.loads(beside.read_text())
+    del described["options"]
+    beside.write_text(json.dumps(described))
+    with open_mask(tmp_path / "s.safetensors") as file:
+        assert file.pull is None
+
+
 @pytest.mark.parametrize("options", [None, [], [1], "soft", 3])
-def test_a_file_without_options_is_a_hard_subspace(options: Any, tmp_path: Path) -> None:
+def test_options_that_are_no_object_are_refused(options: Any, tmp_path: Path) -> None:
     write(tmp_path / "s.safetensors", held(three_weights()))
     beside = tmp_path / "s.json"
     beside.write_text(json.dumps(json.loads(beside.read_text()) | {"options": options}))
-    with open_mask(tmp_path / "s.safetensors") as file:
-        assert file.pull is None
+    with pytest.raises(CheckpointError, match="options is"):
+        open_mask(tmp_path / "s.safetensors")

@@ -101,9 +101,12 @@ def _config_sha256(prepared: Prepared) -> str:
 
 
 def _head_dim(config: Any) -> int | None:
-    """Return the size of an attention head, by which drawings of a mask find the heads; None where there are none."""
+    """Return the size of an attention head, by which drawings of a mask find the heads; None where layers differ."""
     heads = getattr(config, "num_attention_heads", None)
-    own = getattr(config, "head_dim", None)
+    try:
+        own = getattr(config, "head_dim", None)
+    except Exception:  # transformers refuses to name one size where layers have several (Gemma 4)
+        return None
     if isinstance(own, int):
         return own
     return config.hidden_size // heads if isinstance(heads, int) and heads and hasattr(config, "hidden_size") else None
