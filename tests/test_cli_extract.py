@@ -41,3 +41,8 @@ def test_the_size_of_a_head_is_noted_for_drawings_of_masks(
 ) -> None:
     report = extract(checkpoint("llama"), prompts, tmp_path / "f.pt", ExtractOptions(limit=1))
     assert isinstance(report.provenance["model"]["head_dim"], int)
+
+
+def test_heads_whose_size_varies_by_layer_have_none(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
+    report = extract(checkpoint("gemma4-e2b"), prompts, tmp_path / "f.pt", ExtractOptions(limit=1))
+    assert report.provenance["model"]["head_dim"] is None
