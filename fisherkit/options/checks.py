@@ -110,7 +110,7 @@ def parse_json(option: str, text: str) -> dict[str, Any]:
     """Parse a JSON object given as an option. Raises OptionError for anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for lists in lists, thousands deep
         value = None
     if not isinstance(value, dict):
         raise OptionError(f"--{option} takes a JSON object such as '{{\"key\": false}}', not {text!r}")
