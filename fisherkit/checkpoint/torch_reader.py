@@ -29,11 +29,11 @@ _ALIGN = 64  # bytes; what vector instructions like
 class Reader:
     """Reads tensors of ``index`` on the CPU, in the type they have on disk; any number of threads may read at once.
 
-    Close it after the last read only. Tensors stay valid after that.
+    A TensorSource (see checkpoint.tensor_source). Close it after the last read only. Tensors stay valid after that.
     """
 
     def __init__(self, index: CheckpointIndex) -> None:
-        self._index = index
+        self.index = index
         self._files = OpenFiles(os.O_RDONLY | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._loaded: dict[Path, dict[str, Tensor]] = {}
@@ -46,7 +46,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors in file order, each read when it is reached."""
-        return ((name, self.read(name)) for name in self._index.tensors)
+        return ((name, self.read(name)) for name in self.index.tensors)
 
     def read(self, name: str) -> Tensor:
         """Read the whole tensor.
@@ -55,7 +55,7 @@ class Reader:
             CheckpointError: no such tensor, a type that torch lacks, or the file ends early.
         """
         info = self._info(name)
-        if self._index.kind == "torch":
+        if self.index.kind == "torch":
             return self._load(info.file)[name]
         return self._read_bytes(info, info.shape, info.start)
 
@@ -69,7 +69,7 @@ class Reader:
             CheckpointError: as for read.
         """
         infos = [self._info(name) for name in names]
-        if self._index.kind == "torch":
+        if self.index.kind == "torch":
             return {info.name: self.read(info.name) for info in infos}
         starts = [0, *accumulate(-(-info.nbytes // _ALIGN) * _ALIGN for info in infos)]
         memory = torch.empty(starts[-1], dtype=torch.uint8)
@@ -88,10 +88,14 @@ class Reader:
         info = self._info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {name!r}, whose shape is {list(info.shape)}")
-        if self._index.kind == "torch":
+        if self.index.kind == "torch":
             return self._load(info.file)[name][start:stop]
         row_bytes = info.nbytes // max(info.shape[0], 1)
         return self._read_bytes(info, (stop - start, *info.shape[1:]), info.start + start * row_bytes)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the checkpoint, see CheckpointIndex.fingerprint."""
+        return self.index.fingerprint()
 
     def close(self) -> None:
         """Close the files; reading afterwards raises ValueError."""
@@ -99,9 +103,9 @@ class Reader:
         self._loaded.clear()
 
     def _info(self, name: str) -> TensorInfo:
-        info = self._index.tensors.get(name)
+        info = self.index.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{self._index.path}: has no tensor {name!r}")
+            raise CheckpointError(f"{self.index.path}: has no tensor {name!r}")
         return info
 
     def _load(self, file: Path) -> dict[str, Tensor]:

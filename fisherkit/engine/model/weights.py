@@ -1,4 +1,4 @@
-"""Weights of groups of blocks: read ahead from the shards, put on the device, dropped again."""
+"""Weights of groups of blocks: read ahead from a checkpoint, put on the device, dropped again."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fisherkit.checkpoint.torch_reader import Reader
+from fisherkit.checkpoint.tensor_source import TensorSource
 from fisherkit.engine.model.memory import give_back
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError
@@ -19,12 +19,17 @@ class Weights:
 
     The page cache is what keeps weights in host memory between the sweeps, as far as they fit. ``keep`` leaves them
     on the device instead, for accelerators that have room for the whole model.
+
+    Args:
+        skeleton: the model that they are put into.
+        source: gives the tensors; stays open.
+        device: to compute on.
+        keep: see above.
     """
 
-    def __init__(self, skeleton: Skeleton, device: torch.device, *, keep: bool = False) -> None:
-        assert skeleton.index is not None
+    def __init__(self, skeleton: Skeleton, source: TensorSource, device: torch.device, *, keep: bool = False) -> None:
         self._skeleton = skeleton
-        self._reader = Reader(skeleton.index)
+        self._source = source
         self._device = device
         self._keep = keep
         self._checked: set[str] = set()
@@ -37,7 +42,6 @@ class Weights:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
 
     def load_outer(self) -> None:
         """Load embeddings, norms, head and computed buffers; tied weights are tied afterwards."""
@@ -95,22 +99,21 @@ class Weights:
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Read tensors, and look for NaN, Inf and complex weights in each the first time."""
-        tensors = self._reader.read_many(names)
+        tensors = self._source.read_many(names)
         for name in [name for name in names if name not in self._checked]:
             self._check(name, tensors[name])
             self._checked.add(name)
         return tensors
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        index = self._skeleton.index
-        where = index.tensors[name].file if index is not None else "checkpoint"
+        where = self._source.index.tensors[name].file
         if tensor.is_complex():  # loading it would drop the imaginary parts
             raise CheckpointError(f"{where}: {name} is complex; the weights of a language model are real")
         if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{where}: {name} holds {count:,} weights that are NaN or infinite; "
-                "the checkpoint is damaged, a Fisher of it would mean nothing"
+                "the checkpoint is damaged, nothing measured on it would mean anything"
             )
 
 

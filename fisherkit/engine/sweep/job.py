@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.covariance.writer import CovarianceWriter
@@ -82,6 +83,11 @@ class Job:
     general: frozenset[str] = field(default_factory=frozenset)
     covariances: CovarianceWriter | None = None
     token_types: bool = False
+
+    def open_source(self) -> Reader:
+        """Open the checkpoint that the weights are read from."""
+        assert self.skeleton.index is not None
+        return Reader(self.skeleton.index)
 
     def ids(self, batch: Sequence[int]) -> Tensor:
         """Return token ids [B, T] on the device, short samples filled up on the right with their own last token.

@@ -22,7 +22,7 @@ def resident(job: Job) -> None:
         AttendsAhead: tokens see later ones.
         FisherkitError: a loss that is not finite.
     """
-    with Weights(job.skeleton, job.device, keep=True) as weights:
+    with job.open_source() as source, Weights(job.skeleton, source, job.device, keep=True) as weights:
         weights.load_all()
         _check_forward(job)
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]

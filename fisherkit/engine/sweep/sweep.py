@@ -35,7 +35,10 @@ def stream(job: Job) -> None:
         CheckpointError: damaged or missing weights.
         FisherkitError: a loss that is not finite.
     """
-    with Weights(job.skeleton, job.device, keep=job.keep_weights) as weights:
+    with (
+        job.open_source() as source,
+        Weights(job.skeleton, source, job.device, keep=job.keep_weights) as weights,
+    ):
         weights.load_outer()
         with _Sweep(job, weights) as sweep:
             sweep.run()
