@@ -4,10 +4,11 @@ Standard library only: building options must not import torch.
 """
 
 from fisherkit.options.checks import check_pull, exact_share, parse_bytes, parse_json, parse_layers, parse_shares
-from fisherkit.options.extract import ExtractOptions, PromptOptions
+from fisherkit.options.extract import ExtractOptions, PromptOptions, RunOptions
 from fisherkit.options.fields import parse_field
 from fisherkit.options.mask import Direction, ExportOptions, MaskOptions, Selection
 from fisherkit.options.merge import FapmOptions, MergeOptions, Metric, PairOptions, Side
+from fisherkit.options.score import ScoreOptions
 
 __all__ = [
     "Direction",
@@ -19,6 +20,8 @@ __all__ = [
     "Metric",
     "PairOptions",
     "PromptOptions",
+    "RunOptions",
+    "ScoreOptions",
     "Selection",
     "Side",
     "check_pull",

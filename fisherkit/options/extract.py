@@ -53,66 +53,79 @@ class PromptOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractOptions(PromptOptions):
-    """Options of ``extract``; the fields of PromptOptions come first.
+class RunOptions(PromptOptions):
+    """Options of commands that run a model on prompts, block by block; the fields of PromptOptions come first.
 
     Attributes:
-        group_size: decoder blocks whose weights and accumulators are resident at a time; lowered when they do not fit.
+        group_size: decoder blocks whose weights are resident at a time, with all that is gathered on them; lowered
+            when they do not fit.
         batch_tokens: padded tokens per batch (samples of similar length share one); never changes the result.
         dtype: what the model computes in; ``auto`` is the checkpoint's own, or float32 on a CPU that is far faster in
-            that; ``bf16`` is short for ``bfloat16``, and so on (the long name after construction). Accumulators
-            are always float32.
+            that; ``bf16`` is short for ``bfloat16``, and so on (the long name after construction). Sums are always
+            taken in float32 or more.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-        labels: ``data`` (empirical Fisher) or ``sampled`` from the model's own distribution (true Fisher, one draw).
-        reduction: the loss of a sample is the ``mean`` or the ``sum`` over its loss tokens.
-        targets: ``matrices``, ``all``, or a regular expression searched in checkpoint tensor names.
-        layers: block numbers to measure, or None for all.
         engine: ``stream`` (block by block), ``resident`` (whole model), or ``auto``.
         resume: continue what a killed run left in ``<out>.partial/``.
-        store: dtype of the file, ``bf16`` or ``fp32`` (``bfloat16`` and ``float32`` become these).
-        statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
-            the gradients at what comes out.
-        seed: seed of sampled labels.
         force: replace an existing output.
         trust_remote_code: run Python code that ships with the checkpoint.
-        shard_bytes: largest shard when the output is a folder.
     """
 
     group_size: int = 8
     batch_tokens: int = 1024
     dtype: DType = "auto"
     device: str = "auto"
-    labels: Labels = "data"
-    reduction: Reduction = "mean"
-    targets: str = "matrices"
-    layers: tuple[int, ...] | None = None
     engine: Engine = "auto"
     resume: bool = False
-    store: Store = "bf16"
-    statistics: Statistics = "fisher"
-    seed: int = 0
     force: bool = False
     trust_remote_code: bool = False
-    shard_bytes: int = 5_000_000_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("group-size", self.group_size, 1)
         at_least("batch-tokens", self.batch_tokens, 1)
+        one_of("dtype", self.dtype, DType)
+        one_of("engine", self.engine, Engine)
+        object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
+        check_device(self.device)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractOptions(RunOptions):
+    """Options of ``extract``; the fields of RunOptions come first.
+
+    Attributes:
+        labels: ``data`` (empirical Fisher) or ``sampled`` from the model's own distribution (true Fisher, one draw).
+        reduction: the loss of a sample is the ``mean`` or the ``sum`` over its loss tokens.
+        targets: ``matrices``, ``all``, or a regular expression searched in checkpoint tensor names.
+        layers: block numbers to measure, or None for all.
+        store: dtype of the file, ``bf16`` or ``fp32`` (``bfloat16`` and ``float32`` become these).
+        statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
+            the gradients at what comes out.
+        seed: seed of sampled labels.
+        shard_bytes: largest shard when the output is a folder.
+    """
+
+    labels: Labels = "data"
+    reduction: Reduction = "mean"
+    targets: str = "matrices"
+    layers: tuple[int, ...] | None = None
+    store: Store = "bf16"
+    statistics: Statistics = "fisher"
+    seed: int = 0
+    shard_bytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("max-shard-size", self.shard_bytes, 1)
         at_least("seed", self.seed, 0)
         for option, value, kind in (
-            ("dtype", self.dtype, DType),
             ("labels", self.labels, Labels),
             ("reduction", self.reduction, Reduction),
-            ("engine", self.engine, Engine),
             ("store", self.store, Store),
             ("statistics", self.statistics, Statistics),
         ):
             one_of(option, value, kind)
-        object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
         object.__setattr__(self, "store", _STORES.get(self.store, self.store))
-        check_device(self.device)
         check_patterns("targets", (self.targets,))
         if self.layers is not None and not self.layers:
             raise OptionError("--layers names no layer")
