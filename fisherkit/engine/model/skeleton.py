@@ -168,13 +168,12 @@ class Skeleton:
 
     def unload(self, block: int) -> None:
         """Drop a block's parameters and persistent buffers; computed buffers, which no checkpoint holds, stay."""
-        for module in self.blocks[block].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    module._buffers[name] = torch.empty_like(buffer, device="meta")
+        _drop_weights(self.blocks[block].modules())
+
+    def unload_outer(self) -> None:
+        """Drop what lies around the blocks in the same way."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        _drop_weights(module for module in self.model.modules() if id(module) not in inside)
 
     def check_tied(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError if the checkpoint holds both of two tied tensors and they differ."""
@@ -270,6 +269,16 @@ class Skeleton:
         sources = self._sources.get(name, [name])
         known = self.index is not None and sources[0] in self.index.tensors
         return f"{self.index.tensors[sources[0]].file}: {sources[0]}" if known and self.index else name
+
+
+def _drop_weights(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
 def has_towers(config: Any) -> bool:

@@ -80,8 +80,14 @@ class Weights:
         if not self._held.issuperset(group):
             self._skeleton.load(self._take(group), self._device)
             self._held.update(group)
-        if then and not self._held.issuperset(then):
-            self._ahead = (tuple(then), self._pool.submit(self._read, self._skeleton.block_tensors(then)))
+        if then:
+            self.read_ahead(then)
+
+    def read_ahead(self, blocks: Sequence[int]) -> None:
+        """Start to read the weights of these blocks, which will be entered next."""
+        group = tuple(blocks)
+        if not self._held.issuperset(group) and (self._ahead is None or self._ahead[0] != group):
+            self._ahead = group, self._pool.submit(self._read, self._skeleton.block_tensors(group))
 
     def leave(self, blocks: Sequence[int]) -> None:
         """Drop the weights of these blocks, unless all weights stay on the device."""
@@ -90,6 +96,11 @@ class Weights:
                 self._skeleton.unload(block)
             self._held.difference_update(blocks)
             give_back()
+
+    def leave_outer(self) -> None:
+        """Drop what load_outer loaded, but for computed buffers."""
+        self._skeleton.unload_outer()
+        give_back()
 
     def _take(self, group: tuple[int, ...]) -> dict[str, Tensor]:
         ahead, self._ahead = self._ahead, None

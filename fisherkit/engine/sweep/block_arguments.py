@@ -7,25 +7,32 @@ import torch
 from torch import Tensor
 
 from fisherkit.engine.fisher.squared_gradients import trainable
-from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.recorder import BlockCallRecorder, Record
 from fisherkit.engine.sweep.spool import Spool
 
 
 class Arguments:
-    """Records of all batches; their tensors are spooled and come back only for the blocks that need them."""
+    """Records of all batches; their tensors are spooled and come back only for the blocks that need them.
 
-    def __init__(self, job: Job, recorder: BlockCallRecorder) -> None:
-        self._job, self._recorder = job, recorder
+    Args:
+        feed: the model and its batches.
+        recorder: of that model.
+        spool: fresh; removed by ``close``.
+        outer: parameters outside of the blocks that are measured: what depends on them is marked in the records.
+    """
+
+    def __init__(self, feed: Feed, recorder: BlockCallRecorder, spool: Spool, outer: Sequence[str] = ()) -> None:
+        self._feed, self._recorder = feed, recorder
         self._records: list[Record] = []
-        self._spool = Spool(job.work.folder / "arguments.bin", job.budget)
+        self._spool = spool
+        self._outer = outer
 
     def record(self, number: int) -> Tensor:
         """Record batch ``number`` (batches come in order); return the hidden states that enter the first block."""
         assert number == len(self._records)
-        outer = self._job.plan.names([None])
-        with trainable(self._job.skeleton.model, outer), torch.set_grad_enabled(bool(outer)):
-            record, first = self._recorder.record(self._job.inputs(self._job.batches[number]))
+        with trainable(self._feed.skeleton.model, self._outer), torch.set_grad_enabled(bool(self._outer)):
+            record, first = self._recorder.record(self._feed.inputs(self._feed.batches[number]))
         live = frozenset(place for place, tensor in enumerate(record.tensors) if tensor.requires_grad)
         for place, tensor in enumerate(record.tensors):
             self._spool.put(f"{number}.{place}", [tensor])
@@ -38,7 +45,7 @@ class Arguments:
         needed = record.needs(blocks)
         tensors: list[Any] = [None] * (max(needed, default=-1) + 1)
         for place in needed:
-            tensors[place] = self._spool.get(f"{number}.{place}")[0][0].to(self._job.device)
+            tensors[place] = self._spool.get(f"{number}.{place}")[0][0].to(self._feed.device)
         return Record(record.calls, tensors, record.mappings, record.live)
 
     def close(self) -> None:

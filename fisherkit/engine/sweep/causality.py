@@ -10,47 +10,47 @@ import torch
 from torch import Tensor
 
 from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne
-from fisherkit.engine.sweep.job import Inputs, Job
+from fisherkit.engine.sweep.feed import Feed, Inputs
 
 PROBE_TOKENS = 16
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01}
 COARSE_TOLERANCE = 0.03  # bfloat16: products of other shapes round otherwise
 
 
-def probe_inputs(job: Job, ids: list[int]) -> Inputs:
+def probe_inputs(feed: Feed, ids: list[int]) -> Inputs:
     """Return the forward's arguments for one sequence of tokens, all but the first of which count in a loss."""
-    return job.arguments(torch.tensor([ids], device=job.device), [1])
+    return feed.arguments(torch.tensor([ids], device=feed.device), [1])
 
 
-def check_causality(job: Job, logits: Callable[[Inputs], Tensor]) -> None:
+def check_causality(feed: Feed, logits: Callable[[Inputs], Tensor]) -> None:
     """Run the start of a sample alone and before two different continuations, and compare its logits.
 
     Args:
-        job: the run.
+        feed: the model and its samples.
         logits: forward of the model, or of its first blocks: arguments -> [1, T, V].
 
     Raises:
         AttendsAhead: the continuation's tokens matter.
         NeedsBatchSizeOne: only its length matters.
     """
-    start, one, other = _sequences(job)
+    start, one, other = _sequences(feed)
     if not one:
         return
     with torch.no_grad():
-        alone = logits(probe_inputs(job, start))[0]
-        longer, changed = (logits(probe_inputs(job, [*start, *more]))[0, : len(start)] for more in (one, other))
-    tolerance = TOLERANCE.get(job.skeleton.dtype, COARSE_TOLERANCE)
+        alone = logits(probe_inputs(feed, start))[0]
+        longer, changed = (logits(probe_inputs(feed, [*start, *more]))[0, : len(start)] for more in (one, other))
+    tolerance = TOLERANCE.get(feed.skeleton.dtype, COARSE_TOLERANCE)
     if not _close(longer, changed, tolerance):
         raise AttendsAhead
-    if any(len(batch) > 1 for batch in job.batches) and not _close(longer, alone, tolerance):
+    if any(len(batch) > 1 for batch in feed.batches) and not _close(longer, alone, tolerance):
         raise NeedsBatchSizeOne(frozenset())
 
 
-def _sequences(job: Job) -> tuple[list[int], list[int], list[int]]:
+def _sequences(feed: Feed) -> tuple[list[int], list[int], list[int]]:
     """Return the start of the shortest sample, and two continuations that differ at every place."""
-    shortest = min(job.samples, key=lambda sample: len(sample.ids))
-    tokens = sorted({token for sample in job.samples for token in sample.ids})
-    longest = max(len(sample.ids) for sample in job.samples)
+    shortest = min(feed.samples, key=lambda sample: len(sample.ids))
+    tokens = sorted({token for sample in feed.samples for token in sample.ids})
+    longest = max(len(sample.ids) for sample in feed.samples)
     start = list(shortest.ids[: max(2, min(PROBE_TOKENS, longest // 2))])
     more = min(PROBE_TOKENS, longest - len(start))  # never beyond the positions that the run itself needs
     if len(tokens) < 2 or more < 1:

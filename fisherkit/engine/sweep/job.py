@@ -13,15 +13,11 @@ from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.model.plan import Plan
-from fisherkit.engine.model.skeleton import Skeleton
+from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
 from fisherkit.progress import Track
-from fisherkit.prompts.dataset import Sample
-
-Inputs = dict[str, Tensor]
-"""Arguments of the model's forward: ``input_ids`` [B, T], and ``token_type_ids`` [B, T] where they are needed."""
 
 
 class Sink(Protocol):
@@ -37,23 +33,12 @@ class Sink(Protocol):
         """Wait until everything added so far is on the disk; may run beside later adds."""
 
 
-def prefix_types(ids: Tensor, starts: Sequence[int]) -> Tensor:
-    """Return token types [B, T]: 0 for the prefix, whose tokens see each other, 1 from each sample's start on.
-
-    So do models that read pictures and a prompt as one prefix (PaliGemma): without types they take all for prefix.
-    """
-    return (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]).long().to(ids.device)
-
-
-@dataclass
-class Job:
-    """A measurement: model, samples, options and destination.
+@dataclass(kw_only=True)
+class Job(Feed):
+    """A measurement: model and samples, options and destination.
 
     Attributes:
         plan: targets and groups.
-        samples: of the prompt set.
-        batches: numbers of the samples that are padded together.
-        device: to compute on.
         work: folder where progress is noted.
         sink: takes finished values.
         budget: memory that boundaries may take before they are read back from disk.
@@ -63,15 +48,10 @@ class Job:
         seed: of sampled labels.
         general: parameters to leave to autograd although a linear layer holds them.
         keep_weights: leave weights on the device between the two sweeps.
-        token_types: tell the model which tokens are before the first one that counts, see ``prefix_types``.
         covariances: gathers and writes covariances of activations; None where none are asked for.
     """
 
-    skeleton: Skeleton
     plan: Plan
-    samples: Sequence[Sample]
-    batches: Sequence[Sequence[int]]
-    device: torch.device
     work: Work
     sink: Sink
     budget: Budget
@@ -82,35 +62,11 @@ class Job:
     keep_weights: bool = False
     general: frozenset[str] = field(default_factory=frozenset)
     covariances: CovarianceWriter | None = None
-    token_types: bool = False
 
     def open_source(self) -> Reader:
         """Open the checkpoint that the weights are read from."""
         assert self.skeleton.index is not None
         return Reader(self.skeleton.index)
-
-    def ids(self, batch: Sequence[int]) -> Tensor:
-        """Return token ids [B, T] on the device, short samples filled up on the right with their own last token.
-
-        No padding mask is needed: a causal model never looks to the right, and pads have no loss.
-        """
-        rows = [self.samples[number].ids for number in batch]
-        longest = max(map(len, rows))
-        return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=self.device)
-
-    def inputs(self, batch: Sequence[int]) -> Inputs:
-        """Return the arguments that the model is called with for a batch, on the device."""
-        starts = [self.samples[number].counts.index(True) for number in batch]
-        return self.arguments(self.ids(batch), starts)
-
-    def arguments(self, ids: Tensor, starts: Sequence[int]) -> Inputs:
-        """Return the model's arguments for token ids [B, T] whose losses start at these tokens."""
-        types = {"token_type_ids": prefix_types(ids, starts)} if self.token_types else {}
-        return {"input_ids": ids, **types}
-
-    def lengths(self, batch: Sequence[int]) -> list[int]:
-        """Return the number of real tokens of each sample of a batch."""
-        return [len(self.samples[number].ids) for number in batch]
 
     def loss(self, number: int, logits: Tensor) -> Tensor:
         """Return the loss l_n of a sample from its logits [T, V]; labels are the data's, or drawn from the model.

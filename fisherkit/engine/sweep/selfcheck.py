@@ -15,7 +15,8 @@ from fisherkit.engine.model.findings import NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.model.linear_layers import BatchingCheck
 from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.sweep.causality import PROBE_TOKENS, check_causality, probe_inputs
-from fisherkit.engine.sweep.job import Inputs, Job
+from fisherkit.engine.sweep.feed import Inputs
+from fisherkit.engine.sweep.job import Job
 from fisherkit.engine.sweep.recorder import BlockCallRecorder
 from fisherkit.errors import first_line
 from fisherkit.kernels.loss import sample_loss

@@ -56,7 +56,8 @@ class _Sweep:
         self.groups = job.plan.groups
         self.top = len(self.groups) - 1
         self.recorder = BlockCallRecorder(job.skeleton)
-        self.arguments = Arguments(job, self.recorder)
+        spool = Spool(job.work.folder / "arguments.bin", job.budget)
+        self.arguments = Arguments(job, self.recorder, spool, job.plan.names([None]))
         self.has_outer = bool(job.plan.names([None]))
         self.losses: list[float] = []
         self.spools: dict[str, Spool] = {}

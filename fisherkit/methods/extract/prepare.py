@@ -9,15 +9,14 @@ import torch
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.engine.covariance.plan import memory_of_covariances
-from fisherkit.engine.model.build import blocks_in_groups, build_skeleton
-from fisherkit.engine.model.compute_dtype import choose_compute_dtype
-from fisherkit.engine.model.config import choose_dtype, read_config
+from fisherkit.engine.model.build import blocks_in_groups
+from fisherkit.engine.model.checks import check_fit, folder_of
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
+from fisherkit.engine.model.open_model import open_skeleton
 from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, fit_groups, needs
 from fisherkit.engine.model.skeleton import Skeleton
-from fisherkit.errors import CheckpointError, FisherkitError, counted, first_line
-from fisherkit.methods.extract.checks import check_all_taken, check_counts, check_fit, folder_of
+from fisherkit.errors import CheckpointError, counted
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
@@ -98,12 +97,12 @@ def prepare(
     """
     source = resolve_model(model, weights=not dry_run)
     device = choose_device(options.device)
-    skeleton = _skeleton(source, options, device, say, dry_run)
+    skeleton = open_skeleton(source, _open(source, dry_run), options, device, say)
     tokenizer = _tokenizer(source, options, dry_run)
     samples = None
     if tokenizer is not None and prompts is not None:
         samples = load_prompts(prompts, tokenizer, options, say=say)
-        check_fit(source, skeleton, samples)
+        check_fit(source, skeleton, samples.samples)
     return Prepared(
         source=source,
         skeleton=skeleton,
@@ -122,30 +121,6 @@ def _open(source: ModelSource, dry_run: bool) -> CheckpointIndex | None:
         if dry_run:
             return None
         raise
-
-
-def _skeleton(source: ModelSource, options: ExtractOptions, device: torch.device, say: Say, dry_run: bool) -> Skeleton:
-    """Build the model without weights, and hold the checkpoint against it."""
-    check_counts(source)
-    try:
-        config = read_config(source.path, trust_remote_code=options.trust_remote_code)
-        index = _open(source, dry_run)
-        dtype = choose_dtype(config, index, options.dtype)
-        if options.dtype == "auto":
-            dtype, line = choose_compute_dtype(dtype, device)
-            if line is not None:
-                say(line)
-        skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
-    except FisherkitError:
-        raise
-    except Exception as error:  # transformers answers odd values in a config with whatever they lead to
-        detail = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(
-            f"{folder_of(source) / 'config.json'}: transformers makes no model of it ({detail})"
-        ) from error
-    if index is not None:
-        check_all_taken(source, skeleton)
-    return skeleton
 
 
 def _tokenizer(source: ModelSource, options: ExtractOptions, dry_run: bool) -> Any:
