@@ -71,11 +71,10 @@ class Reader:
         infos = [self._info(name) for name in names]
         if self.index.kind == "torch":
             return {info.name: self.read(info.name) for info in infos}
-        starts = [0, *accumulate(-(-info.nbytes // _ALIGN) * _ALIGN for info in infos)]
-        memory = torch.empty(starts[-1], dtype=torch.uint8)
+        pieces = shared_memory([info.nbytes for info in infos])
         return {
-            info.name: self._read_bytes(info, info.shape, info.start, memory[start : start + info.nbytes])
-            for info, start in zip(infos, starts, strict=False)
+            info.name: self._read_bytes(info, info.shape, info.start, piece)
+            for info, piece in zip(infos, pieces, strict=True)
         }
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -121,9 +120,7 @@ class Reader:
     ) -> Tensor:
         dtype = torch_dtype(info.dtype)
         if dtype is None:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name!r} has type {info.dtype}, which this torch cannot hold"
-            )
+            raise refuse_type(info)
         tensor = torch.empty(shape, dtype=dtype) if memory is None else memory.view(dtype).view(shape)
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
@@ -136,3 +133,15 @@ class Reader:
         early = len(view) - self._files.fill(info.file, view, offset)
         if early:
             raise CheckpointError(f"{info.file}: ends {early} bytes before tensor {info.name!r} does; fetch it again")
+
+
+def shared_memory(sizes: Sequence[int]) -> list[Tensor]:
+    """Return a piece of fresh memory [n] uint8 for each size in bytes, all from one allocation, each aligned."""
+    starts = [0, *accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
+    memory = torch.empty(starts[-1], dtype=torch.uint8)
+    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+def refuse_type(info: TensorInfo) -> CheckpointError:
+    """Return the error for a tensor whose type torch lacks."""
+    return CheckpointError(f"{info.file}: tensor {info.name!r} has type {info.dtype}, which this torch cannot hold")

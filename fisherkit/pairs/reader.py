@@ -1,5 +1,6 @@
 """Both checkpoints, tensor after tensor, in two buffers: what is read next is fetched by the system meanwhile."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,12 +26,15 @@ class Tensors:
     Attributes:
         checkpoints: BASE and FT.
         pool: threads.
+        in_use: held by whoever reads and computes, where several threads do.
     """
 
     def __init__(self, checkpoints: Pair, pool: BlockPool) -> None:
         self.checkpoints = checkpoints
         self.pool = pool
+        self.in_use = threading.Lock()
         self._buffers = BufferPool()
+        self._means: dict[str, float] = {}  # of tensors that are finite throughout, and may be loaded again
         self._turn = 0  # which of the two buffers of the base is being filled
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fisherkit-ahead")
         self._tuned = frozenset(checkpoints.tuned.names)
@@ -101,10 +105,13 @@ class Tensors:
         base = self.base(name)
         code = self.info(name).dtype
         tuned = self.checkpoints.tuned.load(name, base, self.pool, self._buffers)
-        if mean is None:
+        if mean is None and name not in self._means:
             mean, bad = self._mean_magnitude(base, code)
             if bad and not keep_nonfinite:
                 self.refuse_nonfinite(name, "BASE", base, code)
+            if not bad:
+                self._means[name] = mean
+        mean = self._means[name] if mean is None else mean
         return TensorPair(base, code, tuned, self.checkpoints.tuned.code(name), metric, mean)
 
     def in_bases_type(self, pair: TensorPair) -> tuple[TensorPair, int, int]:

@@ -97,7 +97,7 @@ def merge(
         ResumeError: the work folder belongs to another run.
     """
     options, out, beside = options or MergeOptions(), Path(out), beside or {}
-    given = [path for path in (options.mask, options.subspace, options.layer_scale) if path is not None]
+    given = inputs_of(options)
     targets = Targets(checkpoint=out, beside=tuple(beside))
     request = Request("merge", str(base), str(tuned), targets, options, command, track, say)
     with open_run(request, given) as run, open_inputs(run, options) as inputs:
@@ -117,7 +117,7 @@ def merge(
             resume=options.resume,
             force=options.force,
         ) as rewrite:
-            rewrite.write_all(names, lambda name: _merge_tensor(run, options, inputs, name), track)
+            rewrite.write_all(names, lambda name: merge_tensor(run, options, inputs, name), track)
             report = _make_report(run, options, out, inputs, rewrite.rows)
             if rewrite.folder is not None:
                 write_side_files(rewrite.folder, run, report.as_json(), _facts(report.as_json()))
@@ -125,6 +125,11 @@ def merge(
             rewrite.publish({path: make(report) for path, make in beside.items()})
         say_warnings(report.warnings, say)
         return report
+
+
+def inputs_of(options: MergeOptions) -> list[Path]:
+    """Return the files that are read besides the pair."""
+    return [path for path in (options.mask, options.subspace, options.layer_scale) if path is not None]
 
 
 def _say_unmasked(run: Run, options: MergeOptions, names: Sequence[str]) -> None:
@@ -136,8 +141,18 @@ def _say_unmasked(run: Run, options: MergeOptions, names: Sequence[str]) -> None
         )
 
 
-def _merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: str) -> Changed:
-    """A tensor as the output should have it; its row is empty where it does not take part."""
+def merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: str) -> Changed:
+    """Return a tensor as the output should have it; its row is empty where it does not take part.
+
+    Args:
+        run: the pair.
+        options: of the command.
+        inputs: the files that they name.
+        name: the tensor.
+
+    Raises:
+        CheckpointError: NaN or infinities that --nan does not allow, or what a file holds does not fit the tensor.
+    """
     data = untouched(run.tensors, name, run.chosen, options)
     if data is None and options.mask is not None and name not in inputs.masks and options.rest == "base":
         data = run.tensors.base(name)

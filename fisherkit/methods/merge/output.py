@@ -129,8 +129,26 @@ def write_side_files(folder: Path, run: Run, report: Mapping[str, Any], facts: M
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    base, tuned = run.checkpoints.base_source.path, run.checkpoints.tuned_source.path
-    beside = None if run.checkpoints.tuned.kind == "delta" else tuned  # a delta has nothing around it
+    names = write_config(folder, run)
+    names.append(_write(folder / "README.md", _card(run, facts, _beside(run))))
+    names += [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+    if sum(name.endswith(".safetensors") for name in names) > 1:
+        names.append("model.safetensors.index.json")
+    published = {**report, "path": ".", "files": sorted(set(names))}  # relative to the manifest itself
+    _write(folder / MANIFEST, json.dumps(published, indent=1, default=str) + "\n")
+
+
+def write_config(folder: Path, run: Run) -> list[str]:
+    """Put config and tokenizer into ``folder``, and return the names of the files.
+
+    Args:
+        folder: where the weights will be, or where somebody looks for what lies around them.
+        run: what they are made from.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    base, beside = run.checkpoints.base_source.path, _beside(run)
     config = output_config(base, beside, untied=_is_untied(run))
     files = side_files(base, beside)
     for note in (*config.notes, *(f"Python code was copied: {name}" for name in code_files(files))):
@@ -138,12 +156,12 @@ def write_side_files(folder: Path, run: Run, report: Mapping[str, Any], facts: M
     names = list(copy_side_files(files, folder))
     if config.values is not None:
         names.append(_write(folder / "config.json", json.dumps(config.values, indent=2, ensure_ascii=False) + "\n"))
-    names.append(_write(folder / "README.md", _card(run, facts, beside)))
-    names += [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
-    if sum(name.endswith(".safetensors") for name in names) > 1:
-        names.append("model.safetensors.index.json")
-    published = {**report, "path": ".", "files": sorted(set(names))}  # relative to the manifest itself
-    _write(folder / MANIFEST, json.dumps(published, indent=1, default=str) + "\n")
+    return names
+
+
+def _beside(run: Run) -> Path | None:
+    """Where FT's config and tokenizer are; a delta has nothing around it."""
+    return None if run.checkpoints.tuned.kind == "delta" else run.checkpoints.tuned_source.path
 
 
 def _card(run: Run, facts: Mapping[str, str], tuned_folder: Path | None) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 
 from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError
-from fisherkit.floats import Stored, widen
-from fisherkit.kernels.tensor_pair import TensorPair, converted
+from fisherkit.floats import Stored
+from fisherkit.kernels.tensor_pair import TensorPair
 from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
 from fisherkit.pairs.outputs import Targets, check_output
@@ -20,6 +20,7 @@ from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.prune import flipped_signs
 from fisherkit.pairs.reader import Tensors
 from fisherkit.pairs.rewrite import TensorRow, refuse_unwritable
+from fisherkit.pairs.virtual import take_tuned
 from fisherkit.progress import Say, Track
 
 _UNRELATED = 0.45  # share of flipped signs; independent weights have a half
@@ -161,22 +162,23 @@ def untouched(tensors: Tensors, name: str, chosen: Chosen, options: PairOptions)
         CheckpointError: it becomes FT's, which holds NaN or infinities.
     """
     if chosen.is_left_out(name) and options.rest == "tuned":
-        return _all_of_tuned(tensors, name, options)
+        return all_of_tuned(tensors, name, options)
     return None if chosen.takes_part(name) else tensors.base(name)
 
 
-def _all_of_tuned(tensors: Tensors, name: str, options: PairOptions) -> Stored:
-    """FT's tensor in BASE's type; what is not finite is refused, or BASE's."""
+def all_of_tuned(tensors: Tensors, name: str, options: PairOptions) -> Stored:
+    """Return FT's tensor in BASE's type; what is not finite there is refused, or BASE's.
+
+    Args:
+        tensors: reads it.
+        name: a floating tensor that both have.
+        options: say what becomes of NaN and infinities.
+
+    Raises:
+        CheckpointError: there are some that --nan does not allow.
+    """
     pair = tensors.load(name, keep_nonfinite=True, mean=0.0)
-
-    def take(start: int, stop: int) -> int:
-        part = pair.part(start, stop)
-        taken = converted(part.tuned, part.tuned_code, part.base_code)
-        finite = np.isfinite(widen(taken, part.base_code))
-        np.copyto(part.base, taken, where=finite)
-        return finite.size - int(np.count_nonzero(finite))
-
-    refuse_bad_values(tensors, name, sum(tensors.pool.map(take, pair.base.size)), options)
+    refuse_bad_values(tensors, name, take_tuned(pair, tensors.pool), options)
     return pair.base
 
 

@@ -4,6 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
+
+from fisherkit.kernels.prune import block_scores
 from fisherkit.kernels.top_k import Threshold, quota
 from fisherkit.methods.merge.pair_run import Run, load_pair
 from fisherkit.methods.merge.tensor_selection import Chosen
@@ -32,15 +35,19 @@ class SharedThresholds:
         self._ties_of: dict[str, int] = {}
 
     def threshold(self, name: str) -> Threshold:
-        """Return the threshold of a tensor, with the ties that it may keep."""
+        """Return the threshold of a tensor, with the ties that it may keep: what it kept before, if it did."""
         group = self._groups[name]
         threshold = self._thresholds[group]
+        if name in self._ties_of:
+            return Threshold(threshold.at, self._ties_of[name])
         tied = self._tied_to.get(name)
         left = threshold.ties - self._spent[group]
         return Threshold(threshold.at, self._ties_of.get(tied, left) if tied is not None else left)
 
     def spend(self, name: str, ties: int) -> None:
-        """Count the ties that a tensor has kept; those of the tensor it is tied to are counted already."""
+        """Count the ties that a tensor has kept, once; those of the tensor it is tied to are counted already."""
+        if name in self._ties_of:
+            return
         if self._tied_to.get(name) not in self._ties_of:
             self._spent[self._groups[name]] += ties
         self._ties_of[name] = ties
@@ -96,6 +103,36 @@ def survey(
     found, means = find_thresholds(run.tensors, scored, quotas, run.request.track)
     by_share = [{group: thresholds[at] for group, thresholds in found.items()} for at in range(len(shares))]
     return [SharedThresholds(thresholds, groups, tied_pairs) for thresholds in by_share], means
+
+
+def settle_ties(run: Run, options: FapmOptions, shared: Sequence[SharedThresholds], means: Mapping[str, float]) -> None:
+    """Decide which tensor keeps how many ties, so that tensors may come in any order afterwards.
+
+    Args:
+        run: the pair.
+        options: give metric, scope and seed.
+        shared: changed: every tensor's ties are counted.
+        means: mean magnitudes of the base's tensors.
+    """
+    for name in run.chosen.names:
+        thresholds = [one.threshold(name) for one in shared]
+        counts = [0] * len(thresholds)
+        if any(threshold.ties for threshold in thresholds):
+            counts = _count_ties(run, options, name, means[name], thresholds)
+        for one, threshold, count in zip(shared, thresholds, counts, strict=True):
+            one.spend(name, min(threshold.ties, count))
+
+
+def _count_ties(run: Run, options: FapmOptions, name: str, mean: float, thresholds: Sequence[Threshold]) -> list[int]:
+    """Count the entries of a tensor that score exactly each threshold."""
+    pair = load_pair(run.tensors, name, options, metric=options.metric, mean=mean, selects=True).pair
+    stream, pool = random_stream(name, run.checkpoints.tuned.tied_pairs), run.tensors.pool
+
+    def count(start: int, stop: int) -> list[int]:
+        scores = block_scores(pair.part(start, stop), pool.scratch, options.seed, stream, start)
+        return [int(np.count_nonzero(scores == threshold.at)) for threshold in thresholds]
+
+    return [sum(counts) for counts in zip(*pool.map(count, pair.base.size), strict=True)]
 
 
 def random_stream(name: str, tied_pairs: Mapping[str, str]) -> int:
