@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peft_adapters import edit_config
+from peft_adapters import LINEAR, edit_config
 
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.lora.adapter import Adapter
 from fisherkit.checkpoint.lora.patterns import ModulePattern
+from fisherkit.errors import CheckpointError
 
 PIECES = ["a", "b", "1", r"\.", ".", "[ab]", "[^a.]", "[0-9]", r"\d", r"\w", "q_proj", "{", "}"]
 REPEATS = ["*", "+", "?", "{2}", "{1,}", "{,2}", "{0,3}", "*?", "+?", "??", "{,}"]
@@ -88,6 +89,11 @@ def test_what_is_not_understood_is_refused(text: str) -> None:
         ),
         ({"rank_pattern": {r"layers\.9\..*": 3}}, "rank_pattern is for modules that it has no factors of"),
         ({"modules_to_save": ["score"]}, "modules_to_save names what its file does not hold: 'score'"),
+        ({"target_modules": [*LINEAR, "lm_head"]}, "target_modules names what its file has no factors of: 'lm_head'"),
+        ({"target_modules": LINEAR[1:]}, f"here they are applied: 'model.layers.0.self_attn.{LINEAR[0]}'"),
+        ({"target_modules": rf".*\.1\..*({'|'.join(LINEAR)})"}, "peft would not apply; here they are applied: 'model.l"),
+        ({"layers_to_transform": [0]}, "here they are applied: 'model.layers.1."),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "here they are applied: 'model.layers.0."),
     ],
 )
 def test_settings_that_nothing_corresponds_to_are_noted(
@@ -99,3 +105,34 @@ def test_settings_that_nothing_corresponds_to_are_noted(
     with Adapter.open(adapter, open_index(checkpoint("llama"))) as opened:
         (added,) = set(opened.notes) - set(before)
     assert re.search(note, added)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": [*LINEAR, "no_such_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": rf"model\.layers\.\d+\..*({'|'.join(LINEAR)})"},
+        {"target_modules": r"(?=.*proj).*"},  # not understood here, so nothing can be said
+        {"layers_to_transform": list(range(9)), "layers_pattern": ["layers"]},
+        {"layers_to_transform": []},
+    ],
+)
+def test_settings_that_name_what_is_there_need_no_note(
+    settings: dict[str, object], adapter: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    edit_config(adapter, **settings)
+    with Adapter.open(adapter, open_index(checkpoint("llama"))) as opened:
+        assert not [note for note in opened.notes if "target_modules" in note]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": 3}, {"target_modules": ["a", 1]}, {"layers_to_transform": ["1"]},
+                 {"layers_to_transform": True}, {"layers_pattern": 7}]
+)  # fmt: skip
+def test_settings_of_other_types_are_refused(
+    settings: dict[str, object], adapter: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    edit_config(adapter, **settings)
+    with pytest.raises(CheckpointError, match=f"{next(iter(settings))} are .*fetch the adapter again"):
+        Adapter.open(adapter, open_index(checkpoint("llama")))

@@ -1,5 +1,6 @@
 """Warnings of libraries do not reach the user, and what they would have warned of is refused or counted right."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,18 @@ def test_a_warning_is_seen_with_debug_alone() -> None:
         assert not caught
         assert console.guard(warn, debug=True) == 0
     assert [str(one.message) for one in caught] == ["of a library"]
+
+
+def test_what_a_library_logs_is_seen_with_debug_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def log() -> None:
+        logging.getLogger("a_library").warning("of a library")
+
+    assert console.guard(log) == 0
+    assert not caplog.records
+    assert console.guard(log, debug=True) == 0
+    assert [record.message for record in caplog.records] == ["of a library"]
+    log()
+    assert len(caplog.records) == 2, "what is silenced stays so for the length of a command alone"
 
 
 def test_complex_entries_count_by_their_absolute_values() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from fisherkit._version import __version__
 from fisherkit.cli import console
@@ -13,8 +13,23 @@ from fisherkit.errors import OptionError, fit_line
 from fisherkit.options.checks import not_a_choice
 from fisherkit.progress import Say
 
+
+class Commands(TyperGroup):
+    """The commands; what typer says of a word that it does not know is at most 300 characters long."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if isinstance(getattr(error, "message", None), str):  # typer's own; their class is another in each version
+                error.message = fit_line(error.message)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="fisherkit",
+    cls=Commands,
     help="Which weights of a language model carry what it can do, which may change, and what of a fine-tune to keep. "
     "Works on checkpoint files, also when they are larger than memory.",
     no_args_is_help=True,

@@ -5,10 +5,12 @@ names and exact numbers. How a table looks is the business of ``fisherkit.render
 """
 
 import json
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -134,14 +136,12 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
     """Run a command and return its exit code; what goes wrong becomes one line on stderr.
 
     0 done, 1 failed, 2 usage, 130 interrupted, 141 the reader of stdout went away (said by nobody). Typer's own
-    exceptions pass. With ``debug`` all others pass as well, traceback and all, except a closed pipe, and the warnings
-    of libraries are shown.
+    exceptions pass. With ``debug`` all others pass as well, traceback and all, except a closed pipe, and what libraries
+    warn of is shown.
     ``hint`` follows the word that a run was interrupted.
     """
     try:
-        with warnings.catch_warnings():
-            if not debug and not sys.warnoptions:  # libraries warn their callers; users hear what concerns them from us
-                warnings.simplefilter("ignore")
+        with _libraries_quiet(debug):
             function()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -160,6 +160,21 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
         say(f"Error: {explain(error)}")
         return error.exit_code if isinstance(error, FisherkitError) else EXIT_FAILED
     return 0
+
+
+@contextmanager
+def _libraries_quiet(debug: bool) -> Iterator[None]:
+    """Keep what libraries warn and log to themselves; users hear what concerns them from us."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if not debug:
+            logging.disable(logging.WARNING)
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def explain(error: Exception) -> str:

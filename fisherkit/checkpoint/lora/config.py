@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.headers import parse_json
+from fisherkit.checkpoint.lora.named_modules import NamedModules
 from fisherkit.checkpoint.lora.patterns import ModulePattern
 from fisherkit.errors import CheckpointError
 
@@ -51,6 +52,7 @@ class AdapterConfig:
         dora: weights are split into magnitude and direction.
         fan_in_fan_out: the last module that was adapted stores its weight as [in, out].
         input_first: factors of fused experts make [in, out], as peft before 0.19 has it whatever the experts are.
+        modules: those that have factors, by what is said of them.
         parameters: names, or ends of names, of parameters that were adapted directly.
         token_indices: rows of trainable tokens, by the name of their module; ``""`` is the input embedding.
         saved: ends of names of modules that were trained whole.
@@ -67,6 +69,7 @@ class AdapterConfig:
     dora: bool
     fan_in_fan_out: bool
     input_first: bool
+    modules: NamedModules
     parameters: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
     saved: tuple[str, ...]
@@ -96,6 +99,7 @@ class AdapterConfig:
             dora=_flag(path, "use_dora", raw),
             fan_in_fan_out=_flag(path, "fan_in_fan_out", raw),
             input_first=_version(raw.get("peft_version")) < (0, 19),
+            modules=NamedModules.read(path, raw),
             parameters=_names(path, "target_parameters", raw),
             token_indices=_token_indices(path, raw.get("trainable_token_indices")),
             saved=_names(path, "modules_to_save", raw),

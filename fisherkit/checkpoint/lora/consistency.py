@@ -39,7 +39,7 @@ def unused_settings(keys: Sequence[Key], adapted: Iterable[str], config: Adapter
         config: its settings.
         base: gives the names of a tied embedding and head, of which one is enough.
     """
-    notes, names = [], list(adapted)
+    notes, names = _other_modules(list(adapted), config, base), list(adapted)
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         unused = [repr(one.text) for one, _ in patterns if not any(one.matches(name) for name in names)]
         if unused:
@@ -50,3 +50,31 @@ def unused_settings(keys: Sequence[Key], adapted: Iterable[str], config: Adapter
     if absent:
         notes.append(f"the adapter's modules_to_save names what its file does not hold: {some_names(absent)}")
     return notes
+
+
+def _other_modules(adapted: Sequence[str], config: AdapterConfig, base: BaseWeights) -> list[str]:
+    """Return notes on modules that have factors and are not named, and on those that are named and have none."""
+    notes = []
+    modules = [name for name in adapted if not _is_parameter(name, config)]
+    others = [repr(name) for name in modules if not config.modules.includes(name)]
+    if others:
+        notes.append(
+            f"the adapter's settings (target_modules, layers_to_transform) leave out what its file has factors of, and "
+            f"peft would not apply; here they are applied: {some_names(others)}"
+        )
+    absent = [repr(end) for end in config.modules.ends or () if _is_absent(end, adapted, base)]
+    if absent:
+        notes.append(f"the adapter's target_modules names what its file has no factors of: {some_names(absent)}")
+    return notes
+
+
+def _is_parameter(name: str, config: AdapterConfig) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf in config.parameters_of(module)
+
+
+def _is_absent(end: str, adapted: Sequence[str], base: BaseWeights) -> bool:
+    """Whether the base has modules of a name, and the adapter none; models lack some of the names that people list."""
+    if any(f".{name}".endswith(f".{end}") for name in adapted):
+        return False
+    return any(f".{name}".endswith(f".{end}.weight") for name in base.index.tensors)
