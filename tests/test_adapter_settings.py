@@ -91,7 +91,7 @@ def test_what_is_not_understood_is_refused(text: str) -> None:
         ({"modules_to_save": ["score"]}, "modules_to_save names what its file does not hold: 'score'"),
         ({"target_modules": [*LINEAR, "lm_head"]}, "target_modules names what its file has no factors of: 'lm_head'"),
         ({"target_modules": LINEAR[1:]}, f"here they are applied: 'model.layers.0.self_attn.{LINEAR[0]}'"),
-        ({"target_modules": rf".*\.1\..*({'|'.join(LINEAR)})"}, "peft would not apply; here they are applied: 'model.l"),
+        ({"target_modules": rf".*\.1\..*({'|'.join(LINEAR)})"}, "peft would not apply; here they are applied: 'model"),
         ({"layers_to_transform": [0]}, "here they are applied: 'model.layers.1."),
         ({"layers_to_transform": 1, "layers_pattern": "layers"}, "here they are applied: 'model.layers.0."),
     ],

@@ -1,17 +1,14 @@
-"""fapm and merge killed at any moment.
+"""fapm and merge killed between two tensors: a second run gets to the bits of an undisturbed one.
 
-What is not finished never looks finished; a second run gets there, to the bits of an undisturbed one.
+Kills before every change of the file system are in test_kills.
 """
 
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pairs
 import pytest
@@ -43,121 +40,6 @@ def level(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     }
     moved[HEAD] = moved[EMBEDDING]
     return ones, pairs.changed(ones, folder / "twos", lambda name, _: moved[name])
-
-
-# Killed by the system: SIGKILL at one file operation after the other
-
-# Forks a run and kills it at an operation that makes, renames or removes something: at every so-many-th and at all of
-# the last ones. Then runs again in copies of what that left. Prints, per kill, the exit codes of the runs afterwards.
-_KILLER = """
-import json, os, shutil, sys
-from pathlib import Path
-import fisherkit.methods.merge.fapm, fisherkit.methods.merge.merge
-from fisherkit.errors import FisherkitError
-from fisherkit.options import FapmOptions, MergeOptions
-
-method, base, tuned, options, start, root, step, last = json.loads(sys.argv[1])
-make = {"fapm": fisherkit.methods.merge.fapm.fapm, "merge": fisherkit.methods.merge.merge.merge}[method]
-Options = {"fapm": FapmOptions, "merge": MergeOptions}[method]
-EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.link"}
-
-def run(folder, at=0, **flags):
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seen = [0]
-    os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
-    def hook(event, details):
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in EVENTS or writes:
-            seen[0] += 1
-            if seen[0] == at:
-                os.kill(os.getpid(), 9)
-    os.chdir(folder)
-    sys.addaudithook(hook)
-    try:
-        make(base, tuned, "out", Options(**{**options, **flags}))
-        if not at:
-            Path(root, "operations").write_text(str(seen[0]))
-        os._exit(0)
-    except FisherkitError as error:
-        print(error, file=sys.stderr)
-        os._exit(1)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-        os._exit(9)
-
-older = bool(os.listdir(start))
-shutil.copytree(start, Path(root, "0"))
-assert run(Path(root, "0"), force=older) == 0
-operations = int(Path(root, "operations").read_text())
-found, flags = [], {"": {}, "force": {"force": True}, "resume": {"resume": True}}
-for at in sorted({*range(1, operations, step), *range(operations - last, operations + 1)}):
-    folder = Path(root, str(at))
-    shutil.copytree(start, folder)
-    assert run(folder, at, force=older) == -9
-    after = {}
-    for kind in flags if at >= operations - last else [list(flags)[at % 3]]:
-        shutil.copytree(folder, f"{folder}{kind or 'again'}")
-        after[kind] = run(f"{folder}{kind or 'again'}", **flags[kind])
-    found.append([at, after])
-print(json.dumps(found))
-"""
-
-
-def kill_everywhere(
-    folder: Path, method: str, pair: Pair, options: dict[str, Any], older: bool, step: int, last: int
-) -> None:
-    """Check what every kill leaves, and what a second run makes of it."""
-    run = {"fapm": fapm, "merge": merge}[method]
-    make = {"fapm": FapmOptions, "merge": MergeOptions}[method]
-    start, whole = folder / "start", folder / "whole"
-    for place in (start, whole):
-        place.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole)
-        run(*pair, "out", make(**options))  # type: ignore[operator]
-        patch.chdir(start)
-        if older:
-            fapm(*pair, "out", FapmOptions(density=0.5, shard_bytes=60_000))
-    expected, before = pairs.files(whole), pairs.files(start)
-    words = json.dumps([method, *map(str, pair), options, str(start), str(folder / "killed"), step, last])
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLER, words], capture_output=True, text=True, check=False, cwd=pairs.ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout)
-    assert len(kills) > last
-    for at, after in kills:
-        left = pairs.files(folder / "killed" / str(at))
-        output = {name: data for name, data in left.items() if name.startswith("out/")}
-        assert output in ({}, before, expected), f"a mixture after kill {at}"
-        work = folder / "killed" / str(at) / "out.partial"
-        noted = json.loads((work / "progress.json").read_text()) if (work / "progress.json").is_file() else {}
-        for flags, second in after.items():
-            got = pairs.files(folder / "killed" / f"{at}{flags or 'again'}")
-            resumes = flags == "resume" and work.is_dir() and (not noted or noted.get("may_replace"))
-            completes = flags == "force" or resumes or "finished" in noted
-            if output and not completes:  # nobody asked to replace it
-                assert second == 1
-                assert {name: data for name, data in got.items() if name.startswith("out/")} == output
-            else:
-                assert second == 0, (at, flags, done.stderr)
-                assert got == expected, (at, flags)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "older", "step", "last"),
-    [
-        ("fapm", {}, False, 4, 8),
-        ("fapm", {"scope": "global", "metric": "magnitude"}, True, 7, 24),  # the older output is removed last
-        ("merge", {"alpha": 0.5, "shard_bytes": 30_000}, False, 9, 2),
-    ],
-)
-def test_sigkill_at_any_file_operation_leaves_nothing_that_looks_finished(
-    method: str, options: dict[str, Any], older: bool, step: int, last: int, pair: Pair, tmp_path: Path
-) -> None:
-    kill_everywhere(tmp_path, method, pair, options, older, step, last)
 
 
 def test_a_killed_command_goes_on_to_the_same_files(pair: Pair, tmp_path: Path) -> None:

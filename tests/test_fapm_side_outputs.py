@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pairs
@@ -21,110 +18,6 @@ from fisherkit.options import FapmOptions, MergeOptions
 from fisherkit.pairs import rewrite
 
 BESIDE = ["--sparse", "d.safetensors", "--report", "r.json", "--figure", "f.html"]
-COMMANDS = {
-    "checkpoint and all": ["fapm", "BASE", "TUNED", "out", *BESIDE, "--scope", "layer"],
-    "no checkpoint": ["fapm", "BASE", "TUNED", *BESIDE],
-    "merge": ["merge", "BASE", "TUNED", "out", "--alpha", "0.5", "--report", "r.json"],
-}
-
-# Forks the command line and kills it at the n-th operation that makes, renames or removes something, for each of the
-# last ``count``; then runs it again in a copy of what that left, as it was and with --resume by turns.
-_KILLER = """
-import contextlib, io, json, os, shutil, sys
-from pathlib import Path
-import fisherkit.cli, fisherkit.methods.merge.fapm, fisherkit.methods.merge.merge, fisherkit.render.files
-import fisherkit.render.fapm_view, fisherkit.render.svg_fapm
-from fisherkit.__main__ import main
-
-words, root, count = json.loads(sys.argv[1])
-EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.link"}
-
-def run(folder, at, *flags):
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seen = [0]
-    os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
-    def hook(event, details):
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in EVENTS or writes) and not str(details[0]).startswith("/dev/"):
-            seen[0] += 1
-            if seen[0] == at:
-                os.kill(os.getpid(), 9)
-    os.chdir(folder)
-    sys.argv = ["fisherkit", *words, *flags, "--quiet"]
-    sys.addaudithook(hook)
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    if not at:
-        Path(root, "operations").write_text(str(seen[0]))
-    os._exit(code)
-
-whole = Path(root, "whole")
-whole.mkdir()
-assert run(whole, 0) == 0
-operations = int(Path(root, "operations").read_text())
-found = []
-for at in range(max(1, operations - count), operations + 1):
-    folder = Path(root, str(at))
-    folder.mkdir()
-    assert run(folder, at) == -9, at
-    after = {}
-    for flag in [("", "--resume")[at % 2]]:
-        shutil.copytree(folder, f"{folder}{flag}again")
-        after[flag] = run(f"{folder}{flag}again", 0, *([flag] if flag else []))
-    found.append([at, after])
-os.write(3, json.dumps(found).encode())
-"""
-
-
-def filled(words: Sequence[str], pair: Pair) -> list[str]:
-    """The words of a command with the names of a pair."""
-    names = {"BASE": str(pair[0]), "TUNED": str(pair[1])}
-    return [names.get(word, word) for word in words]
-
-
-def kill_command(words: Sequence[str], root: Path, count: int) -> list[tuple[int, dict[str, int]]]:
-    """Per kill, the exit code of the run after it by its flag."""
-    reading, writing = os.pipe()
-    code = _KILLER.replace("os.write(3,", f"os.write({writing},")
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([list(words), str(root), count])],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pairs.ROOT,
-        pass_fds=[writing],
-    )
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    assert done.returncode == 0, done.stderr
-    return [(at, after) for at, after in json.loads(text)]
-
-
-@pytest.mark.parametrize(("name", "count"), [("checkpoint and all", 22), ("no checkpoint", 14), ("merge", 8)])
-def test_killed_anywhere_near_the_end_a_second_run_has_every_file(
-    name: str, count: int, pair: Pair, tmp_path: Path
-) -> None:
-    kills = kill_command(filled(COMMANDS[name], pair), tmp_path, count)
-    expected = pairs.files(tmp_path / "whole")
-    assert len(kills) > count
-    for at, after in kills:
-        left = pairs.files(tmp_path / str(at))
-        final = {file: data for file, data in left.items() if ".partial/" not in file}
-        assert final.items() <= expected.items(), f"a file that is not whole after kill {at}"
-        for flag, code in after.items():
-            got = pairs.files(tmp_path / f"{at}{flag}again")
-            if final == expected and code:  # the run was over, but for what is left of its work folder
-                assert not any("progress.json" in file for file in left), (at, flag)
-                assert {file: data for file, data in got.items() if ".partial/" not in file} == expected
-            else:
-                assert code == 0, (at, flag)
-                assert got == expected, (at, flag)
 
 
 @pytest.mark.parametrize("out", ["out", None])

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 from forked import Ended, run
-from kill_scenarios import SCENARIOS, Scenario, all_or_quick, fill, final, make_inputs, number_of_kills, snapshot
+from kill_scenarios import (
+    SCENARIOS,
+    Scenario,
+    all_or_quick,
+    fill,
+    final,
+    make_inputs,
+    number_of_kills,
+    quick_kills,
+    snapshot,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,9 @@ class Course:
         left = final(snapshot(place), self.scenario.outputs)
         for file, data in left.items():
             assert data in (self.before.get(file), self.expected.get(file)), f"{name}: {file} is neither old nor whole"
+        folder = {file: data for file, data in left.items() if "/" in file}
+        whole = [{file: data for file, data in one.items() if "/" in file} for one in (self.before, self.expected)]
+        assert folder in ({}, *whole), f"{name}: a mixture of old and new"
         assert snapshot(Path(self.inputs["base"]).parent) == self.given, f"{name}: inputs have changed"
         if self.scenario.reader and left:
             read = run(self.scenario.reader, place)
@@ -120,9 +133,10 @@ def test_a_kill_before_any_change_of_the_file_system_loses_nothing(
 ) -> None:
     course = Course(scenario, tmp_path, inputs)
     changes = len(course.undisturbed.changes)
-    most = number_of_kills(full=changes, small=1 if scenario.words[0] == "extract" else 2)
-    # Where files get their final names all kinds of harm are possible, so a short course begins at the end.
-    for at in range(changes, 0, -max(1, changes // 3))[:most] if most < changes else range(changes, 0, -1):
+    most = number_of_kills(full=changes, small=quick_kills(scenario))
+    # Where files get their final names all kinds of harm are possible, so a short course has most of its kills there.
+    late, early = range(changes, 0, -1)[: (most + 1) // 2], range(changes, 0, -max(1, 2 * changes // most))[1:]
+    for at in range(changes, 0, -1) if most >= changes else sorted({*late, *early}):
         assert course.disturb(f"before-{at}", kill_at=at).code == -9
 
 

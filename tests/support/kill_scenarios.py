@@ -99,12 +99,20 @@ SCENARIOS = (
     ),
     Scenario("fapm-sparse-alone", ("fapm", "{base}", "{tuned}", *_FAPM_SIDES[4:]), ("d.safetensors", "d.json")),
     Scenario(
+        "fapm-no-checkpoint",
+        ("fapm", "{base}", "{tuned}", "--scope", "layer", *_FAPM_SIDES),
+        ("f.svg", "r.json", "d.safetensors", "d.json"),
+    ),
+    Scenario(
         "fapm-over-older",
-        ("fapm", "{base}", "{tuned}", "out", "--metric", "magnitude"),
+        ("fapm", "{base}", "{tuned}", "out", "--metric", "magnitude", "--scope", "global"),
         ("out",),
         older=("fapm", "{base}", "{tuned}", "out", "--sparsity", "0.5"),
     ),
     Scenario("merge", ("merge", "{base}", "{tuned}", "out", "--alpha", "0.5", "--report", "r.json"), ("out", "r.json")),
+    Scenario(
+        "merge-shards", ("merge", "{base}", "{tuned}", "out", "--alpha", "0.5", "--max-shard-size", "30KB"), ("out",)
+    ),
     Scenario("export", ("export", "{mask}", "--to", "axolotl", "-o", "a.yaml"), ("a.yaml",), resumes=False),
     Scenario("inspect-page", ("inspect", "{fisher}", "-o", "page.html"), ("page.html",), resumes=False),
 )
@@ -153,6 +161,11 @@ ALL = os.environ.get("FISHERKIT_KILLS") == "all"  # make kills
 def all_or_quick() -> tuple[Scenario, ...]:
     """Every scenario in ``make kills``; the quick ones of each kind of output in ``make test``."""
     return tuple(one for one in SCENARIOS if ALL or one.name in ("mask-rows", "fapm", "export"))
+
+
+def quick_kills(scenario: Scenario) -> int:
+    """Kills of a scenario in ``make test``: more where a run is quick, and what it leaves of many kinds."""
+    return {"extract": 1, "fapm": 8, "merge": 8}.get(scenario.words[0], 2)
 
 
 def number_of_kills(full: int, small: int) -> int:
