@@ -17,7 +17,18 @@ import numpy as np
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.content import content_sha256
 from fisherkit.checkpoint.index import open_index
-from fisherkit.checkpoint.schema import anything, listed, maybe, named, number, read_object, table, text, whole
+from fisherkit.checkpoint.schema import (
+    anything,
+    listed,
+    maybe,
+    named,
+    number,
+    read_beside,
+    read_object,
+    table,
+    text,
+    whole,
+)
 from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Floats, widen
@@ -50,6 +61,17 @@ def path_beside(fisher: Path) -> Path:
     if is_folder(fisher):
         return fisher / "fisher.activations.safetensors"
     return fisher.with_name(f"{fisher.stem}.activations.safetensors")
+
+
+def find_covariances(path: Path) -> Path:
+    """Return the file of covariances that is meant by a path: the file itself, or the Fisher that it lies beside."""
+    if path.suffix.lower() == ".safetensors":
+        made = path.with_suffix(".json")
+        if not made.is_file() or not str((read_beside(made) or {}).get("format")).startswith("fisherkit.fisher/"):
+            return path
+    elif path.suffix.lower() != ".pt" and not path.is_dir():
+        raise CheckpointError(f"{path}: no file of covariances; `extract --statistics activations` writes one")
+    return path_beside(path)
 
 
 def description(
@@ -135,6 +157,20 @@ class CovarianceFile:
     def covariance_of(self, weight: str, side: Which) -> str | None:
         """Return the name of a weight's covariance, by the weight's checkpoint name; None where it has none."""
         return self._of.get((side, weight))
+
+    def weights(self, side: Which) -> list[str]:
+        """Return the checkpoint names of all weights that have a covariance of this side."""
+        return [weight for of, weight in self._of if of == side]
+
+    @property
+    def measured_on(self) -> str | None:
+        """Fingerprint of the weights of the model; None where the JSON does not say."""
+        model = self.provenance.get("model", {})
+        return model.get("weights_sha256") if isinstance(model, Mapping) else None
+
+    def energy(self, covariance: str) -> float:
+        """Return the share of the trace that the stored values hold: 1, or what a factor holds."""
+        return min(1.0, float(self._rows[covariance].get("energy", 1.0)))
 
     def size(self, covariance: str) -> int:
         """Return the number of its channels."""

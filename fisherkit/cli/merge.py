@@ -1,19 +1,48 @@
 """``fisherkit merge``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fisherkit.cli import console, shared
 from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, ShardSize, Skip, Tuned
+from fisherkit.errors import OptionError
 from fisherkit.options import MergeOptions, Side
 
-HOW = "What is done to the delta"
+HOW, SOLVE = "What is done to the delta", "Or solve for it"
 
 
-@app.command(cls=Command)
+_BETWEEN = "\0"  # no file's name has it
+
+
+class _MergeCommand(Command):
+    """The command; ``--also`` takes two words and may be given again, which typer's annotations cannot say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, the two words of an ``--also`` as one."""
+        joined: list[str] = []
+        for word in args:
+            if joined[-2:-1] == ["--also"] and _BETWEEN not in joined[-1] and not word.startswith("-"):
+                joined[-1] += _BETWEEN + word
+            else:
+                joined.append(word)
+        return super().parse_args(ctx, joined)
+
+
+def _old_and_new(given: tuple[str, Path] | None) -> tuple[Path | None, Path] | None:
+    return (None if given[0] == "none" else Path(given[0]), given[1]) if given is not None else None
+
+
+def _tune_and_new(given: str) -> tuple[str, Path]:
+    tune, between, new = given.partition(_BETWEEN)
+    if not between:
+        raise OptionError("--also takes two words, FT2 and NEW2: a further fine-tune and its file")
+    return tune, Path(new)
+
+
+@app.command(cls=_MergeCommand)
 def merge(
     base: Base,
     tuned: Tuned,
@@ -36,6 +65,30 @@ def merge(
     alpha: Annotated[
         float, typer.Option(help="Factor of all of the delta; alone it is Wise-FT.", rich_help_panel=HOW)
     ] = 1.0,
+    regmean: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(
+            metavar="OLD NEW",
+            help="Files of extract --statistics activations, of BASE on old prompts (or none) and of FT on the new "
+            "task's: the delta that least disturbs both.",
+            rich_help_panel=SOLVE,
+        ),
+    ] = None,
+    old_weight: Annotated[
+        float, typer.Option(help="What OLD counts beside NEW; 0 gives FT.", rich_help_panel=SOLVE)
+    ] = 1.0,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FT2 NEW2", help="A further fine-tune of BASE, and its NEW.", rich_help_panel=SOLVE),
+    ] = None,
+    damping: Annotated[
+        float,
+        typer.Option(help="Added to NEW in every direction, as a share of its mean.", rich_help_panel=SOLVE),
+    ] = 1e-3,
+    force_model: Annotated[
+        bool,
+        typer.Option("--force-model", help="Take OLD and NEW of a close relative of BASE.", rich_help_panel=SOLVE),
+    ] = False,
     only: Only = None,
     skip: Skip = None,
     rest: Rest = "tuned",
@@ -62,6 +115,11 @@ def merge(
             power=power,
             floor=floor,
             alpha=alpha,
+            regmean=_old_and_new(regmean),
+            old_weight=old_weight,
+            also=tuple(map(_tune_and_new, also or ())),
+            damping=damping,
+            force_model=force_model,
             **shared.pair_options(
                 only=only,
                 skip=skip,

@@ -101,6 +101,12 @@ class MergeOptions(PairOptions):
         power: see above.
         floor: see above.
         alpha: all of the delta is scaled by it; alone it is Wise-FT's interpolation.
+        regmean: instead of the above (but ``alpha``), solve with covariances of inputs: files of OLD abilities (None
+            for the fine-tunes alone) and of the NEW task.
+        old_weight: what a token of OLD counts beside one of NEW.
+        also: further fine-tunes of BASE, each with its own NEW.
+        damping: what is added to NEW in every direction, as a share of its mean; there no input says anything.
+        force_model: take files that were measured on another model.
     """
 
     mask: Path | None = None
@@ -110,10 +116,16 @@ class MergeOptions(PairOptions):
     power: float = 0.5
     floor: float = 0.1
     alpha: float = 1.0
+    regmean: tuple[Path | None, Path] | None = None
+    old_weight: float = 1.0
+    also: tuple[tuple[str, Path], ...] = ()
+    damping: float = 1e-3
+    force_model: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         as_paths(self, "mask", "subspace", "layer_scale")
+        self._check_solve()
         one_of("side", self.side, Side)
         check_share("floor", self.floor)
         for option, value in (("power", self.power), ("alpha", self.alpha)):
@@ -121,3 +133,27 @@ class MergeOptions(PairOptions):
                 raise OptionError(f"--{option} must be a finite number, not {value}")
         if self.power < 0:
             raise OptionError(f"--power must not be negative, not {self.power}: important layers would change most")
+
+    @property
+    def solves(self) -> bool:
+        """True where deltas are solved for."""
+        return self.regmean is not None
+
+    def _check_solve(self) -> None:
+        if self.regmean is not None:
+            old, new = self.regmean
+            object.__setattr__(self, "regmean", (None if old is None else Path(old), Path(new)))
+        object.__setattr__(self, "also", tuple((str(tune), Path(new)) for tune, new in self.also))
+        for option, value, least in (("old-weight", self.old_weight, 0.0), ("damping", self.damping, 1e-12)):
+            if isinstance(value, bool) or not (isinstance(value, int | float) and least <= value <= 1e12):
+                raise OptionError(f"--{option} must lie between {least:g} and 1e12, not {value}")
+        if not self.solves:
+            if self.also:
+                raise OptionError("--also is for --regmean")
+            return
+        others = [("mask", self.mask), ("subspace", self.subspace), ("layer-scale", self.layer_scale)]
+        clash = next((option for option, value in others if value is not None), None)
+        if clash is not None:
+            raise OptionError(f"--{clash} and --regmean are two ways to merge; give one of them")
+        if self.regmean is not None and self.regmean[0] is None and not self.also:
+            raise OptionError("--regmean none NEW merges several fine-tunes; add them with --also FT2 NEW2")

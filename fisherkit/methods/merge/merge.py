@@ -3,7 +3,7 @@
 The four act in this order: ``mask`` (FT's entries only where it allows change), ``subspace`` (nothing of the delta in
 protected directions; of a soft subspace, what one step of its pull leaves), ``layer_scale`` (the more Fisher in a
 layer, the gentler), ``alpha``. None of them given, it is the interpolation ``(1 - alpha) base + alpha FT`` of Wise-FT
-(arXiv 2109.01903). No mask is promised to protect.
+(arXiv 2109.01903). No mask is promised to protect. ``regmean`` solves for the delta instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fisherkit.artefacts.covariance_file import find_covariances
 from fisherkit.errors import CheckpointError
 from fisherkit.methods.merge.merge_inputs import MergeInputs, open_inputs, read_treatment, unmasked
 from fisherkit.methods.merge.output import (
@@ -22,6 +23,7 @@ from fisherkit.methods.merge.output import (
     write_side_files,
 )
 from fisherkit.methods.merge.pair_run import Request, Run, load_pair, open_run, refuse_bad_values, untouched
+from fisherkit.methods.merge.solved import solve_line, solve_tensor, solve_totals, unsolved
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.blend import blend
 from fisherkit.pairs.outputs import Targets
@@ -39,7 +41,7 @@ class MergeReport:
         tensors: by BASE's names: ``layer``, ``module``, ``weights``, ``kept`` (entries that differ from BASE's),
             ``zero_deltas``, ``nonfinite``, ``scale``, ``energy`` (sum of d^2) and ``energy_kept`` (the share left), and
             ``unrelated`` where about half of the signs changed; where rounding to BASE's type takes changes away, how
-            many entries had ``changed``, and how many of them were ``rounded_away``.
+            many entries had ``changed``, and how many of them were ``rounded_away``; ``regmean``: of a solve.
         totals: the same over all tensors that took part.
         rules: what happened to the tensors that did not.
         warnings: what a person should know.
@@ -105,6 +107,7 @@ def merge(
         settings = {
             **provenance(request, run.checkpoints)["options"],
             "inputs": [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in given],
+            "also": inputs.solver.fingerprints if inputs.solver is not None else [],
             "names": run.chosen.names,
         }
         names = list(run.checkpoints.base.index.tensors)
@@ -124,12 +127,17 @@ def merge(
             report = replace(report, files=rewrite.seal({}))
             rewrite.publish({path: make(report) for path, make in beside.items()})
         say_warnings(report.warnings, say)
+        line = solve_line(report.totals)
+        if line is not None:
+            say(line)
         return report
 
 
 def inputs_of(options: MergeOptions) -> list[Path]:
     """Return the files that are read besides the pair."""
-    return [path for path in (options.mask, options.subspace, options.layer_scale) if path is not None]
+    news = [new for _, new in options.also]
+    pairs = [find_covariances(path) for path in (*(options.regmean or ()), *news) if path is not None]
+    return [path for path in (options.mask, options.subspace, options.layer_scale, *pairs) if path is not None]
 
 
 def _say_unmasked(run: Run, options: MergeOptions, names: Sequence[str]) -> None:
@@ -158,6 +166,8 @@ def merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: str
         data = run.tensors.base(name)
     if data is not None:
         return Changed(data, {})
+    if inputs.solver is not None:
+        return solve_tensor(run, options, inputs.solver, name)
     info, place = run.tensors.info(name), run.chosen.places[name]
     treatment = read_treatment(inputs, options, run.chosen, name, info.shape)
     pair, remarks = load_pair(run.tensors, name, options, selects=treatment.selects)
@@ -197,8 +207,12 @@ def _make_report(
         path=out,
         files=(),
         tensors=rows,
-        totals=totals(rows, ("weights", "kept", "zero_deltas", "nonfinite")),
-        rules={**run.chosen.facts(options.rest), "not_in_mask": unmasked(inputs, options, run.chosen)},
+        totals=totals(rows, ("weights", "kept", "zero_deltas", "nonfinite")) | solve_totals(rows),
+        rules={
+            **run.chosen.facts(options.rest),
+            "not_in_mask": unmasked(inputs, options, run.chosen),
+            "not_solved": unsolved(inputs.solver, run),
+        },
         warnings=tuple(find_warnings(rows, run.tensors)),
         provenance=provenance(run.request, run.checkpoints),
     )
@@ -207,10 +221,19 @@ def _make_report(
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     """Rows of the table in the model card; ``report`` is as_json's."""
     options, found = report["options"], report["totals"]
-    given = {"mask": ("mask",), "subspace": ("subspace", "side"), "layer_scale": ("layer_scale", "power", "floor")}
+    given = {
+        "mask": ("mask",),
+        "subspace": ("subspace", "side"),
+        "layer_scale": ("layer_scale", "power", "floor"),
+        "regmean": ("regmean", "old_weight", "damping"),
+    }
     keys = [key for option, own in given.items() if options[option] is not None for key in own]
-    shown = {key.replace("_", " "): str(options[key]) for key in (*keys, "alpha")}
+    shown = {key.replace("_", " "): _words(options[key]) for key in (*keys, "alpha")}
     return shown | {
         "entries that differ from the base": f"{found['kept']:,} of {found['weights']:,} ({found['density']:.4%})",
         "share of the squared delta that is left": f"{found['energy_kept']:.4%}",
     }
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -15,6 +15,7 @@ from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.pull import pull_strengths, pulled_share
 from fisherkit.methods.merge.pair_run import Run
+from fisherkit.methods.merge.solved import Solver, open_solver
 from fisherkit.methods.merge.tensor_selection import Chosen
 from fisherkit.options import MergeOptions, Side
 from fisherkit.pairs.blend import Treatment
@@ -32,12 +33,14 @@ class MergeInputs:
         subspaces: of the tensors that a subspace has directions of.
         scales: factors by number of the layer; 1 where there is none.
         axes: which axis of a weight is its input.
+        solver: solves for deltas instead; None where none does.
     """
 
     masks: Entries
     subspaces: Entries
     scales: Mapping[int, float]
     axes: AxisFinder
+    solver: Solver | None = None
 
 
 @contextmanager
@@ -59,6 +62,7 @@ def open_inputs(run: Run, options: MergeOptions) -> Iterator[MergeInputs]:
             subspaces=_open_entries(stack, run, options.subspace, "subspace"),
             scales=_layer_scales(run.chosen, options),
             axes=AxisFinder({name: info.shape for name, info in index.items()}),
+            solver=open_solver(stack, run, options),
         )
         _check_directions(inputs, options)
         yield inputs

@@ -13,7 +13,7 @@ import numpy as np
 
 from fisherkit._version import __version__
 from fisherkit.checkpoint.atomic import write_text
-from fisherkit.checkpoint.folder.model_card import model_card, public_id, read_card, redact
+from fisherkit.checkpoint.folder.model_card import model_card, public_id, public_path, read_card, redact
 from fisherkit.checkpoint.folder.side_files import code_files, copy_side_files, folder_of, output_config, side_files
 from fisherkit.checkpoint.target import MANIFEST
 from fisherkit.methods.merge.pair_run import Request, Run
@@ -42,9 +42,17 @@ def provenance(request: Request, checkpoints: Pair) -> dict[str, Any]:
             "kind": checkpoints.tuned.kind,
         },
         "command": redact(request.command) if request.command else None,
-        "options": {key: value.name if isinstance(value, Path) else value for key, value in options.items()},
+        "options": {key: _public(value) for key, value in options.items()},
         "versions": {"fisherkit": __version__, "numpy": np.__version__, "python": platform.python_version()},
     }
+
+
+def _public(value: Any) -> Any:
+    """Return an option's value with nothing of a path but its name; a fine-tune of ``--also`` is one, or an id."""
+    if isinstance(value, tuple):
+        nested = [[public_path(str(one)) for one in pair] for pair in value if isinstance(pair, tuple)]
+        return nested or [_public(one) for one in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def fingerprint(checkpoints: Pair, settings: Mapping[str, Any]) -> dict[str, str]:
