@@ -1,10 +1,10 @@
-"""Summaries and prunings as files to look at or to keep: ``.html``, ``.svg``, ``.png``, or rows as ``.csv``, ...
+"""Summaries, prunings and scores as files to look at or keep: ``.html``, ``.svg``, ``.png``, or rows as ``.csv``, ...
 
 Files are written aside and renamed when whole.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from fisherkit.methods.inspect.summary import Summary
 if TYPE_CHECKING:
     from fisherkit.methods.inspect.mask_bands import Bands
     from fisherkit.methods.merge.fapm_report import FapmReport
+    from fisherkit.methods.score.report import ScoreReport
 
 
 def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None:
@@ -55,6 +56,38 @@ def pruning_bytes(report: "FapmReport", suffix: str) -> bytes:
     if suffix == ".png":
         return png_fapm.pruning_png(report)
     return _encode(svg_fapm.picture(report) if suffix == ".svg" else pages.pruning_page(report))
+
+
+def score_bytes(report: "ScoreReport", suffix: str, more: Sequence[str] = ()) -> bytes:
+    """Return the picture of a score as the content of a file.
+
+    Args:
+        report: of score.
+        suffix: ``.html``, ``.svg`` or ``.png``.
+        more: sentences that belong to it, such as advice.
+    """
+    from fisherkit.render import pages, png_score, svg_score
+
+    if suffix == ".png":
+        return png_score.score_png(report, more)
+    return _encode(svg_score.picture(report, more) if suffix == ".svg" else pages.score_page(report, more))
+
+
+def write_score(report: "ScoreReport", target: Path, more: Sequence[str] = ()) -> None:
+    """Draw a score, in place of what ``target`` holds: see check_figure, which asks before.
+
+    Args:
+        report: of score.
+        target: ends in ``.html``, ``.svg`` or ``.png``.
+        more: sentences that belong to it, such as advice.
+
+    Raises:
+        OptionError: another suffix.
+        OutputError: ``target`` cannot be written.
+        MissingLibraryError: ``.png`` without matplotlib.
+    """
+    check_figure(target, force=True)
+    write_bytes(target, score_bytes(report, target.suffix.lower(), more))
 
 
 def check_report(target: Path, *, force: bool) -> None:

@@ -16,6 +16,7 @@ from fisherkit.render.svg import Drawing
 if TYPE_CHECKING:
     from fisherkit.methods.inspect.mask_bands import Bands
     from fisherkit.methods.merge.fapm_report import FapmReport
+    from fisherkit.methods.score.report import ScoreReport
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #68707a; --line: #d5d9de; --paper: #ffffff; --alarm: #c62828; }
@@ -119,6 +120,30 @@ def pruning_page(report: "FapmReport") -> str:
         f"<h2>How it was made</h2>{_made_table([report.provenance])}",
     ]
     return _page(fapm_view.headline(report), sections)
+
+
+def score_page(report: "ScoreReport", more: Sequence[str] = ()) -> str:
+    """Return the page of a score.
+
+    Args:
+        report: of score.
+        more: sentences that belong to it, such as advice.
+    """
+    from fisherkit.render import score_view, svg_score
+
+    rows = score_view.records(report)
+    titles = list(report.sets)[1:] or list(report.sets)
+    drawings = [
+        (f"{next(iter(report.sets))} against {name}" if len(report.sets) > 1 else name, svg_score.panel(one))
+        for name, one in zip(titles, score_view.panels(report), strict=True)
+    ]
+    sections = [
+        *(f"<p>{_safe(sentence)}</p>" for sentence in score_view.sentences(report, more)),
+        _drawings(drawings),
+        f"<h2>By checkpoint</h2>{_rows_table(tuple(rows[0]), rows)}" if rows else "",
+        f"<h2>How it was made</h2>{_made_table([{**report.made, 'prompts': dict(report.sets)}])}",
+    ]
+    return _page(score_view.headline(report), sections)
 
 
 def _page(headline: str, sections: Sequence[str]) -> str:

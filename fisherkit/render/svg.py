@@ -19,7 +19,7 @@ svg text { fill: var(--ink); } svg text.dim { fill: var(--dim); } svg text.head 
 svg .paper { fill: var(--paper); } svg .bar { fill: var(--bar); } svg .line { stroke: var(--line); fill: none; }
 svg .curve { stroke: var(--bar); stroke-width: 2; fill: none; } svg .missing { stroke: var(--dim); fill: none; }
 svg rect { shape-rendering: crispEdges; } svg .dead { stroke: var(--alarm); fill: none; }
-svg .cells { shape-rendering: crispEdges; } svg .shade { fill: var(--line); }
+svg .alone { fill: var(--ink); } svg .cells { shape-rendering: crispEdges; } svg .shade { fill: var(--line); }
 svg .halo { stroke: var(--paper); stroke-width: 4; stroke-opacity: .7; fill: none; }
 svg .cut { stroke: var(--cut); stroke-width: 2; fill: none; } svg .second { stroke-dasharray: 6 4; }
 svg .dot { stroke: var(--dim); stroke-width: .7; } svg .equal { stroke: var(--dim); stroke-dasharray: 3 3; }
