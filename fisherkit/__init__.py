@@ -10,6 +10,7 @@ from fisherkit._version import __version__
 
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
+    from fisherkit.methods.combine.combine import CombineReport, combine
     from fisherkit.methods.extract.measure import ExtractReport, extract, plan_extract
     from fisherkit.methods.inspect.summary import Summary, inspect
     from fisherkit.methods.mask.build import MaskReport, mask
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from fisherkit.methods.merge.fapm_preview import plan_fapm, sweep_fapm
     from fisherkit.methods.merge.fapm_report import FapmReport
     from fisherkit.methods.merge.merge import MergeReport, merge
-    from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions
+    from fisherkit.options import CombineOptions, ExtractOptions, FapmOptions, MaskOptions, MergeOptions
     from fisherkit.training.mask_input import load_mask
     from fisherkit.training.names import find_weights
 
 _HOMES = {
+    "CombineOptions": "fisherkit.options",
+    "CombineReport": "fisherkit.methods.combine.combine",
     "ExtractOptions": "fisherkit.options",
     "ExtractReport": "fisherkit.methods.extract.measure",
     "FapmOptions": "fisherkit.options",
@@ -32,6 +35,7 @@ _HOMES = {
     "MergeOptions": "fisherkit.options",
     "MergeReport": "fisherkit.methods.merge.merge",
     "Summary": "fisherkit.methods.inspect.summary",
+    "combine": "fisherkit.methods.combine.combine",
     "extract": "fisherkit.methods.extract.measure",
     "fapm": "fisherkit.methods.merge.fapm",
     "find_weights": "fisherkit.training.names",
@@ -45,6 +49,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "CombineOptions",
+    "CombineReport",
     "ExtractOptions",
     "ExtractReport",
     "FapmOptions",
@@ -56,6 +62,7 @@ __all__ = [
     "MergeReport",
     "Summary",
     "__version__",
+    "combine",
     "extract",
     "fapm",
     "find_weights",

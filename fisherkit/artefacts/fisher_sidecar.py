@@ -30,7 +30,8 @@ SCHEMA = table(
         "file": text(),
         "file_bytes": whole(),
         "content_sha256": text(),
-        **dict.fromkeys(("model", "prompts", "estimator", "run"), named(anything)),
+        **dict.fromkeys(("model", "prompts", "estimator", "run", "combined"), named(anything)),
+        "part": table({"number": whole(1), "of": whole(1), "sha256": text(), "samples": whole(1)}),
     },
 )
 """The sidecar; see checkpoint.schema. ``content_sha256`` is missing in files of the first builds."""

@@ -11,6 +11,7 @@ from fisherkit.cli import console
 from fisherkit.cli.app import MACHINE, OUTPUT, Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
 from fisherkit.options import extract as choices
+from fisherkit.options.part import parse_part
 
 PROMPTS, MEASURE = "What is read", "What is measured"
 
@@ -84,6 +85,14 @@ def extract(
         ),
     ] = "fisher",
     seed: Annotated[int, typer.Option(help="Of sampled labels.", rich_help_panel=MEASURE)] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Measure one of N parts of the samples, such as 3/16; combine adds the parts.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     group_size: Annotated[
         int, typer.Option(help="Layers in memory at a time; lowered if they do not fit.", rich_help_panel=MACHINE)
     ] = 8,
@@ -111,8 +120,8 @@ def extract(
     ] = False,
     store: Annotated[
         choices.Store,
-        typer.Option(help="Of the file; fp32 for parts to be combined.", rich_help_panel=OUTPUT),
-    ] = "bf16",
+        typer.Option(help="Of the file; auto is bf16, and fp32 with --shard.", rich_help_panel=OUTPUT),
+    ] = "auto",
     max_shard_size: Annotated[
         str, typer.Option(help="Largest shard of a folder, such as 5GB.", rich_help_panel=OUTPUT)
     ] = "5GB",
@@ -144,6 +153,7 @@ def extract(
             reduction=reduction,
             statistics=statistics,
             seed=seed,
+            shard=parse_part("shard", shard) if shard is not None else None,
             group_size=group_size,
             batch_tokens=batch_tokens,
             dtype=dtype,

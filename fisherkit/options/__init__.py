@@ -4,6 +4,7 @@ Standard library only: building options must not import torch.
 """
 
 from fisherkit.options.checks import check_pull, exact_share, parse_bytes, parse_json, parse_layers, parse_shares
+from fisherkit.options.combine import CombineOptions
 from fisherkit.options.extract import ExtractOptions, PromptOptions, RunOptions
 from fisherkit.options.fields import parse_field
 from fisherkit.options.mask import Direction, ExportOptions, MaskOptions, Selection
@@ -11,6 +12,7 @@ from fisherkit.options.merge import FapmOptions, MergeOptions, Metric, PairOptio
 from fisherkit.options.score import ScoreOptions
 
 __all__ = [
+    "CombineOptions",
     "Direction",
     "ExportOptions",
     "ExtractOptions",

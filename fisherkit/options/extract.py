@@ -6,18 +6,19 @@ from typing import Any, Literal
 from fisherkit.errors import OptionError
 from fisherkit.options.checks import at_least, check_device, check_patterns, one_of
 from fisherkit.options.fields import check_json, parse_field
+from fisherkit.options.part import Part, check_part
 
 Loss = Literal["auto", "all", "completion", "assistant"]
 Labels = Literal["data", "sampled"]
 Reduction = Literal["mean", "sum"]
 Engine = Literal["auto", "stream", "resident"]
-Store = Literal["bf16", "fp32", "bfloat16", "float32"]
+Store = Literal["auto", "bf16", "fp32", "bfloat16", "float32"]
 Statistics = Literal["fisher", "activations"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 ChatTemplate = Literal["auto", "on", "off"]
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_STORES = {"float32": "fp32", "bfloat16": "bf16"}
+STORES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,10 @@ class ExtractOptions(RunOptions):
         reduction: the loss of a sample is the ``mean`` or the ``sum`` over its loss tokens.
         targets: ``matrices``, ``all``, or a regular expression searched in checkpoint tensor names.
         layers: block numbers to measure, or None for all.
-        store: dtype of the file, ``bf16`` or ``fp32`` (``bfloat16`` and ``float32`` become these).
+        store: dtype of the file, ``bf16`` or ``fp32`` (``bfloat16`` and ``float32`` become these); ``auto`` is bf16,
+            and fp32 for a part (one of these two after construction).
+        shard: measure one of several parts of the samples, (3, 16) being the third of sixteen; ``combine`` adds the
+            parts. None measures them all.
         statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
             the gradients at what comes out.
         seed: seed of sampled labels.
@@ -109,7 +113,8 @@ class ExtractOptions(RunOptions):
     reduction: Reduction = "mean"
     targets: str = "matrices"
     layers: tuple[int, ...] | None = None
-    store: Store = "bf16"
+    store: Store = "auto"
+    shard: Part | tuple[int, int] | None = None
     statistics: Statistics = "fisher"
     seed: int = 0
     shard_bytes: int = 5_000_000_000
@@ -125,7 +130,10 @@ class ExtractOptions(RunOptions):
             ("statistics", self.statistics, Statistics),
         ):
             one_of(option, value, kind)
-        object.__setattr__(self, "store", _STORES.get(self.store, self.store))
+        if self.shard is not None:
+            object.__setattr__(self, "shard", check_part("shard", self.shard))
+        automatic = "bf16" if self.shard is None else "fp32"
+        object.__setattr__(self, "store", automatic if self.store == "auto" else STORES.get(self.store, self.store))
         check_patterns("targets", (self.targets,))
         if self.layers is not None and not self.layers:
             raise OptionError("--layers names no layer")

@@ -74,11 +74,12 @@ class FisherSink:
                 "a shorter --max-length, or --dtype float32"
             )
         self._writer.write(name, value.to("cpu"))
-        self.figures[name] = _figures(stats, tuple(value.shape))
+        self.figures[name] = figures_of(stats, tuple(value.shape))
         self._histograms[name] = stats.histogram
 
 
-def _figures(stats: TensorStats, shape: tuple[int, ...]) -> dict[str, Any]:
+def figures_of(stats: TensorStats, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return what the sidecar notes of one tensor."""
     return {
         "shape": list(shape),
         "sum": stats.sum,

@@ -18,8 +18,10 @@ from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, f
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, counted
 from fisherkit.options import ExtractOptions
+from fisherkit.options.part import Part
 from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
+from fisherkit.prompts.part import PartOfSet, take_part
 from fisherkit.prompts.sources import PromptSource
 from fisherkit.prompts.tokenizer import hash_tokenizer, load_tokenizer
 
@@ -33,6 +35,7 @@ class Prepared:
         skeleton: the model on the meta device.
         tokenizer_sha256: of all that decides how text is split; None in a dry run without a tokenizer.
         prompts: the samples; None in a dry run without prompts or without a tokenizer.
+        part: what they are a part of; None where they are all.
         plan: targets, and blocks in groups.
         device: where it computes.
         options: as they were given.
@@ -42,6 +45,7 @@ class Prepared:
     skeleton: Skeleton
     tokenizer_sha256: str | None
     prompts: PromptSet | None
+    part: PartOfSet | None
     plan: Plan
     device: torch.device
     options: ExtractOptions
@@ -99,15 +103,18 @@ def prepare(
     device = choose_device(options.device)
     skeleton = open_skeleton(source, _open(source, dry_run), options, device, say)
     tokenizer = _tokenizer(source, options, dry_run)
-    samples = None
+    samples, part = None, None
     if tokenizer is not None and prompts is not None:
         samples = load_prompts(prompts, tokenizer, options, say=say)
+        if options.shard is not None:
+            samples, part = take_part(samples, Part(*options.shard))
         check_fit(source, skeleton, samples.samples)
     return Prepared(
         source=source,
         skeleton=skeleton,
         tokenizer_sha256=hash_tokenizer(tokenizer) if tokenizer is not None else None,
         prompts=samples,
+        part=part,
         plan=_make_plan(skeleton, options, device, _longest(samples, options), say),
         device=device,
         options=options,

@@ -69,6 +69,7 @@ def provenance(prepared: Prepared, mode: Mapping[str, Any]) -> dict[str, Any]:
             "chat_template_sha256": report["template_sha256"],
         },
         "prompts": report,
+        **({"part": prepared.part.as_json()} if prepared.part is not None else {}),
         "estimator": {
             "name": "empirical" if options.labels == "data" else "sampled",
             "formula": "F_i = 1/N sum_n (d l_n / d theta_i)^2, l_n the negative log-likelihood of sample n",

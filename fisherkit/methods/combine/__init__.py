@@ -1,0 +1,1 @@
+"""Parts of a Fisher that several runs measured, added to one."""
