@@ -138,6 +138,8 @@ LINES = (
     "extract base {} -o out.pt --dry-run",
     "inspect fisher.safetensors --by {} --sort {}",
     "inspect fisher.safetensors --top {} --format {}",
+    "combine part-1.safetensors part-2.safetensors -o out.pt --weights {} --store {}",
+    "extract base p.jsonl -o out.pt --dry-run --shard {}",
     "mask fisher.safetensors -o out.safetensors --train top --keep {} --scope {}",
     "mask fisher.safetensors -o out.safetensors --svd-rank {}",
     "mask fisher.safetensors -o out.safetensors --svd-energy {} --pull {}",

@@ -52,6 +52,11 @@ TARGETS = (
         ("fisher.safetensors", "fisher.json"),
         ("inspect fisher.safetensors", "mask fisher.safetensors -o out.safetensors --preset fggm"),
     ),
+    Target(
+        "part",
+        ("part-1.safetensors", "part-1.json"),
+        ("combine part-1.safetensors part-2.safetensors -o out.safetensors",),
+    ),
     Target("pickled fisher", ("plain.pt",), ("inspect plain.pt", "mask plain.pt -o out.safetensors --preset fish")),
     Target(
         "mask",
@@ -99,6 +104,8 @@ def make_material(folder: Path) -> Path:
     made = (
         "extract base p.jsonl -o fisher.safetensors",
         "extract base p.jsonl -o seen.safetensors --statistics activations",
+        "extract base p.jsonl -o part-1.safetensors --shard 1/2",
+        "extract base p.jsonl -o part-2.safetensors --shard 2/2",
         "mask fisher.safetensors -o mask.safetensors --preset fggm",
         "mask fisher.safetensors -o sub.safetensors --svd-rank 2",
         "fapm base tuned --sparse delta.safetensors",

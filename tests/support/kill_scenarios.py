@@ -70,6 +70,12 @@ SCENARIOS = (
         reader=("inspect", "fisher.pt"),
     ),
     Scenario(
+        "combine",
+        ("combine", "{part-1}", "{part-2}", "-o", "fisher.pt"),
+        ("fisher.pt", *_FISHER),
+        reader=("inspect", "fisher.pt"),
+    ),
+    Scenario(
         "mask-rows",
         ("mask", "{fisher}", "-o", "m.safetensors", "--preset", "fggm"),
         ("m.safetensors", "m.json"),
@@ -123,13 +129,15 @@ def make_inputs(folder: Path) -> dict[str, str]:
     base, tuned = pairs.make(folder)
     prompts = tiny.write_prompts(folder / "prompts.jsonl")
     made = {"base": base, "tuned": tuned, "prompts": prompts}
-    for name, words in (
-        ("fisher", ("extract", base, prompts, "-o", "given.pt")),
-        ("mask", ("mask", "given.pt", "-o", "given-mask.safetensors", "--preset", "fggm")),
+    for name, file, words in (
+        ("fisher", "given.pt", ("extract", base, prompts)),
+        ("mask", "given-mask.safetensors", ("mask", "given.pt", "--preset", "fggm")),
+        ("part-1", "part-1.safetensors", ("extract", base, prompts, "--shard", "1/2")),
+        ("part-2", "part-2.safetensors", ("extract", base, prompts, "--shard", "2/2")),
     ):
-        done = run(words, folder)
+        done = run((*words, "-o", file), folder)
         assert done.code == 0, done.stderr
-        made[name] = folder / ("given.pt" if name == "fisher" else "given-mask.safetensors")
+        made[name] = folder / file
     return {name: str(path) for name, path in made.items()}
 
 
