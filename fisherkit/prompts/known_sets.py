@@ -12,6 +12,9 @@ from fisherkit.prompts.fields import PromptFields, mapped_fields, named_field
 from fisherkit.prompts.turns import Conversation, Row
 from fisherkit.prompts.wording import names_of
 
+MULTIPLE_CHOICE = "multiple choice"
+"""Kind of the sets whose last needed column names the right one of several choices."""
+
 # In order of preference: what says more comes first, so that Alpaca's rendered ``text`` and UltraChat's
 # ``prompt`` do not win over the columns they were made from.
 KNOWN_SETS = (
@@ -27,20 +30,20 @@ KNOWN_SETS = (
     ),
     PromptFields("thread", "messages", needs=("prompt.replies",), rewrite=shapes.best_thread),
     PromptFields(
-        "multiple choice", "question", "answer", needs=("question", "choices", "answer"), rewrite=shapes.multiple_choice
+        MULTIPLE_CHOICE, "question", "answer", needs=("question", "choices", "answer"), rewrite=shapes.multiple_choice
     ),
     PromptFields(
-        *("multiple choice", "question", "answer"),
+        *(MULTIPLE_CHOICE, "question", "answer"),
         needs=("question", "A", "B", "C", "D", "answer"),
         rewrite=shapes.multiple_choice,
     ),
     *(
         PromptFields(
-            "multiple choice", "question", "answer", needs=(ask, "choices", "answerKey"), rewrite=shapes.choice_by_key
+            MULTIPLE_CHOICE, "question", "answer", needs=(ask, "choices", "answerKey"), rewrite=shapes.choice_by_key
         )
         for ask in ("question", "question_stem")
     ),
-    PromptFields("multiple choice", "ctx", "ending", needs=("ctx", "endings", "label"), rewrite=shapes.right_ending),
+    PromptFields(MULTIPLE_CHOICE, "ctx", "ending", needs=("ctx", "endings", "label"), rewrite=shapes.right_ending),
     PromptFields(
         *("question+answers", "question", "answer", "context"),
         context_first=True,

@@ -19,7 +19,7 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 def multiple_choice(row: Row) -> Row:
     """MMLU: the question with its lettered choices, answered by the letter."""
     texts, labels = _choices(row)
-    chosen = _chosen(row["answer"], texts, labels)
+    chosen = right_choice(row["answer"], texts, labels)
     return {"question": _with_choices(row["question"], texts, labels), "answer": labels[chosen]}
 
 
@@ -29,14 +29,14 @@ def choice_by_key(row: Row) -> Row:
     question = row["question"] if "question" in row else row["question_stem"]
     return {
         "question": _with_choices(question, texts, labels),
-        "answer": texts[_chosen(row["answerKey"], texts, labels)],
+        "answer": texts[right_choice(row["answerKey"], texts, labels)],
     }
 
 
 def right_ending(row: Row) -> Row:
     """HellaSwag: a context and the right one of its endings."""
     endings = _texts(row["endings"])
-    return {"ctx": row["ctx"], "ending": endings[_chosen(row["label"], endings, [])]}
+    return {"ctx": row["ctx"], "ending": endings[right_choice(row["label"], endings, [])]}
 
 
 def first_answer(row: Row) -> Row:
@@ -95,15 +95,28 @@ def _rank(rank: Any) -> float:
     return float(rank) if isinstance(rank, int | float) and abs(rank) < 1e9 else float("inf")
 
 
-def _choices(row: Row) -> tuple[list[str], list[str]]:
-    """Return the texts and labels of a row's choices: a list, ``{"text", "label"}``, or columns A, B, C, D."""
-    choices = row["choices"] if "choices" in row else [row[letter] for letter in "ABCD"]
+def choices_of(row: Row, column: str) -> tuple[list[str], list[str]]:
+    """Return the texts of a row's choices, and their labels where they have some.
+
+    Args:
+        row: of the set.
+        column: holds a list of texts, ``{"text", "label"}``, or a list of these; ``A`` stands for A, B, C and D.
+
+    Raises:
+        PromptError: it holds something else.
+    """
+    choices = [row[letter] for letter in "ABCD"] if column == "A" else row[column]
     if isinstance(choices, dict):
         return _texts(choices.get("text")), _texts(choices.get("label"))
     if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         return _texts([choice.get("text") for choice in choices]), _texts([choice.get("label") for choice in choices])
-    texts = _texts(choices)
-    return texts, list(_LETTERS[: len(texts)])
+    return _texts(choices), []
+
+
+def _choices(row: Row) -> tuple[list[str], list[str]]:
+    """Return the texts and labels of a row's choices; letters where they have none."""
+    texts, labels = choices_of(row, "choices" if "choices" in row else "A")
+    return texts, labels or list(_LETTERS[: len(texts)])
 
 
 def _texts(values: Any) -> list[str]:
@@ -119,15 +132,18 @@ def _with_choices(question: Any, texts: Sequence[str], labels: Sequence[str]) ->
     return f"{question}\n\n{listed}"
 
 
-def _chosen(answer: Any, texts: Sequence[str], labels: Sequence[str]) -> int:
-    """Return the place of the right choice, given as a label, a number from 0 or the choice itself.
+def right_choice(answer: Any, texts: Sequence[str], labels: Sequence[str]) -> int:
+    """Return the place of the right choice, given as a label, a letter, a number from 0 or the choice itself.
 
     A label comes first: ARC has questions whose labels are 1 to 4.
+
+    Raises:
+        UnusableRowError: it is hidden, or none of the choices.
     """
     key = str(answer).strip() if isinstance(answer, str | int) else ""
     if not key or key == "-1":  # how test splits hide it
         raise UnusableRowError("has no answer")
-    for known in (labels, [str(n) for n in range(len(texts))], texts):
+    for known in (labels or list(_LETTERS[: len(texts)]), [str(n) for n in range(len(texts))], texts):
         if key in known:
             return min(list(known).index(key), len(texts) - 1)
     raise UnusableRowError("has an answer that is none of its choices")

@@ -27,14 +27,24 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[^@:]+))?(@(?P<
 
 def source_name(source: PromptSource) -> str:
     """Name a prompt set in one line: as it was given, or its first file and how many more there are."""
-    names = _as_names(source)
+    names = source_names(source)
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more" if names else "nothing"
+
+
+def short_name(source: PromptSource) -> str:
+    """Name a prompt set in a message."""
+    return "stdin" if source_name(source) == "-" else clipped(source_name(source), 150)
+
+
+def source_names(source: PromptSource) -> list[str]:
+    """Return each file, folder, pattern or data set of a prompt set, as it was given."""
+    return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(one) for one in source]
 
 
 def input_files(source: PromptSource) -> list[Path]:
     """List the files of this machine that a prompt set is read from; of a saved data set, its folder."""
     found: list[Path] = []
-    for name in _as_names(source):
+    for name in source_names(source):
         folder, split = _folder_and_split(name)
         if folder is not None:
             found += [folder] if is_saved(folder) else data_files(folder, split)
@@ -57,7 +67,7 @@ def read_rows(source: PromptSource) -> Iterator[NamedRow]:
         PromptError: the source is missing or malformed; the message names the line.
         MissingLibraryError: tables and the hub need ``datasets``, .zst its codec.
     """
-    rows: Iterator[NamedRow] = chain.from_iterable(map(_named_rows, _as_names(source)))
+    rows: Iterator[NamedRow] = chain.from_iterable(map(_named_rows, source_names(source)))
     first = next(rows, None)
     if first is None:
         return
@@ -66,10 +76,6 @@ def read_rows(source: PromptSource) -> Iterator[NamedRow]:
         name = source_name(source)
         rows = ((f"{name} thread {n}", row) for n, row in enumerate(threads(row for _, row in rows), 1))
     yield from rows
-
-
-def _as_names(source: PromptSource) -> list[str]:
-    return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(one) for one in source]
 
 
 def _named_rows(source: str) -> Iterator[NamedRow]:
@@ -138,8 +144,25 @@ def _file_rows(path: Path) -> Iterator[Row]:
         with open_bytes(path) as stream:
             yield from PARSERS[suffix](decoded_lines(stream, str(path), longest), str(path))
     except BROKEN as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise PromptError(f"{path}: cannot be read: {clipped(reason, 120)}") from error
+        raise _unreadable(path, error) from error
+
+
+def text_of_file(path: Path) -> str:
+    """Return all of a text file, decompressed.
+
+    Raises:
+        PromptError: it cannot be read, or is no text in UTF-8.
+    """
+    try:
+        with open_bytes(path) as stream:
+            return "".join(decoded_lines(stream, str(path), LARGEST_JSON))
+    except BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> PromptError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return PromptError(f"{path}: cannot be read: {clipped(reason, 120)}")
 
 
 def _numbered(name: str, rows: Iterator[Row]) -> Iterator[NamedRow]:

@@ -1,6 +1,7 @@
 """From rendered text to token ids, each with a mark that says whether it counts in the loss."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fisherkit.prompts.spans import Span, common_length
@@ -10,10 +11,47 @@ _CHARACTERS = 64  # per token; ten times what languages need
 _MARGIN = 4096  # characters before the cut whose tokens may come out otherwise: more than the longest token has
 
 
-def tokenise(
-    tokenizer: Any, rendered: Rendered, *, everything: bool, longest: int
-) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Return token ids and, for each, whether it counts: all but the first, or those that overlap a span.
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a text.
+
+    Attributes:
+        ids: token ids.
+        counts: for each, whether it counts in the loss; the first never does.
+        ends: for each, the character behind its last one; 0 for special tokens, and where the tokenizer does not tell.
+    """
+
+    ids: tuple[int, ...]
+    counts: tuple[bool, ...]
+    ends: tuple[int, ...]
+
+    def counted_bytes(self, text: str, tokenizer: Any) -> int:
+        """Return the bytes in UTF-8 of what the tokens that count stand for.
+
+        A token stands for the text from the end of the one before it, the blank between them included. Where the
+        tokenizer does not tell, the tokens are made text again.
+
+        Args:
+            text: that was tokenised.
+            tokenizer: that did it.
+        """
+        if not any(self.ends):
+            kept = [token for token, counts in zip(self.ids, self.counts, strict=True) if counts]
+            return len(tokenizer.decode(kept, skip_special_tokens=True).encode())
+        total = at = 0
+        for end, counts in zip(self.ends, self.counts, strict=True):
+            if end > at:
+                total += len(text[at:end].encode()) if counts else 0
+                at = end
+        return total
+
+    def head(self, length: int) -> "Tokens":
+        """Return the first so many tokens."""
+        return Tokens(self.ids[:length], self.counts[:length], self.ends[:length])
+
+
+def tokenise(tokenizer: Any, rendered: Rendered, *, everything: bool, longest: int) -> Tokens:
+    """Return tokens and, for each, whether it counts: all but the first, or those that overlap a span.
 
     Text without a template gets the tokenizer's own special tokens, rendered text none; never two BOS.
     A token that straddles the start of a span counts: it carries part of the answer.
@@ -29,10 +67,10 @@ def tokenise(
     ids, counts, ends = _tokens(tokenizer, rendered, text, everything)
     last = longest + _doubled_bos(ids, tokenizer.bos_token_id)
     if len(text) < len(rendered.text) and (len(ids) <= last or ends[last] > len(text) - _MARGIN):
-        ids, counts, _ = _tokens(tokenizer, rendered, rendered.text, everything)
+        ids, counts, ends = _tokens(tokenizer, rendered, rendered.text, everything)
     counts[:1] = [False] * len(ids[:1])  # nothing predicts the first token
     doubled = _doubled_bos(ids, tokenizer.bos_token_id)
-    return tuple(ids[doubled:]), (*counts[:1], *counts[doubled + 1 :])
+    return Tokens(tuple(ids[doubled:]), (*counts[:1], *counts[doubled + 1 :]), tuple(ends[doubled:]))
 
 
 def _tokens(

@@ -15,3 +15,16 @@ class NeedsBatchSizeOne(Exception):  # noqa: N818 - a finding
 
 class AttendsAhead(Exception):  # noqa: N818 - a finding
     """Tokens see the ones after them, so that labels leak into what predicts them."""
+
+
+class FoundInModel(Exception):  # noqa: N818 - a finding
+    """One of the findings above, about one of several models that are run together.
+
+    Attributes:
+        number: of the model.
+        finding: what was found.
+    """
+
+    def __init__(self, number: int, finding: Unreplayable | NeedsBatchSizeOne | AttendsAhead) -> None:
+        super().__init__()
+        self.number, self.finding = number, finding

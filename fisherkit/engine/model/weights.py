@@ -102,6 +102,13 @@ class Weights:
         self._skeleton.unload_outer()
         give_back()
 
+    def leave_all(self) -> None:
+        """Drop all that load_all loaded."""
+        for block in sorted(self._held):
+            self._skeleton.unload(block)
+        self._held.clear()
+        self.leave_outer()
+
     def _take(self, group: tuple[int, ...]) -> dict[str, Tensor]:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == group:

@@ -39,10 +39,9 @@ def check_causality(feed: Feed, logits: Callable[[Inputs], Tensor]) -> None:
     with torch.no_grad():
         alone = logits(probe_inputs(feed, start))[0]
         longer, changed = (logits(probe_inputs(feed, [*start, *more]))[0, : len(start)] for more in (one, other))
-    tolerance = TOLERANCE.get(feed.skeleton.dtype, COARSE_TOLERANCE)
-    if not _close(longer, changed, tolerance):
+    if not is_close(feed, longer, changed):
         raise AttendsAhead
-    if any(len(batch) > 1 for batch in feed.batches) and not _close(longer, alone, tolerance):
+    if any(len(batch) > 1 for batch in feed.batches) and not is_close(feed, longer, alone):
         raise NeedsBatchSizeOne(frozenset())
 
 
@@ -59,7 +58,9 @@ def _sequences(feed: Feed) -> tuple[list[int], list[int], list[int]]:
     return start, one, [tokens[(number + 1) % len(tokens)] for number in range(more)]
 
 
-def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+def is_close(feed: Feed, found: Tensor, wanted: Tensor) -> bool:
+    """Return whether two logits differ by no more than the rounding of the model's dtype, taken together."""
+    tolerance = TOLERANCE.get(feed.skeleton.dtype, COARSE_TOLERANCE)
     found, wanted = found.float(), wanted.float()
     if not wanted.isfinite().all():
         return True  # an overflow is the loss's to report, with the row

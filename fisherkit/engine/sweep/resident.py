@@ -9,6 +9,7 @@ import torch
 from fisherkit.engine.fisher.squared_gradients import add_squared_parameters_, trainable
 from fisherkit.engine.model.weights import Weights
 from fisherkit.engine.sweep.causality import check_causality
+from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.job import Job
 from fisherkit.errors import UnsupportedModelError, first_line
 
@@ -24,7 +25,7 @@ def resident(job: Job) -> None:
     """
     with job.open_source() as source, Weights(job.skeleton, source, job.device, keep=True) as weights:
         weights.load_all()
-        _check_forward(job)
+        check_runs(job)
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
         groups += [(None,)] if job.plan.names([None]) else []
         if job.covariances is not None and not job.covariances.is_laid_out:
@@ -33,15 +34,20 @@ def resident(job: Job) -> None:
             _measure(job, groups[number], number, len(groups))
 
 
-def _check_forward(job: Job) -> None:
-    """Run a few tokens, to see that the model takes nothing else and that no token sees the ones after it."""
+def check_runs(feed: Feed) -> None:
+    """Run a few tokens, to see that the model takes nothing else and that no token sees the ones after it.
+
+    Raises:
+        UnsupportedModelError: it does not run on token ids alone.
+        AttendsAhead: tokens see later ones.
+    """
     try:
-        check_causality(job, lambda inputs: job.skeleton.model(**inputs, use_cache=False).logits)
+        check_causality(feed, lambda inputs: feed.skeleton.model(**inputs, use_cache=False).logits)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{type(job.skeleton.model).__name__} does not run on token ids alone "
+            f"{type(feed.skeleton.model).__name__} does not run on token ids alone "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
