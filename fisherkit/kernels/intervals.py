@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 _EXACT_UP_TO = 300  # degrees of freedom, up to which the distribution is summed term by term
 
@@ -23,16 +23,43 @@ def ratio_mean(totals: ArrayLike, sizes: ArrayLike) -> tuple[float, float | None
     """Return sum(totals) / sum(sizes), and half of the width of its 95 % interval; None for a single sample.
 
     Args:
-        totals: [N] one per sample; differences of two checkpoints' totals make it a paired interval.
+        totals: [N] one per sample.
         sizes: [N] of the samples, above 0.
     """
+    mean, influence = _influence(totals, sizes)
+    return mean, _half_width(influence)
+
+
+def ratio_difference(
+    totals: ArrayLike, sizes: ArrayLike, first_totals: ArrayLike, first_sizes: ArrayLike
+) -> tuple[float, float | None]:
+    """Return how much the mean of one side is above that of the first, and half of the width of its 95 % interval.
+
+    The two are paired by sample: what makes a sample hard for both drops out.
+
+    Args:
+        totals: [N] of one side.
+        sizes: [N] of its samples.
+        first_totals: [N] of the first side, sample by sample.
+        first_sizes: [N] of its samples.
+    """
+    mean, influence = _influence(totals, sizes)
+    first_mean, first_influence = _influence(first_totals, first_sizes)
+    return mean - first_mean, _half_width(influence - first_influence)
+
+
+def _influence(totals: ArrayLike, sizes: ArrayLike) -> tuple[float, NDArray[np.float64]]:
+    """Return the mean, and e_n / sum size_n for each sample."""
     total, size = np.asarray(totals, np.float64), np.asarray(sizes, np.float64)
-    count, mean = len(total), float(total.sum() / size.sum())
+    mean = float(total.sum() / size.sum())
+    return mean, (total - mean * size) / size.sum()
+
+
+def _half_width(influence: NDArray[np.float64]) -> float | None:
+    count = len(influence)
     if count < 2:
-        return mean, None
-    residuals = total - mean * size
-    error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / float(size.sum())
-    return mean, student(count - 1) * error
+        return None
+    return student(count - 1) * math.sqrt(count / (count - 1) * float(influence @ influence))
 
 
 def share(hits: Sequence[bool]) -> tuple[float, float | None]:

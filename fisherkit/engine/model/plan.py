@@ -121,7 +121,7 @@ def needs(
     size = torch.empty((), dtype=skeleton.dtype).element_size()
     batch_tokens = max(batch_tokens, longest)  # a sample is never split
     group = max(_group_bytes(skeleton, plan, group, size, batch_tokens, covariances or {}) for group in plan.groups)
-    ahead = max(sum(_weights(skeleton, block) for block in group) * size for group in plan.groups)
+    ahead = max(sum(block_weights(skeleton, block) for block in group) * size for group in plan.groups)
     around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
     outer = _measured(skeleton, plan, None)
     head = skeleton.model.get_output_embeddings()
@@ -165,9 +165,9 @@ def _group_bytes(
     batch_tokens: int,
     covariances: Mapping[int | None, int],
 ) -> int:
-    weights = sum(_weights(skeleton, block) for block in group) * size
+    weights = sum(block_weights(skeleton, block) for block in group) * size
     accumulators = 4 * sum(_measured(skeleton, plan, block) for block in group)
-    kept = sum(_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
+    kept = sum(block_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
     return weights + accumulators + kept + sum(covariances.get(block, 0) for block in (*group, None))
 
 
@@ -176,11 +176,12 @@ def _measured(skeleton: Skeleton, plan: Plan, block: int | None) -> int:
     return sum(own[name].numel() for name in plan.names([block]))
 
 
-def _weights(skeleton: Skeleton, block: int) -> int:
+def block_weights(skeleton: Skeleton, block: int) -> int:
+    """Return the number of weights of a block."""
     return sum(parameter.numel() for parameter in skeleton.parameters(block).values())
 
 
-def _activations(block: nn.Module) -> int:
+def block_activations(block: nn.Module) -> int:
     """Estimate the numbers per token that a replay of the block keeps: in- and outputs of its linear layers, twice."""
     matrices = (parameter.shape for parameter in block.parameters() if parameter.ndim == 2)
     return 2 * sum(sum(shape) for shape in matrices)

@@ -1,6 +1,5 @@
 """Choice of the engine: block by block, or, where blocks cannot be replayed, with the whole model in memory."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,15 +9,14 @@ from fisherkit.checkpoint.schema import flag, listed, maybe, named, number, tabl
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink
-from fisherkit.engine.model.build import shared_between_blocks
 from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import only_batches_of_one
+from fisherkit.engine.model.residence import check_resident, leaks, takes_token_types, why_resident
 from fisherkit.engine.sweep.job import Job
 from fisherkit.engine.sweep.resident import resident
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.engine.sweep.sweep import stream
-from fisherkit.errors import UnsupportedModelError
 from fisherkit.methods.extract.prepare import Prepared
 from fisherkit.methods.extract.whole_run import whole_run
 from fisherkit.progress import Say, Track
@@ -73,12 +71,8 @@ def run_engine(
         try:
             (resident if mode["engine"] == "resident" else stream)(job)
         except AttendsAhead:
-            if mode.get("token_types") or not _takes_token_types(prepared):
-                raise UnsupportedModelError(
-                    f"{prepared.source.id}: {prepared.skeleton.model.config.model_type} lets tokens see the ones after "
-                    "them, so that labels would leak; extract measures causal language models (is_decoder in "
-                    "config.json makes one of some encoders)"
-                ) from None
+            if mode.get("token_types") or not takes_token_types(prepared.skeleton):
+                raise leaks(prepared.source.id, prepared.skeleton) from None
             mode = mode | {"token_types": True}
         except NeedsBatchSizeOne as finding:
             mode = mode | {"singles": True, "general": sorted({*mode["general"], *finding.general})}
@@ -128,20 +122,14 @@ def _job(
 
 def _first_mode(prepared: Prepared, say: Say) -> Mode:
     skeleton = prepared.skeleton
-    shared = shared_between_blocks(skeleton.blocks)
+    reason = why_resident(skeleton)
     mode: Mode = {"general": [], "token_types": False}
     if prepared.options.engine == "resident":
         return mode | {"engine": "resident", "reason": "asked for", "singles": True}
-    if shared is not None:
-        return mode | _resident_mode(prepared, f"its blocks share {shared}", say)
-    if len(skeleton.lists) > 1:
-        return mode | _resident_mode(prepared, f"its blocks lie in {len(skeleton.lists)} lists", say)
+    if reason is not None:
+        return mode | _resident_mode(prepared, reason, say)
     singles = only_batches_of_one(skeleton, prepared.plan)
     return mode | {"engine": "stream", "reason": "a replayed sample agrees with plain autograd", "singles": singles}
-
-
-def _takes_token_types(prepared: Prepared) -> bool:
-    return "token_type_ids" in inspect.signature(prepared.skeleton.model.forward).parameters
 
 
 def _resident_mode(prepared: Prepared, reason: str, say: Say) -> Mode:
@@ -150,13 +138,6 @@ def _resident_mode(prepared: Prepared, reason: str, say: Say) -> Mode:
     Raises:
         UnsupportedModelError: it is not possible either, or not wanted.
     """
-    if prepared.options.engine == "stream":
-        raise UnsupportedModelError(f"{prepared.source.id}: cannot be streamed: {reason}; try --engine auto")
-    weights, room = prepared.weight_bytes(), available_bytes(prepared.device)
-    if weights > room:
-        raise UnsupportedModelError(
-            f"{prepared.source.id}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "
-            f"{room / 1e9:.1f} GB of memory"
-        )
+    check_resident(prepared.source.id, prepared.skeleton, prepared.device, prepared.options.engine, reason)
     say(f"the whole model is kept in memory: {reason}")
     return {"engine": "resident", "reason": reason, "singles": True}

@@ -15,6 +15,7 @@ from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.open_model import open_skeleton
 from fisherkit.engine.model.plan import HEADROOM, Needs, Plan, choose_targets, fit_groups, needs
+from fisherkit.engine.model.residence import weight_bytes
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, counted
 from fisherkit.options import ExtractOptions
@@ -70,15 +71,11 @@ class Prepared:
             covariances=_covariance_memory(self.skeleton, self.plan, self.options),
         )
 
-    def weight_bytes(self) -> int:
-        """Return the bytes of all weights in the type that they are computed in."""
-        return sum(weight.numel() * weight.element_size() for weight in self.skeleton.model.parameters())
-
     def weights_fit(self) -> bool:
         """Return whether an accelerator can keep all weights between the sweeps; on a CPU the page cache does."""
         if self.device.type == "cpu":
             return False
-        return bool(self.weight_bytes() + self.needs().device <= HEADROOM * available_bytes(self.device))
+        return bool(weight_bytes(self.skeleton) + self.needs().device <= HEADROOM * available_bytes(self.device))
 
 
 def prepare(
