@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fisherkit.methods.merge.fapm_preview import plan_fapm, sweep_fapm
     from fisherkit.methods.merge.fapm_report import FapmReport
     from fisherkit.methods.merge.merge import MergeReport, merge
-    from fisherkit.options import CombineOptions, ExtractOptions, FapmOptions, MaskOptions, MergeOptions
+    from fisherkit.methods.score.report import ScoreReport
+    from fisherkit.methods.score.score import score
+    from fisherkit.options import CombineOptions, ExtractOptions, FapmOptions, MaskOptions, MergeOptions, ScoreOptions
     from fisherkit.training.mask_input import load_mask
     from fisherkit.training.names import find_weights
 
@@ -34,6 +36,8 @@ _HOMES = {
     "MaskReport": "fisherkit.methods.mask.build",
     "MergeOptions": "fisherkit.options",
     "MergeReport": "fisherkit.methods.merge.merge",
+    "ScoreOptions": "fisherkit.options",
+    "ScoreReport": "fisherkit.methods.score.report",
     "Summary": "fisherkit.methods.inspect.summary",
     "combine": "fisherkit.methods.combine.combine",
     "extract": "fisherkit.methods.extract.measure",
@@ -45,6 +49,7 @@ _HOMES = {
     "merge": "fisherkit.methods.merge.merge",
     "plan_extract": "fisherkit.methods.extract.measure",
     "plan_fapm": "fisherkit.methods.merge.fapm_preview",
+    "score": "fisherkit.methods.score.score",
     "sweep_fapm": "fisherkit.methods.merge.fapm_preview",
 }
 
@@ -60,6 +65,8 @@ __all__ = [
     "MaskReport",
     "MergeOptions",
     "MergeReport",
+    "ScoreOptions",
+    "ScoreReport",
     "Summary",
     "__version__",
     "combine",
@@ -72,6 +79,7 @@ __all__ = [
     "merge",
     "plan_extract",
     "plan_fapm",
+    "score",
     "sweep_fapm",
 ]
 

@@ -4,7 +4,7 @@ torch, transformers and the methods that need them are imported inside the comma
 of the imports below is that of the commands in the help.
 """
 
-from fisherkit.cli import extract, combine, inspect, mask, fapm, merge, export, demo  # noqa: I001, F401
+from fisherkit.cli import extract, combine, inspect, mask, fapm, merge, score, export, demo  # noqa: I001, F401
 from fisherkit.cli.app import app
 
 __all__ = ["app"]

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fisherkit.methods.inspect.records import Record
+    from fisherkit.methods.inspect.samples import WorstSamples
     from fisherkit.methods.inspect.summary import Summary
+    from fisherkit.methods.score.report import ScoreReport
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 130, 141
 
@@ -87,6 +89,31 @@ def show_rows(rows: "Sequence[Record]", columns: Sequence[str]) -> None:
         from fisherkit.methods.inspect.records import render
 
         _write(sys.stdout, render(rows, columns, "tsv"))
+
+
+def show_score(report: "ScoreReport") -> None:
+    """Print a score on stdout: tables on a terminal, TSV with exact numbers anywhere else."""
+    if sys.stdout.isatty():
+        from fisherkit.render import score_table
+
+        score_table.draw_score(report, _screen())
+    else:
+        from fisherkit.methods.inspect.records import render
+
+        _write(sys.stdout, render(report.records(), report.columns, "tsv"))
+
+
+def show_samples(samples: "WorstSamples", form: Form, *, every: bool) -> None:
+    """Print samples of a score on stdout, in a form as ``show`` has it; a table of all rows only with ``every``."""
+    one_of("format", form, Form)
+    if form == "table" or (form == "auto" and sys.stdout.isatty()):
+        from fisherkit.render import score_table
+
+        score_table.draw_samples(samples, _screen(), every=every)
+    else:
+        from fisherkit.methods.inspect.records import render
+
+        _write(sys.stdout, render(samples.rows, samples.columns, "tsv" if form == "auto" else form))
 
 
 def say_kept(totals: Mapping[str, Any], *, selects: bool, quiet: bool = False) -> None:

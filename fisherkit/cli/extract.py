@@ -9,11 +9,26 @@ import typer
 
 from fisherkit.cli import console
 from fisherkit.cli.app import MACHINE, OUTPUT, Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
-from fisherkit.options import ExtractOptions, parse_bytes, parse_json, parse_layers
+from fisherkit.cli.run_options import (
+    BatchTokens,
+    ChatTemplate,
+    ChatTemplateKwargs,
+    Device,
+    DType,
+    Engine,
+    Field,
+    GroupSize,
+    Limit,
+    Loss,
+    MaxLength,
+    TrustRemoteCode,
+    run_options,
+)
+from fisherkit.options import ExtractOptions, parse_bytes, parse_layers
 from fisherkit.options import extract as choices
 from fisherkit.options.part import parse_part
 
-PROMPTS, MEASURE = "What is read", "What is measured"
+MEASURE = "What is measured"
 
 
 @app.command(cls=Command)
@@ -33,32 +48,12 @@ def extract(
     out: Annotated[
         Path, typer.Option("--out", "-o", help=".pt, .safetensors, or no suffix for a folder.", rich_help_panel=OUTPUT)
     ] = Path("fisher.pt"),
-    field: Annotated[
-        str | None,
-        typer.Option(
-            help="Column with the prompt, or prompt=..,context=..,completion=..; found by itself otherwise.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Use the first so many rows; 0 for all.", rich_help_panel=PROMPTS)] = 200,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens per sample; longer ones are cut on the right.", rich_help_panel=PROMPTS)
-    ] = 256,
-    chat_template: Annotated[
-        choices.ChatTemplate,
-        typer.Option(help="Use the tokenizer's; auto: when it has one.", rich_help_panel=PROMPTS),
-    ] = "auto",
-    chat_template_kwargs: Annotated[
-        str, typer.Option(help="JSON passed to the template.", rich_help_panel=PROMPTS)
-    ] = "{}",
-    loss: Annotated[
-        choices.Loss,
-        typer.Option(
-            help="Tokens that count: all, the answer (completion), all its turns (assistant); auto is completion "
-            "where the set has answers, else all.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = "auto",
+    field: Field = None,
+    limit: Limit = 200,
+    max_length: MaxLength = 256,
+    chat_template: ChatTemplate = "auto",
+    chat_template_kwargs: ChatTemplateKwargs = "{}",
+    loss: Loss = "auto",
     targets: Annotated[
         str,
         typer.Option(
@@ -93,31 +88,13 @@ def extract(
             rich_help_panel=MACHINE,
         ),
     ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Layers in memory at a time; lowered if they do not fit.", rich_help_panel=MACHINE)
-    ] = 8,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Padded tokens per batch; never changes the result.", rich_help_panel=MACHINE)
-    ] = 1024,
-    dtype: Annotated[
-        choices.DType,
-        typer.Option(
-            help="What is computed in; auto is the checkpoint's own, or float32 on a CPU far faster in that.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=MACHINE)] = "auto",
-    engine: Annotated[
-        choices.Engine,
-        typer.Option(help="stream: group by group; resident: the whole model in memory.", rich_help_panel=MACHINE),
-    ] = "auto",
+    group_size: GroupSize = 8,
+    batch_tokens: BatchTokens = 1024,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    engine: Engine = "auto",
     resume: Resume = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code that ships with the model.", rich_help_panel="Danger"
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     store: Annotated[
         choices.Store,
         typer.Option(help="Of the file; auto is bf16, and fp32 with --shard.", rich_help_panel=OUTPUT),
@@ -141,12 +118,6 @@ def extract(
 
     def command() -> None:
         options = ExtractOptions(
-            field=field,
-            limit=limit,
-            max_length=max_length,
-            chat_template=chat_template,
-            chat_template_kwargs=parse_json("chat-template-kwargs", chat_template_kwargs),
-            loss=loss,
             targets=targets,
             layers=parse_layers(layers) if layers is not None else None,
             labels=labels,
@@ -154,16 +125,24 @@ def extract(
             statistics=statistics,
             seed=seed,
             shard=parse_part("shard", shard) if shard is not None else None,
-            group_size=group_size,
-            batch_tokens=batch_tokens,
-            dtype=dtype,
-            device=device,
-            engine=engine,
-            resume=resume,
-            trust_remote_code=trust_remote_code,
             store=store,
             shard_bytes=parse_bytes("max-shard-size", max_shard_size),
-            force=force,
+            **run_options(
+                field=field,
+                limit=limit,
+                max_length=max_length,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+                loss=loss,
+                group_size=group_size,
+                batch_tokens=batch_tokens,
+                dtype=dtype,
+                device=device,
+                engine=engine,
+                resume=resume,
+                trust_remote_code=trust_remote_code,
+                force=force,
+            ),
         )
         say = sayer(quiet)
         track = console.tracker("extract", quiet=quiet, begin="loading torch and transformers")

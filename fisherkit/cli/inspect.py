@@ -7,13 +7,17 @@ import typer
 
 from fisherkit.cli import console
 from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, app, run
+from fisherkit.errors import OptionError
 from fisherkit.options.inspect import By, Form
 
 
 @app.command(cls=Command)
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A Fisher, mask, checkpoint (or org/name), or layer_importance.json.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A Fisher, mask, checkpoint (or org/name), layer_importance.json, or samples of score."
+        ),
     ],
     other: Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second one, to compare.")] = None,
     by: Annotated[By, typer.Option(help="A row for each of them.")] = "layer",
@@ -37,8 +41,12 @@ def inspect(
     """
 
     def command() -> None:
+        from fisherkit.artefacts.score_samples import is_samples
         from fisherkit.methods.inspect import summary
 
+        if is_samples(file):
+            _samples(file, other, out, sort, top, "json" if as_json else form)
+            return
         view = summary.inspect(file, other, by=by, track=console.tracker("inspect", quiet=quiet)).sorted(sort, top)
         if out is None:
             # Rows that were sorted or cut are no neighbours any more: they do not fold.
@@ -50,3 +58,12 @@ def inspect(
         typer.echo(str(out))
 
     run(command, debug=debug)
+
+
+def _samples(file: Path, other: Path | None, out: Path | None, sort: str | None, top: int | None, form: Form) -> None:
+    """Show the worst samples of a score; on a terminal not all, unless asked for."""
+    from fisherkit.methods.inspect.samples import worst_samples
+
+    if other is not None or out is not None:
+        raise OptionError(f"{file}: samples of score are shown as rows; --format csv > FILE keeps them")
+    console.show_samples(worst_samples(file).sorted(sort, top), form, every=top is not None)

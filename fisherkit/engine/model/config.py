@@ -19,9 +19,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         CheckpointError: no config.json, or one that cannot be read.
         UnsupportedModelError: an encoder-decoder, a quantised checkpoint, or no language model at all.
     """
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json; MODEL is a folder as save_pretrained writes it, or org/name")
+    folder = config_folder(path)
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
@@ -37,6 +35,18 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     if getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None):
         raise UnsupportedModelError(f"{folder}: the checkpoint is quantised; {DEQUANTISE}")
     return config
+
+
+def config_folder(path: Path) -> Path:
+    """Return the folder that the config of a checkpoint lies in.
+
+    Raises:
+        CheckpointError: there is none in it.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json; MODEL is a folder as save_pretrained writes it, or org/name")
+    return folder
 
 
 def choose_dtype(config: Any, index: CheckpointIndex | None, wanted: str) -> torch.dtype:

@@ -11,6 +11,7 @@ from fisherkit.checkpoint.index import CheckpointIndex, open_index
 from fisherkit.engine.covariance.plan import memory_of_covariances
 from fisherkit.engine.model.build import blocks_in_groups
 from fisherkit.engine.model.checks import check_fit, folder_of
+from fisherkit.engine.model.config import config_folder
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.open_model import open_skeleton
@@ -98,6 +99,7 @@ def prepare(
     """
     source = resolve_model(model, weights=not dry_run)
     device = choose_device(options.device)
+    config_folder(source.path)
     skeleton = open_skeleton(source, _open(source, dry_run), options, device, say)
     tokenizer = _tokenizer(source, options, dry_run)
     samples, part = None, None

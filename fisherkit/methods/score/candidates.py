@@ -13,6 +13,7 @@ from fisherkit.checkpoint.lora.adapter import is_adapter
 from fisherkit.checkpoint.lora.config import AdapterConfig
 from fisherkit.checkpoint.tensor_source import TensorSource
 from fisherkit.checkpoint.torch_reader import Reader
+from fisherkit.engine.model.config import config_folder
 from fisherkit.errors import OptionError
 from fisherkit.pairs.virtual import open_tuned
 from fisherkit.progress import Say
@@ -65,6 +66,7 @@ def open_candidates(
                 on = _base_of(sources[name], os.fspath(base) if base is not None else whole)
                 opened.append(_on_base(name, on, stack, say))
             else:
+                config_folder(sources[name].path)
                 reader = stack.enter_context(Reader(open_index(sources[name].path)))
                 opened.append(Candidate(name, sources[name], reader))
         yield opened

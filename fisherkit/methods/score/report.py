@@ -13,6 +13,14 @@ Measure = Literal["loss", "bits_per_byte"]
 """In what checkpoints are compared: nats per token, or, where tokenizers differ, bits per byte."""
 
 
+FIGURES = (
+    *("samples", "tokens", "loss", "ci95", "perplexity", "accuracy", "exact"),
+    *("bits_per_byte", "bits_ci95"),
+)
+COLUMNS = ("checkpoint", "set", *FIGURES, "difference", "difference_ci95", "worse", "kl", "agreement")
+CHOICE_COLUMNS = ("questions", "choice_accuracy", "choice_ci95", "choice_accuracy_norm", "choice_norm_ci95")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """Multiple choice as evaluations count it.
@@ -120,6 +128,26 @@ class ScoreReport:
         if self.measure == "loss":
             return found.loss, found.ci95
         return found.bits_per_byte, found.bits_ci95
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of ``records``; those of multiple choice where there is any."""
+        asked = any(found.choices for one in self.checkpoints for found in one.sets.values())
+        return (*COLUMNS, *(CHOICE_COLUMNS if asked else ()))
+
+    def records(self) -> list[dict[str, str | int | float | None]]:
+        """Return a plain row per checkpoint and set."""
+        rows = []
+        for checkpoint in self.checkpoints:
+            for name, found in checkpoint.sets.items():
+                change, choices = found.change, found.choices
+                row: dict[str, str | int | float | None] = {"checkpoint": checkpoint.name, "set": name}
+                row |= {column: getattr(found, column) for column in FIGURES}
+                row |= {column: getattr(change, column, None) for column in ("difference", "worse", "kl", "agreement")}
+                row["difference_ci95"] = change.ci95 if change else None
+                row |= {column: getattr(choices, column.removeprefix("choice_"), None) for column in CHOICE_COLUMNS}
+                rows.append(row)
+        return rows
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain values."""
