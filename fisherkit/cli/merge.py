@@ -74,6 +74,10 @@ def merge(
             rich_help_panel=SOLVE,
         ),
     ] = None,
+    fisher: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(metavar="OLD NEW", help="The same with their Fishers, weight by weight.", rich_help_panel=SOLVE),
+    ] = None,
     old_weight: Annotated[
         float, typer.Option(help="What OLD counts beside NEW; 0 gives FT.", rich_help_panel=SOLVE)
     ] = 1.0,
@@ -82,9 +86,13 @@ def merge(
         typer.Option(metavar="FT2 NEW2", help="A further fine-tune of BASE, and its NEW.", rich_help_panel=SOLVE),
     ] = None,
     damping: Annotated[
-        float,
-        typer.Option(help="Added to NEW in every direction, as a share of its mean.", rich_help_panel=SOLVE),
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            help="Added to NEW everywhere, as a share of its mean.",
+            show_default="0.001, of Fishers 0.000001",
+            rich_help_panel=SOLVE,
+        ),
+    ] = None,
     force_model: Annotated[
         bool,
         typer.Option("--force-model", help="Take OLD and NEW of a close relative of BASE.", rich_help_panel=SOLVE),
@@ -116,6 +124,7 @@ def merge(
             floor=floor,
             alpha=alpha,
             regmean=_old_and_new(regmean),
+            fisher=_old_and_new(fisher),
             old_weight=old_weight,
             also=tuple(map(_tune_and_new, also or ())),
             damping=damping,

@@ -103,9 +103,11 @@ class MergeOptions(PairOptions):
         alpha: all of the delta is scaled by it; alone it is Wise-FT's interpolation.
         regmean: instead of the above (but ``alpha``), solve with covariances of inputs: files of OLD abilities (None
             for the fine-tunes alone) and of the NEW task.
-        old_weight: what a token of OLD counts beside one of NEW.
+        fisher: the same with diagonal Fishers.
+        old_weight: what OLD counts beside NEW.
         also: further fine-tunes of BASE, each with its own NEW.
-        damping: what is added to NEW in every direction, as a share of its mean; there no input says anything.
+        damping: what is added to NEW in every direction, as a share of its mean, and decides where NEW says nothing;
+            None for 0.001 of covariances and 0.000001 of Fishers.
         force_model: take files that were measured on another model.
     """
 
@@ -117,9 +119,10 @@ class MergeOptions(PairOptions):
     floor: float = 0.1
     alpha: float = 1.0
     regmean: tuple[Path | None, Path] | None = None
+    fisher: tuple[Path | None, Path] | None = None
     old_weight: float = 1.0
     also: tuple[tuple[str, Path], ...] = ()
-    damping: float = 1e-3
+    damping: float | None = None
     force_model: bool = False
 
     def __post_init__(self) -> None:
@@ -137,23 +140,24 @@ class MergeOptions(PairOptions):
     @property
     def solves(self) -> bool:
         """True where deltas are solved for."""
-        return self.regmean is not None
+        return self.regmean is not None or self.fisher is not None
 
     def _check_solve(self) -> None:
-        if self.regmean is not None:
-            old, new = self.regmean
-            object.__setattr__(self, "regmean", (None if old is None else Path(old), Path(new)))
+        for option in ("regmean", "fisher"):
+            given = getattr(self, option)
+            if given is not None:
+                old, new = given
+                object.__setattr__(self, option, (None if old is None else Path(old), Path(new)))
+                if old is None and not self.also:
+                    raise OptionError(f"--{option} none NEW merges several fine-tunes; add them with --also FT2 NEW2")
         object.__setattr__(self, "also", tuple((str(tune), Path(new)) for tune, new in self.also))
-        for option, value, least in (("old-weight", self.old_weight, 0.0), ("damping", self.damping, 1e-12)):
-            if isinstance(value, bool) or not (isinstance(value, int | float) and least <= value <= 1e12):
-                raise OptionError(f"--{option} must lie between {least:g} and 1e12, not {value}")
-        if not self.solves:
-            if self.also:
-                raise OptionError("--also is for --regmean")
-            return
-        others = [("mask", self.mask), ("subspace", self.subspace), ("layer-scale", self.layer_scale)]
-        clash = next((option for option, value in others if value is not None), None)
-        if clash is not None:
-            raise OptionError(f"--{clash} and --regmean are two ways to merge; give one of them")
-        if self.regmean is not None and self.regmean[0] is None and not self.also:
-            raise OptionError("--regmean none NEW merges several fine-tunes; add them with --also FT2 NEW2")
+        for name, value, least in (("old-weight", self.old_weight, 0.0), ("damping", self.damping, 1e-12)):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and least <= value <= 1e12):
+                raise OptionError(f"--{name} must lie between {least:g} and 1e12, not {value}")
+        ways = {"regmean": self.regmean, "fisher": self.fisher, "mask": self.mask, "subspace": self.subspace}
+        given = [way for way, value in (ways | {"layer-scale": self.layer_scale}).items() if value is not None]
+        if self.solves and len(given) > 1:
+            raise OptionError(f"--{given[0]} and --{given[1]} are two ways to merge; give one of them")
+        if self.also and not self.solves:
+            raise OptionError("--also is for --regmean and --fisher")

@@ -5,6 +5,7 @@ The result is ``w + s d'`` with d' float64, rounded once; where that is the base
 Axes: A rows and B columns of a matrix as it is stored, R rows of it, read along its outputs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,12 +15,24 @@ from fisherkit.floats import Stored, narrow, widen
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 
 Doubles = NDArray[np.float64]
-Change = Callable[[list[Doubles]], Doubles]
-"""From the deltas of some rows [R, N], one per fine-tune, to the rows' new delta [R, N]."""
+Change = Callable[[list[Doubles], slice], Doubles]
+"""From the deltas of some rows [R, N], one per fine-tune, and which rows these are, to their new delta [R, N]."""
 Others = Sequence[tuple[Stored, str] | None]
 """Flat entries of further fine-tunes with their safetensors code; None for one that leaves this tensor as it was."""
 
 _ENTRIES = 1 << 22  # of a matrix, at a time
+
+
+def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of a tensor as a matrix whose rows are runs of its last axis."""
+    width = max(1, shape[-1]) if shape else 1
+    return math.prod(shape) // width, width
+
+
+def mean_of(deltas: list[Doubles], rows: slice) -> Doubles:
+    """Return the plain mean of some rows' deltas; a Change."""
+    mean: Doubles = np.mean(deltas, axis=0)
+    return mean
 
 
 def change_rows(
@@ -43,12 +56,17 @@ def change_rows(
     counts = DeltaCounts()
     for rows in _row_blocks(views[0].shape):
         tuned = [(views[1][rows], pair.tuned_code), *(None if one is None else (one[0][rows], one[1]) for one in more)]
-        counts += _change_block(views[0][rows], pair.base_code, tuned, scale, change)
+        counts += _change_block(views[0][rows], pair.base_code, tuned, rows, scale, change)
     return counts
 
 
 def _change_block(
-    base: Stored, code: str, tuned: Sequence[tuple[Stored, str] | None], scale: float, change: Change
+    base: Stored,
+    code: str,
+    tuned: Sequence[tuple[Stored, str] | None],
+    rows: slice,
+    scale: float,
+    change: Change,
 ) -> DeltaCounts:
     w = widen(base, code).astype(np.float64)
     deltas, broken = [], np.zeros(w.shape, np.bool_)
@@ -62,7 +80,7 @@ def _change_block(
     bad = int(np.count_nonzero(broken))
     zeros = int(np.count_nonzero(np.logical_and.reduce([d == 0 for d in deltas]))) - bad
     energy = sum(float(np.square(d).sum()) for d in deltas) / len(deltas)
-    new = scale * change(deltas)
+    new = scale * change(deltas, rows)
     rounded = narrow((w + new).astype(np.float32), code)
     changed = (widen(rounded, code) != w) & ~broken  # not all: -0.0 + 0.0 is 0.0
     np.copyto(base, rounded, where=changed)

@@ -107,7 +107,7 @@ def merge(
         settings = {
             **provenance(request, run.checkpoints)["options"],
             "inputs": [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in given],
-            "also": inputs.solver.fingerprints if inputs.solver is not None else [],
+            "also": inputs.solver.tunes.fingerprints if inputs.solver is not None else [],
             "names": run.chosen.names,
         }
         names = list(run.checkpoints.base.index.tensors)
@@ -136,8 +136,9 @@ def merge(
 def inputs_of(options: MergeOptions) -> list[Path]:
     """Return the files that are read besides the pair."""
     news = [new for _, new in options.also]
-    pairs = [find_covariances(path) for path in (*(options.regmean or ()), *news) if path is not None]
-    return [path for path in (options.mask, options.subspace, options.layer_scale, *pairs) if path is not None]
+    named = [path for path in (*(options.regmean or options.fisher or ()), *news) if path is not None]
+    solved = [find_covariances(path) for path in named] if options.regmean is not None else named
+    return [path for path in (options.mask, options.subspace, options.layer_scale, *solved) if path is not None]
 
 
 def _say_unmasked(run: Run, options: MergeOptions, names: Sequence[str]) -> None:
@@ -225,7 +226,8 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "mask": ("mask",),
         "subspace": ("subspace", "side"),
         "layer_scale": ("layer_scale", "power", "floor"),
-        "regmean": ("regmean", "old_weight", "damping"),
+        "regmean": ("regmean", "old_weight"),
+        "fisher": ("fisher", "old_weight"),
     }
     keys = [key for option, own in given.items() if options[option] is not None for key in own]
     shown = {key.replace("_", " "): _words(options[key]) for key in (*keys, "alpha")}

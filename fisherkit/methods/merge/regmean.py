@@ -22,10 +22,11 @@ from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.pair_run import Run
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.rewrite import TensorRow
-from fisherkit.pairs.solve import Others, change_rows
+from fisherkit.pairs.solve import change_rows
 
 Key = tuple[str | None, ...]
 """Names of a weight's covariances: in OLD (None where there is no OLD), and in each of NEW."""
+_DAMPING = 1e-3
 _KEPT_FILTERS = 4  # inputs of a layer that are met again before the next layer
 _GAINS = 10  # figures of a weight's filter that are reported
 
@@ -60,11 +61,6 @@ class RegMean:
         self._filters: OrderedDict[Key, Filter] = OrderedDict()
 
     @property
-    def fingerprints(self) -> list[str]:
-        """Texts that change when the values of further fine-tunes do."""
-        return self._tunes.fingerprints
-
-    @property
     def covered(self) -> frozenset[str]:
         """BASE's tensors that are solved for."""
         return frozenset(self._keys)
@@ -79,36 +75,22 @@ class RegMean:
         solver, weight = self._filter(self._keys[name]), self._options.old_weight
         energies, squares = np.zeros(len(solver.spectrum)), 0.0
 
-        def solve(deltas: list[Doubles]) -> Doubles:
+        def solve(deltas: list[Doubles], rows: slice) -> Doubles:
             nonlocal energies, squares
             solved = solver.solve(deltas, weight)
             energies, squares = energies + solved.energies, squares + float(np.square(solved.delta).sum())
             return solved.delta
 
-        others, (rows, columns) = self._tunes.load(name, pair.base), self._shapes[name]
+        others, (height, width) = self._tunes.load(name, pair.base), self._shapes[name]
         counts = change_rows(
             pair,
             others,
-            (rows, columns),
+            (height, width),
             input_axis=self._inputs[name],
             scale=self._options.alpha,
             change=solve,
         )
         return counts, {"regmean": self._figures(solver, energies, squares, self._keys[name])}
-
-    def change_rest(self, pair: TensorPair, name: str) -> DeltaCounts:
-        """Overwrite a tensor without covariances with the plain mean of the fine-tunes', as RegMean has it."""
-        shape = self._shapes[name]
-        width = max(1, shape[-1]) if shape else 1
-        others: Others = self._tunes.load(name, pair.base)
-        return change_rows(
-            pair,
-            others,
-            (pair.base.size // width, width),
-            input_axis=1,
-            scale=self._options.alpha,
-            change=lambda deltas: np.mean(deltas, axis=0),
-        )
 
     def _match(self, names: Sequence[str]) -> dict[str, Key]:
         files = [*([self._old] if self._old is not None else []), *self._news]
@@ -129,8 +111,9 @@ class RegMean:
                 self._filters.popitem(last=False)
             old = self._old.moment(key[0]) if self._old is not None else None
             news = [(1.0, file.moment(name)) for file, name in zip(self._news, key[1:], strict=True)]
+            damping = self._options.damping if self._options.damping is not None else _DAMPING
             try:
-                self._filters[key] = decompose(news, old, self._options.damping)
+                self._filters[key] = decompose(news, old, damping)
             except CheckpointError as error:
                 raise CheckpointError(f"{self._news[0].file.path}: {key[1]}: {error}") from None
         self._filters.move_to_end(key)

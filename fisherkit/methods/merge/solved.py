@@ -1,25 +1,24 @@
-"""Tensors whose deltas are solved for, of one fine-tune or several: by covariances of inputs."""
+"""Tensors whose deltas are solved for, of one fine-tune or several: by covariances or by Fishers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fisherkit.errors import some_names
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.fine_tunes import FineTunes
+from fisherkit.methods.merge.fisher_merge import FisherMerge
 from fisherkit.methods.merge.pair_run import Run, load_pair, refuse_bad_values
 from fisherkit.methods.merge.regmean import RegMean
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.rewrite import Changed, TensorRow
+from fisherkit.pairs.solve import change_rows, flat_shape, mean_of
 
 
-class Solver(Protocol):
-    """Makes one delta of those of all fine-tunes."""
-
-    @property
-    def fingerprints(self) -> list[str]:
-        """Texts that change when the values of further fine-tunes do."""
-        ...
+class Rule(Protocol):
+    """Makes one delta of those of all fine-tunes, for the tensors that it knows enough of."""
 
     @property
     def covered(self) -> frozenset[str]:
@@ -30,9 +29,13 @@ class Solver(Protocol):
         """Overwrite BASE's values of a covered tensor; returns counts, and what its row says of the solve."""
         ...
 
-    def change_rest(self, pair: TensorPair, name: str) -> DeltaCounts:
-        """Overwrite BASE's values of any other tensor."""
-        ...
+
+@dataclass(frozen=True)
+class Solver:
+    """Rule of a run, and the fine-tunes besides FT that it is about."""
+
+    rule: Rule
+    tunes: FineTunes
 
 
 def open_solver(stack: ExitStack, run: Run, options: MergeOptions) -> Solver | None:
@@ -44,17 +47,20 @@ def open_solver(stack: ExitStack, run: Run, options: MergeOptions) -> Solver | N
     """
     if not options.solves:
         return None
-    solver = RegMean(stack, run, options, FineTunes(stack, run, [tune for tune, _ in options.also]))
+    tunes = FineTunes(stack, run, [tune for tune, _ in options.also])
+    kind = RegMean if options.regmean is not None else FisherMerge
+    solver = Solver(kind(stack, run, options, tunes), tunes)
     left = unsolved(solver, run)
     if left:
         whose = "BASE's" if options.rest == "base" else "the mean of the fine-tunes'" if options.also else "FT's"
-        run.request.say(f"note: {len(left)} tensors have no covariance and become {whose}: {some_names(left)}")
+        what = "covariance" if options.regmean is not None else "Fisher"
+        run.request.say(f"note: {len(left)} tensors have no {what} and become {whose}: {some_names(left)}")
     return solver
 
 
 def unsolved(solver: Solver | None, run: Run) -> list[str]:
     """Return the tensors that take part and that are not solved for; none where nothing is."""
-    return [name for name in run.chosen.names if name not in solver.covered] if solver is not None else []
+    return [name for name in run.chosen.names if name not in solver.rule.covered] if solver is not None else []
 
 
 def solve_tensor(run: Run, options: MergeOptions, solver: Solver, name: str) -> Changed:
@@ -70,14 +76,15 @@ def solve_tensor(run: Run, options: MergeOptions, solver: Solver, name: str) -> 
         CheckpointError: values that are not finite, or beyond BASE's type.
     """
     info, place = run.tensors.info(name), run.chosen.places[name]
-    if name not in solver.covered and options.rest == "base":
+    if name not in solver.rule.covered and options.rest == "base":
         return Changed(run.tensors.base(name), {})
     pair, remarks = load_pair(run.tensors, name, options)
     figures: TensorRow = {}
-    if name in solver.covered:
-        counts, figures = solver.change(pair, name)
+    if name in solver.rule.covered:
+        counts, figures = solver.rule.change(pair, name)
     else:
-        counts = solver.change_rest(pair, name)
+        others, shape = solver.tunes.load(name, pair.base), flat_shape(info.shape)
+        counts = change_rows(pair, others, shape, input_axis=1, scale=options.alpha, change=mean_of)
     refuse_bad_values(run.tensors, name, counts.nonfinite, options, pair.base)
     if counts.rounded_away:
         remarks |= {"changed": counts.kept + counts.rounded_away, "rounded_away": counts.rounded_away}
@@ -97,38 +104,45 @@ def solve_tensor(run: Run, options: MergeOptions, solver: Solver, name: str) -> 
 
 
 def solve_totals(rows: Mapping[str, TensorRow]) -> dict[str, Any]:
-    """Return what a solve keeps of the delta over all tensors; empty where nothing was solved for by covariances.
+    """Return what a solve keeps of the delta over all tensors; empty where nothing was solved for.
 
     Args:
         rows: of the report.
 
     Returns:
-        Under ``regmean`` the shares ``new_kept`` and ``old_kept`` of what the delta does to the layers' outputs on new
-        and on old inputs (mean squares, added up), and ``damping_share`` of the former.
+        Under ``regmean`` or ``fisher`` the shares ``new_kept`` and ``old_kept`` of the delta's energy in the metric of
+        the new and of the old inputs (or Fisher), and of the former the ``damping_share``, of covariances.
     """
-    found = [row["regmean"] for row in rows.values() if "regmean" in row]
-    if not found:
-        return {}
-    new, old = (sum(one[key] for one in found) for key in ("new_energy", "old_energy"))
-    left, old_left = (sum(one[f"{key}_energy"] * one[f"{key}_kept"] for one in found) for key in ("new", "old"))
-    damped = sum(one["new_energy"] * one["new_kept"] * one["damping_share"] for one in found)
-    return {
-        "regmean": {
-            "tensors": len(found),
-            "new_kept": left / new if new else 1.0,
-            "old_kept": old_left / old if old else 1.0,
-            "damping_share": damped / left if left else 0.0,
-        }
-    }
+    for kind in ("regmean", "fisher"):
+        found = [row[kind] for row in rows.values() if kind in row]
+        if found:
+            return {kind: _total(found)}
+    return {}
+
+
+def _total(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    shares: dict[str, Any] = {"tensors": len(found)}
+    for which in ("new", "old"):
+        energy = math.fsum(one[f"{which}_energy"] for one in found)
+        left = math.fsum(one[f"{which}_energy"] * one[f"{which}_kept"] for one in found)
+        shares[f"{which}_kept"] = left / energy if energy else 1.0
+    if "damping_share" in found[0]:
+        parts = [(one["new_energy"] * one["new_kept"], one["damping_share"]) for one in found]
+        left = math.fsum(energy for energy, _ in parts)
+        shares["damping_share"] = math.fsum(energy * share for energy, share in parts) / left if left else 0.0
+    return shares
 
 
 def solve_line(totals: Mapping[str, Any]) -> str | None:
-    """Return what a person should know of a solve; None where there was none by covariances."""
-    found = totals.get("regmean")
-    if found is None:
-        return None
-    return (
-        f"of what the fine-tune does to the layers' outputs, {found['new_kept']:.1%} is left on new inputs and "
-        f"{found['old_kept']:.1%} on old ones; {found['damping_share']:.1%} of the former lies where no new input "
-        "does, and is decided by --damping"
-    )
+    """Return what a person should know of a solve; None where there was none."""
+    for kind, what in (("regmean", "does to the layers' outputs"), ("fisher", "costs by the Fishers' quadratic")):
+        if kind in totals:
+            found = totals[kind]
+            line = (
+                f"of what the fine-tune {what}, {found['new_kept']:.1%} is left on new inputs and "
+                f"{found['old_kept']:.1%} on old ones"
+            )
+            if "damping_share" in found:
+                line += f"; {found['damping_share']:.1%} of the former lies where no new input does (--damping decides)"
+            return line
+    return None
