@@ -11,7 +11,8 @@ from fisherkit._version import __version__
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
     from fisherkit.methods.combine.combine import CombineReport, combine
-    from fisherkit.methods.extract.measure import ExtractReport, extract, plan_extract
+    from fisherkit.methods.extract.measure import extract, plan_extract
+    from fisherkit.methods.extract.output import ExtractReport
     from fisherkit.methods.inspect.summary import Summary, inspect
     from fisherkit.methods.mask.build import MaskReport, mask
     from fisherkit.methods.merge.fapm import fapm
@@ -28,7 +29,7 @@ _HOMES = {
     "CombineOptions": "fisherkit.options",
     "CombineReport": "fisherkit.methods.combine.combine",
     "ExtractOptions": "fisherkit.options",
-    "ExtractReport": "fisherkit.methods.extract.measure",
+    "ExtractReport": "fisherkit.methods.extract.output",
     "FapmOptions": "fisherkit.options",
     "FapmReport": "fisherkit.methods.merge.fapm_report",
     "FisherkitError": "fisherkit.errors",

@@ -15,6 +15,8 @@ from kills import Killed, killed_after
 from torch import Tensor
 
 import fisherkit
+from fisherkit.artefacts.covariance_file import CovarianceFile
+from fisherkit.checkpoint.index import open_index
 from fisherkit.engine.covariance import hooks, plan
 from fisherkit.errors import OptionError, OutputError, UnsupportedModelError
 from fisherkit.kernels import covariance as kernel
@@ -34,7 +36,9 @@ def run(model: Path, prompts: Path, out: Path, **changes: Any) -> tuple[dict[str
     """The moments, and the JSON beside them."""
     fisherkit.extract(model, prompts, out, options(**changes))
     beside = out.with_name(f"{out.stem}.activations.json")
-    return safetensors.torch.load_file(beside.with_suffix(".safetensors")), json.loads(beside.read_text())
+    made = json.loads(beside.read_text())
+    with CovarianceFile(beside.with_suffix(".safetensors")) as file:
+        return {name: torch.from_numpy(file.read(name).values) for name in made["moments"]}, made
 
 
 def samples_of(model: Path, prompts: Path, **changes: Any) -> list[Sample]:
@@ -280,8 +284,8 @@ def test_dry_run_knows_the_bytes(
 ) -> None:
     plan = fisherkit.plan_extract(checkpoint(architecture), None, options())
     plain = fisherkit.plan_extract(checkpoint(architecture), None, options(statistics="fisher"))
-    found, _ = run(checkpoint(architecture), prompts, tmp_path / "fisher.pt")
-    nbytes = sum(value.nbytes for value in found.values())
+    run(checkpoint(architecture), prompts, tmp_path / "fisher.pt")
+    nbytes = sum(info.nbytes for info in open_index(tmp_path / "fisher.activations.safetensors").tensors.values())
     assert plan["activation_bytes"] == nbytes if known else plan["activation_bytes"] > nbytes
     assert ("activation_bytes_at_most" in plan) != known
     assert (plan["peak_bytes"]["host"] > plain["peak_bytes"]["host"]) == known  # experts' weights outweigh the rest

@@ -128,7 +128,8 @@ def test_a_mask_of_a_fisher_with_a_foreign_sidecar_says_so(tmp_path: Path) -> No
 
 def covariances(path: Path, values: torch.Tensor, **row: Any) -> Path:
     """A file of one covariance, and the JSON beside it."""
-    save_file({"w.input": values}, path, {"format": "pt"})
+    held = values if "sketch_rank" in row else values[*torch.triu_indices(*values.shape)]
+    save_file({"w.input": held}, path, {"format": "pt"})
     known = {"side": "input", "tensors": ["w"], "layer": 0, "size": len(values), "sketch_rank": None, "trace": 1.0}
     path.with_suffix(".json").write_text(json.dumps(description(path, {}, {"w.input": known | row}, [])))
     return path
@@ -157,9 +158,21 @@ def test_covariances_are_what_their_json_says(tmp_path: Path) -> None:
     with CovarianceFile(covariances(path, whole)) as file, pytest.raises(CheckpointError, match=r"w\.input"):
         file.read("w.input")
     covariances(path, rows.T @ rows)
-    save_file({"w.input": rows.T @ rows * 2}, path, {"format": "pt"})
+    save_file({"w.input": torch.ones(36)}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="describes another file"):
         CovarianceFile(path)
+
+
+def test_covariances_of_the_first_format_are_whole(tmp_path: Path) -> None:
+    path, rows = tmp_path / "f.activations.safetensors", torch.randn(50, 8)
+    whole = rows.T @ rows
+    covariances(path, whole, sketch_rank=8)
+    made = json.loads(path.with_suffix(".json").read_text())
+    made["moments"]["w.input"]["sketch_rank"] = None
+    made["format"] = "fisherkit.activations/1"
+    path.with_suffix(".json").write_text(json.dumps(made))
+    with CovarianceFile(path) as file:
+        assert np.array_equal(file.read("w.input").values, whole.numpy())
 
 
 # Sparse deltas

@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from fisherkit.cli import app
+from fisherkit.cli.app import Command
 from fisherkit.errors import OptionError
 from fisherkit.options import ExtractOptions, FapmOptions, MaskOptions, MergeOptions, Metric
 from fisherkit.options import extract as extract_choices
@@ -88,7 +89,7 @@ def test_a_word_unlike_any_is_refused_without_a_guess() -> None:
 def test_every_command_refuses_choices_in_one_line() -> None:
     group = typer.main.get_command(app)
     for command in group.commands.values():  # type: ignore[attr-defined]  # a group has commands
-        assert type(command).__name__ == "Command"
+        assert isinstance(command, Command)
 
 
 @pytest.mark.parametrize(("given", "guess"), [("top ", "; did you mean top?"), ("xyz", ""), ("", ""), ("TOP", "")])

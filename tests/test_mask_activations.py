@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fisherkit
+from fisherkit.artefacts.covariance_file import CovarianceFile
 from fisherkit.artefacts.mask_file import open_mask
 from fisherkit.cli import app
 from fisherkit.errors import CheckpointError, OptionError, OutputError
@@ -41,7 +42,8 @@ def moment(fisher: Path, weight: str, side: str) -> Tensor:
     beside = fisher.with_name("fisher.activations.json")
     rows = json.loads(beside.read_text())["moments"].items()
     name = next(name for name, row in rows if row["side"] == side and weight in row["tensors"])
-    return safetensors.torch.load_file(beside.with_suffix(".safetensors"))[name].double()
+    with CovarianceFile(beside.with_suffix(".safetensors")) as file:
+        return torch.from_numpy(file.read(name).values).double()
 
 
 def assert_leading(found: Tensor, of: Tensor) -> None:

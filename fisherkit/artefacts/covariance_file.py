@@ -1,10 +1,11 @@
 """File of covariances beside a Fisher: where it is, what describes it, and how it is read again.
 
-A covariance here is the uncentered one, a mean of outer products. ``<stem>.activations.safetensors`` holds in float32,
-for every distinct input of a linear layer, ``<tensor>.input``: E[x x^T] [in, in]; and for every layer
-``<tensor>.output``: E[g g^T] [out, out] of the gradients at its output. A large one is [size, rank]: a factor B with
-orthogonal columns and E ~ B B^T, see kernels.covariance. The JSON beside it says under ``moments`` which weights share
-a covariance (they read the very same tensor), and where all of it comes from. Knows no torch.
+A covariance here is the uncentered one, a mean of outer products. ``<stem>.activations.safetensors`` holds, for every
+distinct input of a linear layer, ``<tensor>.input``: E[x x^T] [in, in]; and for every layer, where outputs were asked
+for, ``<tensor>.output``: E[g g^T] [out, out] of the gradients at its output. Of a whole one the upper triangle is
+stored, row after row, in float32 (in files of format 1 all of it). A large one is [size, rank], in float32 or bfloat16:
+a factor B with orthogonal columns and E ~ B B^T, see kernels.covariance. The JSON beside it says under ``moments``
+which weights share a covariance (they read the very same tensor), and where all of it comes from. Knows no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ from fisherkit.checkpoint.target import is_folder
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Floats, widen
 
-FORMAT = "fisherkit.activations/1"
+FORMAT = "fisherkit.activations/2"
+_WHOLE_FORMAT = "fisherkit.activations/1"  # as 2, but for triangles
 RULE = (
     "means over all tokens of all samples, padding left out: of x x^T, x what goes into the layer, and of g g^T, g the "
     "gradient of the sample's loss at what comes out of it"
@@ -47,10 +49,16 @@ _ROW = table(
         "sketch_rank": maybe(whole(1)),
         "trace": number(0),
     },
-    {"layer": maybe(whole()), "tokens": whole(), "energy": number()},
+    {
+        "layer": maybe(whole()),
+        "tokens": whole(),
+        "energy": number(),
+        "dtype": text("F32", "BF16"),
+        "rounding": number(0),
+    },
 )
 SCHEMA = table(
-    {"format": text(FORMAT), "file": text(), "moments": named(_ROW)},
+    {"format": text(FORMAT, _WHOLE_FORMAT), "file": text(), "moments": named(_ROW)},
     {"content_sha256": text(), "model": named(anything), "left_out": listed(text())},
 )
 """The JSON beside the file; see checkpoint.schema."""
@@ -70,7 +78,7 @@ def find_covariances(path: Path) -> Path:
         if not made.is_file() or not str((read_beside(made) or {}).get("format")).startswith("fisherkit.fisher/"):
             return path
     elif path.suffix.lower() != ".pt" and not path.is_dir():
-        raise CheckpointError(f"{path}: no file of covariances; `extract --statistics activations` writes one")
+        raise CheckpointError(f"{path}: no file of covariances; `extract --statistics inputs` writes one")
     return path_beside(path)
 
 
@@ -95,9 +103,21 @@ def description(
     return {**provenance, **about, "rule": RULE, "moments": dict(rows), "left_out": list(without)}
 
 
-def _wanted(row: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
-    """Return type and shape of the tensor that a row of the JSON describes."""
-    return "F32", (row["size"], row["sketch_rank"] or row["size"])
+def _wanted(row: Mapping[str, Any], form: str) -> tuple[str, tuple[int, ...]]:
+    """Return type and shape of the tensor that a row of the JSON describes, in a format."""
+    size, rank, code = row["size"], row["sketch_rank"], row.get("dtype", "F32")
+    if rank is not None:
+        return code, (size, rank)
+    return code, (size, size) if form == _WHOLE_FORMAT else (size * (size + 1) // 2,)
+
+
+def _unpacked(triangle: Floats, size: int) -> Floats:
+    """Return the symmetric matrix [size, size] of its upper triangle, which lies row after row."""
+    matrix, at = np.empty((size, size), np.float32), 0
+    for row in range(size):
+        matrix[row, row:] = matrix[row:, row] = triangle[at : at + size - row]
+        at += size - row
+    return matrix
 
 
 class StoredCovariance(NamedTuple):
@@ -130,13 +150,13 @@ class CovarianceFile:
         beside = path.with_suffix(".json")
         if not beside.is_file():
             raise CheckpointError(
-                f"{beside}: is missing; `extract --statistics activations` writes it and {path.name} together"
+                f"{beside}: is missing; `extract --statistics activations` (or inputs) writes it beside"
             )
         made = read_object(beside, "activations", SCHEMA, "extract them anew")
         if made["file"] != path.name:
             raise CheckpointError(f"{beside}: belongs to {made['file']!r}, not to {path.name}; rename the two alike")
         rows, index = made["moments"], open_index(path)
-        if {name: _wanted(row) for name, row in rows.items()} != {
+        if {name: _wanted(row, made["format"]) for name, row in rows.items()} != {
             info.name: (info.dtype, info.shape) for info in index.tensors.values()
         }:
             raise CheckpointError(f"{path}: other tensors than {beside.name} describes; extract them anew")
@@ -185,9 +205,12 @@ class CovarianceFile:
         info, row = self._reader.info(covariance), self._rows[covariance]
         values = widen(self._reader.read(covariance), info.dtype).reshape(info.shape)
         is_factor = row["sketch_rank"] is not None
-        if not np.isfinite(values).all() or (is_factor and not _orthogonal(values)):
+        tolerance = 1e-3 if info.dtype == "F32" else 1e-2
+        if not np.isfinite(values).all() or (is_factor and not _orthogonal(values, tolerance)):
             kind = "the factor that its JSON says" if is_factor else "a covariance"
             raise CheckpointError(f"{self.path}: {covariance} is not {kind}; extract them anew")
+        if values.ndim == 1:
+            values = _unpacked(values, row["size"])
         return StoredCovariance(covariance, values, is_factor, float(row["trace"]))
 
     def check_model(self, provenance: Mapping[str, Any] | None, weights: Sequence[str]) -> None:
@@ -207,14 +230,14 @@ class CovarianceFile:
             raise CheckpointError(f"{self.path}: has no covariance of any weight of the Fisher; it is of another model")
 
 
-def _orthogonal(factor: Floats) -> bool:
+def _orthogonal(factor: Floats, tolerance: float) -> bool:
     """Return whether the columns of a factor [size, rank] are orthogonal, judged by 64 of them spread over all.
 
     A whole covariance that is taken for a factor has columns that lean on each other; a factor's differ from
-    orthogonal by rounding, far below a thousandth of the longest one's square.
+    orthogonal by rounding, far below a thousandth of the longest one's square in float32.
     """
     columns = factor[:, :: -(-factor.shape[1] // 64)].astype(np.float64)
     products = columns.T @ columns
     squares = np.diagonal(products).copy()
     np.fill_diagonal(products, 0)
-    return bool(np.abs(products).max(initial=0) <= 1e-3 * squares.max(initial=0))
+    return bool(np.abs(products).max(initial=0) <= tolerance * squares.max(initial=0))

@@ -46,7 +46,13 @@ def extract(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help=".pt, .safetensors, or no suffix for a folder.", rich_help_panel=OUTPUT)
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help=".pt, .safetensors, or no suffix for a folder; of inputs .safetensors.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = Path("fisher.pt"),
     field: Field = None,
     limit: Limit = 200,
@@ -75,10 +81,14 @@ def extract(
         choices.Statistics,
         typer.Option(
             help="activations: beside the Fisher, E\\[x x^T] of every matrix's inputs and of its output gradients, "
-            "for mask --basis activation.",
+            "for mask --basis activation. inputs: those of inputs alone, by one forward, for merge --regmean.",
             rich_help_panel=MEASURE,
         ),
     ] = "fisher",
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of inputs: keep a factor of so many columns of each.", rich_help_panel=MEASURE),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampled labels.", rich_help_panel=MEASURE)] = 0,
     shard: Annotated[
         str | None,
@@ -123,6 +133,7 @@ def extract(
             labels=labels,
             reduction=reduction,
             statistics=statistics,
+            rank=rank,
             seed=seed,
             shard=parse_part("shard", shard) if shard is not None else None,
             store=store,

@@ -69,7 +69,7 @@ def merge(
         tuple[str, Path] | None,
         typer.Option(
             metavar="OLD NEW",
-            help="Files of extract --statistics activations, of BASE on old prompts (or none) and of FT on the new "
+            help="Files of extract --statistics inputs, of BASE on old prompts (or none) and of FT on the new "
             "task's: the delta that least disturbs both.",
             rich_help_panel=SOLVE,
         ),

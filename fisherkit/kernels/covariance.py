@@ -26,9 +26,18 @@ _COPY_ROWS = 512
 _DROPPED_BITS = 13  # of a float32, that TF32 leaves out
 
 
-def sketch_rank(size: int) -> int | None:
-    """Return the columns of the sketch of a covariance of ``size`` channels; None where it is kept in full."""
-    return SKETCH_RANK if size > SKETCH_ABOVE else None
+def sketch_rank(size: int, rank: int | None = None) -> int | None:
+    """Return the columns of the sketch that a covariance is added up in; None where that is done in full.
+
+    Args:
+        size: channels.
+        rank: columns that its factor is to have, which are good if the sketch has twice as many; None where all of a
+            covariance is kept that need not be sketched.
+    """
+    if rank is None:
+        return SKETCH_RANK if size > SKETCH_ABOVE else None
+    columns = max(SKETCH_RANK, 2 * rank)
+    return columns if 2 * columns <= size else None
 
 
 def add_second_moment_(covariance: Tensor, rows: Tensor) -> None:
@@ -128,6 +137,18 @@ def factor_of(sketch: Tensor, signs: Tensor) -> Tensor:
     scale = ((values - shift).clamp(min=0) / values).sqrt()
     factor: Tensor = (root @ turn) * scale
     return factor.float()
+
+
+def leading_factor(covariance: Tensor, rank: int) -> Tensor:
+    """Return B [C, K] float32, the best of its rank with C ~ B B^T, of a whole C [C, C]; columns as of factor_of."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    factor: Tensor = vectors.flip(1)[:, :rank] * values.flip(0)[:rank].clamp(min=0).sqrt()
+    return factor.float()
+
+
+def packed(covariance: Tensor) -> Tensor:
+    """Return the upper triangle of C [C, C], diagonal included, row after row: [C (C + 1) / 2]."""
+    return torch.cat([covariance[row, row:] for row in range(len(covariance))])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Labels = Literal["data", "sampled"]
 Reduction = Literal["mean", "sum"]
 Engine = Literal["auto", "stream", "resident"]
 Store = Literal["auto", "bf16", "fp32", "bfloat16", "float32"]
-Statistics = Literal["fisher", "activations"]
+Statistics = Literal["fisher", "activations", "inputs"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 ChatTemplate = Literal["auto", "on", "off"]
 
@@ -100,11 +100,12 @@ class ExtractOptions(RunOptions):
         targets: ``matrices``, ``all``, or a regular expression searched in checkpoint tensor names.
         layers: block numbers to measure, or None for all.
         store: dtype of the file, ``bf16`` or ``fp32`` (``bfloat16`` and ``float32`` become these); ``auto`` is bf16,
-            and fp32 for a part (one of these two after construction).
+            and fp32 for a part and for whole covariances (one of these two after construction).
         shard: measure one of several parts of the samples, (3, 16) being the third of sixteen; ``combine`` adds the
             parts. None measures them all.
-        statistics: ``fisher``, or ``activations``: beside it the second moments of what goes into every matrix and of
-            the gradients at what comes out.
+        statistics: ``fisher``; or ``activations``: beside it the second moments of what goes into every matrix and of
+            the gradients at what comes out; or ``inputs``: those of what goes in alone, by one forward.
+        rank: of ``inputs``: keep a factor of so many columns of each instead of all of it.
         seed: seed of sampled labels.
         shard_bytes: largest shard when the output is a folder.
     """
@@ -116,6 +117,7 @@ class ExtractOptions(RunOptions):
     store: Store = "auto"
     shard: Part | tuple[int, int] | None = None
     statistics: Statistics = "fisher"
+    rank: int | None = None
     seed: int = 0
     shard_bytes: int = 5_000_000_000
 
@@ -132,8 +134,23 @@ class ExtractOptions(RunOptions):
             one_of(option, value, kind)
         if self.shard is not None:
             object.__setattr__(self, "shard", check_part("shard", self.shard))
-        automatic = "bf16" if self.shard is None else "fp32"
-        object.__setattr__(self, "store", automatic if self.store == "auto" else STORES.get(self.store, self.store))
+        self._check_store()
         check_patterns("targets", (self.targets,))
         if self.layers is not None and not self.layers:
             raise OptionError("--layers names no layer")
+
+    def _check_store(self) -> None:
+        """Settle how the file is stored: parts and whole covariances in float32, the rest in bfloat16."""
+        whole = self.statistics == "inputs" and self.rank is None
+        automatic = "fp32" if whole or self.shard is not None else "bf16"
+        object.__setattr__(self, "store", automatic if self.store == "auto" else STORES.get(self.store, self.store))
+        at_least("rank", self.rank, 1)
+        if self.rank is not None and self.statistics != "inputs":
+            raise OptionError("--rank is for --statistics inputs")
+        if self.shard is not None and self.statistics == "inputs":
+            raise OptionError("--statistics inputs cannot be added up from parts; leave out --shard")
+        if whole and self.store != "fp32":
+            raise OptionError(
+                "--store bf16 would leave a whole covariance indefinite: its small eigenvalues drown in rounding; give "
+                "--rank too, which keeps factors"
+            )

@@ -35,9 +35,10 @@ def write(path: Path, inputs: Inputs, *, model: Path | None = None, rank: int | 
         matrix = covariance(given)
         kept = matrix if rank is None else factor(matrix, rank)
         name = f"{weights[0]}.input"
-        stored[name] = np.ascontiguousarray(kept, np.float32)
-        held = float(np.trace(matrix)) if rank is None else float(np.square(kept).sum())
-        rows[name] = _row(weights, matrix, rank, held)
+        held = kept if rank is not None else kept[np.triu_indices(len(kept))]
+        stored[name] = np.ascontiguousarray(held, np.float32)
+        energy = float(np.trace(matrix)) if rank is None else float(np.square(kept).sum())
+        rows[name] = _row(weights, matrix, rank, energy)
     safetensors.numpy.save_file(stored, path, metadata={"format": "pt"})
     about: dict[str, Any] = {}
     if model is not None:
@@ -46,7 +47,7 @@ def write(path: Path, inputs: Inputs, *, model: Path | None = None, rank: int | 
     return path
 
 
-def _row(weights: Sequence[str], matrix: Doubles, rank: int | None, held: float) -> dict[str, Any]:
+def _row(weights: Sequence[str], matrix: Doubles, rank: int | None, energy: float) -> dict[str, Any]:
     trace = float(np.trace(matrix))
     return {
         "side": "input",
@@ -56,5 +57,5 @@ def _row(weights: Sequence[str], matrix: Doubles, rank: int | None, held: float)
         "sketch_rank": rank,
         "tokens": 1,
         "trace": trace,
-        "energy": min(1.0, held / trace) if trace else 1.0,
+        "energy": min(1.0, energy / trace) if trace else 1.0,
     }

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from fisherkit.engine.covariance.plan import Covariance, Layer, identity
 from fisherkit.errors import FisherkitError, UnsupportedModelError
-from fisherkit.kernels.covariance import add_second_moment_, add_sketch_, complete_, factor_of, random_signs
+from fisherkit.kernels.covariance import (
+    add_second_moment_,
+    add_sketch_,
+    complete_,
+    factor_of,
+    leading_factor,
+    packed,
+    random_signs,
+)
 
 
 class Accumulator:
@@ -33,7 +41,7 @@ class Accumulator:
         self.covariance = covariance
         self.rows = 0
         self._signs = signs
-        self._sum = torch.zeros(covariance.spec.shape, device=device)
+        self._sum = torch.zeros(covariance.sum_shape, device=device)
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
@@ -46,9 +54,10 @@ class Accumulator:
             self._squares += torch.linalg.vector_norm(rows, dtype=torch.float64).square()
 
     def finish(self) -> tuple[Tensor, dict[str, Any]]:
-        """Return the mean [size, size], or its factor [size, rank], and its figures: tokens, trace, energy.
+        """Return the mean's upper triangle, or its factor [size, rank], and its figures: tokens, trace, energy.
 
-        ``energy`` is the share of the trace that the factor holds; the whole matrix holds all of it.
+        ``energy`` is the share of the trace that the factor holds; the whole matrix holds all of it. Where the factor
+        is stored in bfloat16, ``rounding`` is the size of what that takes away, relative to the factor.
 
         Raises:
             FisherkitError: the sum overflows float32.
@@ -58,13 +67,21 @@ class Accumulator:
             raise FisherkitError(
                 f"{self.covariance.name}: the second moment is not finite in float32; try --dtype float32, or bfloat16"
             )
+        rank = self.covariance.rank
         if self._signs is None:
             trace = float(mean.diagonal().sum(dtype=torch.float64))
-            return complete_(mean), {"tokens": self.rows, "trace": trace, "energy": 1.0}
-        factor = factor_of(mean, self._signs)
-        trace = float(self._squares) / max(self.rows, 1)
-        held = float(torch.linalg.vector_norm(factor, dtype=torch.float64)) ** 2
-        return factor, {"tokens": self.rows, "trace": trace, "energy": min(1.0, held / trace) if trace else 1.0}
+            if rank is None:
+                return packed(mean), {"tokens": self.rows, "trace": trace, "energy": 1.0}
+            factor = leading_factor(complete_(mean), rank)
+        else:
+            trace = float(self._squares) / max(self.rows, 1)
+            factor = factor_of(mean, self._signs)[:, :rank]
+        length = float(torch.linalg.vector_norm(factor, dtype=torch.float64))
+        figures = {"tokens": self.rows, "trace": trace, "energy": min(1.0, length**2 / trace) if trace else 1.0}
+        if self.covariance.code == "BF16":
+            lost = torch.linalg.vector_norm(factor - factor.bfloat16().float(), dtype=torch.float64)
+            figures["rounding"] = float(lost) / length if length else 0.0
+        return factor, figures
 
 
 class CovarianceHooks:
@@ -80,9 +97,9 @@ class CovarianceHooks:
         self._layers = layers
         signs: dict[int, Tensor] = {}  # one matrix serves all sketches of its size
         for one in covariances:
-            if one.rank is not None and one.size not in signs:
-                signs[one.size] = random_signs(one.size, one.rank, device)
-        self._sums = [Accumulator(one, device, signs.get(one.size) if one.rank else None) for one in covariances]
+            if one.sketch is not None and one.size not in signs:
+                signs[one.size] = random_signs(one.size, one.sketch, device)
+        self._sums = [Accumulator(one, device, signs.get(one.size) if one.sketch else None) for one in covariances]
         self._inputs = {name: one for one in self._of("input") for name in one.covariance.parameters}
         self._outputs = {one.covariance.parameters[0]: one for one in self._of("output")}
         self._lengths: Sequence[int] = ()
@@ -120,6 +137,8 @@ class CovarianceHooks:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             self._take_input(name, (args[0] if args else kwargs["input"]).detach())
+            if not self._outputs:
+                return  # nothing is differentiated
             if not output.requires_grad:
                 output.requires_grad_()  # a layer fed by constants alone still has a gradient of its own
 
@@ -140,7 +159,7 @@ class CovarianceHooks:
             self._seen.setdefault(name, {})[identity(tensor)] = tensor  # kept alive: its memory stays its own
         elif identity(tensor) not in self._seen.get(first, {}):
             raise UnsupportedModelError(
-                f"--statistics activations: {name} and {first} read the same tensor in one batch and different ones in "
+                f"--statistics: {name} and {first} read the same tensor in one batch and different ones in "
                 "another; leave one of them out with --targets"
             )
 

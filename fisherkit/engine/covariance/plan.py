@@ -6,6 +6,7 @@ each layer. Weights that are no linear layer's (fused experts, which see other t
 named in the report.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +30,21 @@ SharedInputs = dict[str, str]
 
 
 @dataclass(frozen=True)
+class Form:
+    """Which covariances are gathered, and how they are stored.
+
+    Attributes:
+        outputs: those of gradients at outputs too.
+        rank: columns of the factor of each; None for whole ones, but for those that are sketched.
+        code: safetensors code of factors; whole ones are always F32.
+    """
+
+    outputs: bool = True
+    rank: int | None = None
+    code: str = "F32"
+
+
+@dataclass(frozen=True)
 class Covariance:
     """An uncentered covariance: E[x x^T] of a layer's inputs, or E[g g^T] of the gradients at its output.
 
@@ -39,7 +55,9 @@ class Covariance:
         tensors: checkpoint names of these weights.
         block: number of the block that they lie in.
         size: channels.
-        rank: columns of the sketch, or None where the whole [size, size] is kept.
+        rank: columns of the factor that is stored, or None where the whole is.
+        sketch: columns of the sketch that it is added up in, or None where that is done in full.
+        code: of what is stored.
     """
 
     name: str
@@ -49,11 +67,19 @@ class Covariance:
     block: int
     size: int
     rank: int | None
+    sketch: int | None = None
+    code: str = "F32"
 
     @property
     def spec(self) -> TensorSpec:
-        """Tensor that holds it: E [size, size], or B [size, rank] with E ~ B B^T."""
-        return TensorSpec(self.name, "F32", (self.size, self.rank or self.size))
+        """Tensor that holds it: E's upper triangle, row after row, or B [size, rank] with E ~ B B^T."""
+        whole = (self.size * (self.size + 1) // 2,)
+        return TensorSpec(self.name, self.code, whole if self.rank is None else (self.size, self.rank))
+
+    @property
+    def sum_shape(self) -> tuple[int, int]:
+        """Shape of the float32 sum, E [size, size] or its sketch."""
+        return self.size, self.sketch or self.size
 
 
 class Layer(NamedTuple):
@@ -89,7 +115,7 @@ def layers_of(skeleton: Skeleton, plan: Plan, general: frozenset[str], blocks: S
 
 
 def plan_covariances(
-    skeleton: Skeleton, plan: Plan, general: frozenset[str], shared_inputs: Mapping[str, str]
+    skeleton: Skeleton, plan: Plan, general: frozenset[str], shared_inputs: Mapping[str, str], form: Form
 ) -> list[Covariance]:
     """Return all covariances of a run, in model order.
 
@@ -98,6 +124,7 @@ def plan_covariances(
         plan: its targets.
         general: see ``layers_of``.
         shared_inputs: as a probe found them; a layer that is missing here shares its input with none.
+        form: which of them, and how.
 
     Raises:
         OptionError: no target is the weight of a linear layer.
@@ -109,26 +136,29 @@ def plan_covariances(
     covariances = []
     for name, layer in layers.items():
         if name in sharing:
-            covariances.append(_covariance("input", sharing[name], layers, layer.inputs))
-        covariances.append(_covariance("output", [name], layers, layer.outputs))
+            covariances.append(_covariance("input", sharing[name], layers, layer.inputs, form))
+        if form.outputs:
+            covariances.append(_covariance("output", [name], layers, layer.outputs, form))
     if not covariances:
-        raise OptionError("--statistics activations: none of the targets is the weight of a linear layer in a block")
+        raise OptionError("--statistics: none of the targets is the weight of a linear layer in a block")
     return covariances
 
 
-def covariance_bytes(skeleton: Skeleton, plan: Plan, shared_inputs: Mapping[str, str]) -> dict[int, int]:
-    """Return the bytes of each block's covariances; an upper bound where ``shared_inputs`` is empty."""
-    found: dict[int, int] = {}
-    for covariance in plan_covariances(skeleton, plan, frozenset(), shared_inputs):
-        found[covariance.block] = found.get(covariance.block, 0) + covariance.spec.nbytes
-    return found
+def covariance_bytes(skeleton: Skeleton, plan: Plan, shared_inputs: Mapping[str, str], form: Form) -> int:
+    """Return the bytes of the file of covariances; an upper bound where ``shared_inputs`` is empty."""
+    covariances = plan_covariances(skeleton, plan, frozenset(), shared_inputs, form)
+    return sum(covariance.spec.nbytes for covariance in covariances)
 
 
-def memory_of_covariances(skeleton: Skeleton, plan: Plan) -> dict[int | None, int]:
+def memory_of_covariances(skeleton: Skeleton, plan: Plan, form: Form) -> dict[int | None, int]:
     """Return the bytes in memory of each block's covariances, at most; under None what finishing one takes besides."""
-    memory: dict[int | None, int] = dict(covariance_bytes(skeleton, plan, {}).items())
-    sketches = [c.spec.nbytes for c in plan_covariances(skeleton, plan, frozenset(), {}) if c.rank]
-    memory[None] = 10 * max(sketches, default=0)  # float64 copies of a sketch, and its signs
+    memory: dict[int | None, int] = {None: 0}
+    for covariance in plan_covariances(skeleton, plan, frozenset(), {}, form):
+        nbytes = 4 * math.prod(covariance.sum_shape)
+        memory[covariance.block] = memory.get(covariance.block, 0) + nbytes
+        # Float64 copies of a sketch, and its signs; of a whole one, its eigenvectors or its triangle.
+        finishing = 10 * nbytes if covariance.sketch else 6 * nbytes if covariance.rank else covariance.spec.nbytes
+        memory[None] = max(memory[None], finishing)
     return memory
 
 
@@ -138,10 +168,23 @@ def left_out(plan: Plan, covariances: Sequence[Covariance]) -> tuple[str, ...]:
     return tuple(t.name for t in plan.tensors if len(t.shape) > 1 and t.name not in covered)
 
 
-def _covariance(side: CovarianceSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int) -> Covariance:
+def _covariance(
+    side: CovarianceSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int, form: Form
+) -> Covariance:
     tensors = tuple(layers[name].tensor for name in parameters)
-    first = layers[parameters[0]]
-    return Covariance(f"{first.tensor}.{side}", side, tuple(parameters), tensors, first.block, size, sketch_rank(size))
+    first, sketch = layers[parameters[0]], sketch_rank(size, form.rank)
+    rank = sketch if form.rank is None else form.rank if form.rank < size else None
+    return Covariance(
+        name=f"{first.tensor}.{side}",
+        side=side,
+        parameters=tuple(parameters),
+        tensors=tensors,
+        block=first.block,
+        size=size,
+        rank=rank,
+        sketch=sketch,
+        code="F32" if rank is None else form.code,
+    )
 
 
 class SharedInputProbe:

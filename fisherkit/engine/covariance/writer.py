@@ -12,6 +12,7 @@ from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.covariance.plan import (
     Covariance,
+    Form,
     Layer,
     SharedInputProbe,
     SharedInputs,
@@ -31,9 +32,13 @@ class CovarianceWriter:
         target: the file, beside the Fisher; nothing is there before the work folder's owner puts it there.
         work: the work folder.
         device: where sums are kept.
+        form: which covariances, and how they are stored.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, target: Path, work: Path, device: torch.device) -> None:
+    def __init__(
+        self, skeleton: Skeleton, plan: Plan, target: Path, work: Path, device: torch.device, form: Form
+    ) -> None:
+        self._form = form
         self._skeleton, self._plan, self._device = skeleton, plan, device
         self._target, self._work = target, work
         self._writer: StreamedWriter | None = None
@@ -61,7 +66,7 @@ class CovarianceWriter:
         state = progress.get("moments", {})
         self.shared_inputs = dict(state.get("heard", progress.get("heard", {})))
         self.figures = dict(state.get("figures", {}))
-        self.covariances = plan_covariances(self._skeleton, self._plan, general, self.shared_inputs)  # or refuse now
+        self.covariances = self._planned()  # or refuse now
         if state:
             self._writer = StreamedWriter.reopen(self._target, self._specs(), work=self._work)
             self._writer.mark_written(self.figures)
@@ -84,7 +89,7 @@ class CovarianceWriter:
         Raises:
             OutputError: no room on the disk.
         """
-        self.covariances = plan_covariances(self._skeleton, self._plan, self._general, self.shared_inputs)
+        self.covariances = self._planned()
         self._writer = StreamedWriter.create(self._target, self._specs(), work=self._work)
 
     def gather(self, blocks: Sequence[int | None]) -> CovarianceHooks:
@@ -118,6 +123,7 @@ class CovarianceWriter:
                 "layer": covariance.block,
                 "size": covariance.size,
                 "sketch_rank": covariance.rank,
+                "dtype": covariance.code,
                 **self.figures[covariance.name],
             }
             for covariance in self.covariances
@@ -125,6 +131,9 @@ class CovarianceWriter:
 
     def _layers(self, blocks: Sequence[int]) -> dict[str, Layer]:
         return layers_of(self._skeleton, self._plan, self._general, blocks)
+
+    def _planned(self) -> list[Covariance]:
+        return plan_covariances(self._skeleton, self._plan, self._general, self.shared_inputs, self._form)
 
     def _specs(self) -> list[TensorSpec]:
         return [covariance.spec for covariance in self.covariances]

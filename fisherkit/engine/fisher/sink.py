@@ -91,6 +91,23 @@ def figures_of(stats: TensorStats, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+class NoSink:
+    """Takes the place of a FisherSink where no Fisher is measured."""
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Never called: there are no values."""
+
+    def reset(self) -> None:
+        """Forget nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def sync(self) -> None:
+        """Wait for nothing."""
+
+
 def store_code(store: str) -> str:
     """Return the safetensors dtype code of ``--store``."""
     return {"bf16": "BF16", "fp32": "F32"}[store]

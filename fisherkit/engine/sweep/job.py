@@ -110,7 +110,8 @@ class Job(Feed):
 
     def state(self) -> dict[str, Any]:
         """Return what the work folder must know to go on from here, once all is synced; a copy."""
-        state = {"sink": self.sink.state()}
+        values = self.sink.state()
+        state = {"sink": values} if values else {}
         return state if self.covariances is None else state | {"moments": self.covariances.state()}
 
     def sync(self) -> None:

@@ -29,7 +29,7 @@ def resident(job: Job) -> None:
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
         groups += [(None,)] if job.plan.names([None]) else []
         if job.covariances is not None and not job.covariances.is_laid_out:
-            _probe_shared_inputs(job)
+            probe_shared_inputs(job)
         for number in range(job.work.progress.get("resident", 0), len(groups)):
             _measure(job, groups[number], number, len(groups))
 
@@ -53,7 +53,7 @@ def check_runs(feed: Feed) -> None:
 
 
 @torch.no_grad()
-def _probe_shared_inputs(job: Job) -> None:
+def probe_shared_inputs(job: Job) -> None:
     """Find the layers that share their inputs, by one sample."""
     assert job.covariances is not None
     with job.covariances.probing(range(len(job.skeleton.blocks))):

@@ -40,11 +40,11 @@ def stream(job: Job) -> None:
         Weights(job.skeleton, source, job.device, keep=job.keep_weights) as weights,
     ):
         weights.load_outer()
-        with _Sweep(job, weights) as sweep:
+        with Sweep(job, weights) as sweep:
             sweep.run()
 
 
-class _Sweep:
+class Sweep:
     """State of a run.
 
     The work folder names what crosses group borders: boundary-0 enters group 0, boundary-N leaves the last one;
@@ -74,6 +74,7 @@ class _Sweep:
             spool.close()
 
     def run(self) -> None:
+        """Go on from where the work folder says, to the end."""
         progress = self.job.work.progress
         measured = [number for number, group in enumerate(self.groups) if self.job.plan.names(group)]
         lowest = 0 if self.has_outer else measured[0]

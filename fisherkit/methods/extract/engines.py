@@ -8,11 +8,12 @@ from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.schema import flag, listed, maybe, named, number, table, text, whole
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.writer import CovarianceWriter
-from fisherkit.engine.fisher.sink import FisherSink
+from fisherkit.engine.fisher.sink import FisherSink, NoSink
 from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import only_batches_of_one
 from fisherkit.engine.model.residence import check_resident, leaks, takes_token_types, why_resident
+from fisherkit.engine.sweep.inputs import resident_inputs, stream_inputs
 from fisherkit.engine.sweep.job import Job
 from fisherkit.engine.sweep.resident import resident
 from fisherkit.engine.sweep.spool import Budget
@@ -43,6 +44,13 @@ PROGRESS = table(
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""
+_ENGINES = {
+    ("stream", False): stream,
+    ("resident", False): resident,
+    ("stream", True): stream_inputs,
+    ("resident", True): resident_inputs,
+}
+"""By the mode's engine, and whether inputs alone are measured."""
 _STARTED_OVER = ("forward", "backward", "outer", "sink", "loss", "heard", "moments")
 """What the work folder forgets when another mode starts over."""
 
@@ -50,7 +58,7 @@ _STARTED_OVER = ("forward", "backward", "outer", "sink", "loss", "heard", "momen
 def run_engine(
     prepared: Prepared,
     work: Work,
-    sink: FisherSink,
+    sink: FisherSink | NoSink,
     covariances: CovarianceWriter | None,
     track: Track,
     say: Say,
@@ -69,7 +77,7 @@ def run_engine(
             covariances.begin(frozenset(mode["general"]), work.progress)
         job = _job(prepared, work, sink, covariances, mode, track)
         try:
-            (resident if mode["engine"] == "resident" else stream)(job)
+            _ENGINES[mode["engine"], prepared.options.statistics == "inputs"](job)
         except AttendsAhead:
             if mode.get("token_types") or not takes_token_types(prepared.skeleton):
                 raise leaks(prepared.source.id, prepared.skeleton) from None
@@ -86,7 +94,12 @@ def run_engine(
 
 
 def _job(
-    prepared: Prepared, work: Work, sink: FisherSink, covariances: CovarianceWriter | None, mode: Mode, track: Track
+    prepared: Prepared,
+    work: Work,
+    sink: FisherSink | NoSink,
+    covariances: CovarianceWriter | None,
+    mode: Mode,
+    track: Track,
 ) -> Job:
     assert prepared.prompts is not None
     options, samples = prepared.options, prepared.prompts.samples
@@ -95,6 +108,7 @@ def _job(
     progress = whole_run(
         prepared.plan,
         mode["engine"],
+        inputs_only=prepared.options.statistics == "inputs",
         samples=len(samples),
         batches=len(sizes),
         device=prepared.device,

@@ -8,7 +8,7 @@ import torch
 
 from fisherkit.checkpoint.hub import ModelSource, resolve_model
 from fisherkit.checkpoint.index import CheckpointIndex, open_index
-from fisherkit.engine.covariance.plan import memory_of_covariances
+from fisherkit.engine.covariance.plan import Form, memory_of_covariances
 from fisherkit.engine.model.build import blocks_in_groups
 from fisherkit.engine.model.checks import check_fit, folder_of
 from fisherkit.engine.model.config import config_folder
@@ -163,9 +163,16 @@ def _make_plan(skeleton: Skeleton, options: ExtractOptions, device: torch.device
     return plan
 
 
+def form_of(options: ExtractOptions) -> Form:
+    """Return which covariances the options ask for, and how they are stored."""
+    if options.statistics != "inputs":
+        return Form()
+    return Form(outputs=False, rank=options.rank, code={"bf16": "BF16", "fp32": "F32"}[options.store])
+
+
 def _covariance_memory(skeleton: Skeleton, plan: Plan, options: ExtractOptions) -> dict[int | None, int]:
     """Return the bytes that covariances take in memory, by block; nothing where none are gathered."""
-    return memory_of_covariances(skeleton, plan) if options.statistics == "activations" else {}
+    return memory_of_covariances(skeleton, plan, form_of(options)) if options.statistics != "fisher" else {}
 
 
 def sha256(text: str) -> str:

@@ -14,7 +14,7 @@ from fisherkit.engine.model.plan import Plan
 from fisherkit.progress import Track
 
 STAGE = "measuring"
-_COSTS = {"forward": 1, "backward": 3, "outer": 3, "resident": 1}
+_COSTS = {"forward": 1, "backward": 3, "outer": 3, "resident": 1, "inputs": 1}
 
 
 @dataclass
@@ -71,12 +71,15 @@ class WholeRun:
         return f"{self.samples * (at - first) / whole / (now - began):.3g} samples/s"
 
 
-def whole_run(plan: Plan, engine: str, *, samples: int, batches: int, device: torch.device, track: Track) -> WholeRun:
+def whole_run(
+    plan: Plan, engine: str, *, inputs_only: bool, samples: int, batches: int, device: torch.device, track: Track
+) -> WholeRun:
     """Return the progress of a run from what its engine will do.
 
     Args:
         plan: groups of blocks and targets.
         engine: ``stream`` or ``resident``.
+        inputs_only: nothing is differentiated, and the blocks above the last target are left out.
         samples: that are measured.
         batches: that they make up.
         device: on which they are measured.
@@ -86,6 +89,8 @@ def whole_run(plan: Plan, engine: str, *, samples: int, batches: int, device: to
     around = bool(plan.names([None]))
     if engine == "resident":
         return WholeRun(samples, {"resident": samples * (len(measured) + around)}, samples, device, track)
+    if inputs_only:
+        return WholeRun(samples, {"inputs": (max(measured, default=0) + 1) * batches}, batches, device, track)
     lowest = 0 if around or not measured else measured[0]
     steps = {"forward": (len(plan.groups) - 1) * batches, "backward": (len(plan.groups) - lowest) * batches}
     return WholeRun(samples, steps | ({"outer": batches} if around else {}), batches, device, track)
