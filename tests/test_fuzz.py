@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Ended, run
-from fuzz_material import TARGETS, Target, copy_material, make_material
+from fuzz_material import SHARD, TARGETS, Target, copy_material, make_material
 from hypothesis import HealthCheck, Phase, example, given, note, seed, settings
 from hypothesis import strategies as st
 from mutations import Change, changes_for
@@ -50,6 +50,7 @@ def test_a_damaged_file_gives_the_right_answer_or_one_line(target: Target, mater
         file = data.draw(st.sampled_from(target.files), label="file")
         changes = data.draw(st.lists(changes_for(file), min_size=1, max_size=3), label="changes")
         for command in target.commands:
+            note(f"{command}, {file}: {'; '.join(change.text for change in changes)}")
             attempt(command, {file: changes}, material)
 
     check()
@@ -62,7 +63,6 @@ def attempt(command: str, damage: dict[str, list[Change]], material: Path) -> En
     place.mkdir()
     copy_material(material, place, set(damage))
     for file, changes in damage.items():
-        note(f"{command}, {file}: {'; '.join(change.text for change in changes)}")
         content = (place / file).read_bytes()
         for change in changes:
             content = change.apply(content)
@@ -121,6 +121,23 @@ def check_answer(done: Ended, place: Path, command: str) -> None:
     total = sum(float(tensor.double().abs().nan_to_num(0, 0, 0).sum()) for tensor in held.values())
     total_of_rows = sum(float(row[3]) for row in rows if row[3] != "null")
     assert total_of_rows == pytest.approx(total, rel=1e-2, abs=1e-30), (total_of_rows, total)
+
+
+# What was found once, and must not come back: a command, the file that was damaged, and what in it became what.
+FOUND = (
+    ("fapm base tuned out", "base/config.json", b'"LlamaForCausalLM"', rb'"\ud800"'),
+    ("merge base tuned out", "base/config.json", b'"LlamaForCausalLM"', rb'"\ud800"'),
+    ("fapm base tuned out", SHARD, b"embed_tokens.weight", rb"embed_tokens\ud800."),
+    ("inspect fisher.safetensors", "fisher.safetensors", b'"format":"pt"', b'"format":1000'),
+    ("extract base p.jsonl -o out.pt", SHARD, b"embed_tokens.weight", rb"embed_tokens\ud800."),
+)
+
+
+@pytest.mark.parametrize(("command", "file", "old", "new"), FOUND)
+def test_what_was_found_once_stays_mended(command: str, file: str, old: bytes, new: bytes, material: Path) -> None:
+    change = Change(f"{old!r} to {new!r}", lambda content: content.replace(old, new, 1))
+    assert old in (material / file).read_bytes()
+    attempt(command, {file: [change]}, material)
 
 
 # Words on the command line

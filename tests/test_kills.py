@@ -183,9 +183,11 @@ def test_a_full_disk_loses_nothing_and_says_so(
     scenario: Scenario, tmp_path: Path, inputs: dict[str, str], small_disk: Callable[[int], Path]
 ) -> None:
     course = Course(scenario, tmp_path, inputs)
-    most = sum(map(len, course.expected.values())) // 1024 + 64
+    least, most = (
+        sum(-(-len(data) // 4096) * 4 for data in files.values()) for files in (course.before, course.expected)
+    )
     for number in range(1, tries := 1 + number_of_kills(full=10, small=1)):
-        disk = small_disk(max(4, most * number // tries))
+        disk = small_disk(least + max(4, (most + 64) * number // tries))
         shutil.copytree(course.start, disk, dirs_exist_ok=True)
         done = run(course.words, disk)
         if done.code:

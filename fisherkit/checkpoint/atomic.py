@@ -65,8 +65,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a text in UTF-8, as write_bytes does."""
-    write_bytes(path, text.encode("utf-8"))
+    """Replace ``path`` by a text in UTF-8, as write_bytes does; halves of surrogate pairs are spelt out, as in JSON."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

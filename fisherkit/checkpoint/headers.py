@@ -57,6 +57,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     length = _header_length(path, read_start(path, 8), size)
     raw = read_start(path, 8 + length)[8:]
     entries = parse_json(path, raw, "header")
+    broken = next((name for name in entries if any("\ud800" <= character <= "\udfff" for character in name)), None)
+    if broken is not None:
+        raise CheckpointError(f"{path}: {broken!r} is no name, half of a character is missing; fetch the file again")
+    about = entries.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise CheckpointError(f"{path}: its __metadata__ is not texts by name, so no library reads it; fetch it again")
     infos = [_tensor_info(path, name, entries[name], 8 + length) for name in entries if name != "__metadata__"]
     infos.sort(key=lambda info: (info.start, info.nbytes))
     _check_ranges(path, infos, 8 + length, size)

@@ -104,7 +104,7 @@ def _plan_safetensors(path: Path, specs: Sequence[TensorSpec]) -> tuple[bytes, l
         offsets = [end, end := end + spec.nbytes]
         entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
         ends.append(end)
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
     text += b" " * (-len(text) % _ALIGN)
     head = len(text).to_bytes(8, "little") + text
     slots = [Slot(spec, path, len(head) + stop - spec.nbytes) for spec, stop in zip(ordered, ends, strict=True)]

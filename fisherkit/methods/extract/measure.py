@@ -60,6 +60,9 @@ def extract(
     output = _output(Path(out), options)
     resolve_model(os.fspath(model), weights=False)  # a model that is not there is named before the output is refused
     left = read_progress(output.partial, PROGRESS) if options.resume else None
+    if left and left.get("may_replace"):  # the run that is gone on with was allowed to
+        options = dataclasses.replace(options, force=True)
+        output = _output(Path(out), options)
     may_be_finished = options.resume and left is None and output.path.exists()
     if not may_be_finished and not (left and "publishing" in left):
         output.check_free()
@@ -78,6 +81,8 @@ def extract(
     started = time.monotonic()
     with _open_work(output.partial, ours, options, say) as work:
         try:
+            if options.force and "may_replace" not in work.progress:
+                work.commit(may_replace=True)
             if "publishing" not in work.progress:
                 output.check_free()  # again: another run may have finished since
                 output.fill(_with_groups(prepared, work), work, track, say, run=digest(ours), started=started)
