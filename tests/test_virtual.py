@@ -193,6 +193,21 @@ def test_neither_order_nor_threads_nor_repetition_matter(coarse: Pair, scope: Sc
             assert all(pairs.same_bits(tensor, first[at][name]) for name, tensor in found.items())
 
 
+@pytest.mark.parametrize("scope", ["tensor", "layer"])
+def test_points_that_cannot_remember_anything_are_the_same(coarse: Pair, scope: Scope) -> None:
+    options = [FapmOptions(sparsity=sparsity, scope=scope) for sparsity in SPARSITIES]
+    names = list(open_index(coarse[0]).tensors)
+    with (
+        open_fapm_points(*coarse, options) as points,
+        open_fapm_points(*coarse, options, room=0) as forgetful,
+        open_fapm_points(*coarse, options, room=5000) as some,
+    ):
+        for one, others in zip(points.virtual, zip(forgetful.virtual, some.virtual, strict=True), strict=True):
+            found = read(one, names)
+            for other in others:
+                assert all(pairs.same_bits(tensor, found[name]) for name, tensor in read(other, names[::-1]).items())
+
+
 def test_another_order_of_strengths_changes_nothing(coarse: Pair) -> None:
     options = [FapmOptions(sparsity=sparsity, scope="layer") for sparsity in (0.9, 0.1)]
     with open_fapm_points(*coarse, options) as one, open_fapm_points(*coarse, options[::-1]) as other:

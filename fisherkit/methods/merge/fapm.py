@@ -62,7 +62,7 @@ def fapm(
     options, beside = options or FapmOptions(), beside or {}
     out, sparse = (None if path is None else Path(path) for path in (out, sparse))
     if sparse is not None:
-        _check_sparse(sparse, options)
+        check_sparse(sparse, options)
     is_written = out is not None or sparse is not None or bool(beside)
     targets = Targets(checkpoint=out, delta=sparse, beside=tuple(beside)) if is_written else None
     with open_run(Request("fapm", str(base), str(tuned), targets, options, command, track, say)) as run:
@@ -87,7 +87,16 @@ def fapm(
         return report
 
 
-def _check_sparse(sparse: Path, options: FapmOptions) -> None:
+def check_sparse(sparse: Path, options: FapmOptions) -> None:
+    """Refuse a sparse delta that cannot be made.
+
+    Args:
+        sparse: its file.
+        options: of fapm.
+
+    Raises:
+        OptionError: another suffix than ``.safetensors``, or a metric that does not select.
+    """
     if not options.selects:
         raise OptionError(f"--sparse is for metrics that select; {options.metric} changes every entry")
     if sparse.suffix != ".safetensors":

@@ -93,11 +93,16 @@ class Pruner:
         return where | outcome.row() | ties | remarks | rounded
 
 
-def kept_share(run: Run, options: FapmOptions) -> Fraction:
+def share_of(run: Run, options: FapmOptions) -> Fraction:
     """Return the share of entries that is kept, by the options or the default of the kind of FT."""
     is_adapter = run.checkpoints.tuned.kind == "adapter"
-    share = options.kept_share(ADAPTER_SPARSITY if is_adapter else DEFAULT_SPARSITY)
-    if is_adapter and share < Fraction(1, 2):
+    return options.kept_share(ADAPTER_SPARSITY if is_adapter else DEFAULT_SPARSITY)
+
+
+def kept_share(run: Run, options: FapmOptions) -> Fraction:
+    """Return the share of entries that is kept, and say where FT does not bear as little; see share_of."""
+    share = share_of(run, options)
+    if run.checkpoints.tuned.kind == "adapter" and share < Fraction(1, 2):
         run.request.say(
             f"note: FT is an adapter; a low-rank delta does not bear {float(1 - share):.0%} sparsity "
             f"(default for adapters: {ADAPTER_SPARSITY:.0%})"

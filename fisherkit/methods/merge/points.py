@@ -14,13 +14,16 @@ from functools import partial
 from pathlib import Path
 
 from fisherkit.floats import Stored
-from fisherkit.methods.merge.fapm_prune import Pruner, change_tensor, kept_share, make_pruners
+from fisherkit.kernels.nested import MOST
+from fisherkit.methods.merge.fapm_prune import Pruner, change_tensor, make_pruners, share_of
 from fisherkit.methods.merge.merge import inputs_of, merge_tensor
 from fisherkit.methods.merge.merge_inputs import MergeInputs, open_inputs
+from fisherkit.methods.merge.nested_points import NestedPoints
 from fisherkit.methods.merge.output import fingerprint, provenance, write_config
 from fisherkit.methods.merge.pair_run import Request, Run, all_of_tuned, open_run
 from fisherkit.methods.merge.quotas import settle_ties
 from fisherkit.options import FapmOptions, MergeOptions, PairOptions
+from fisherkit.pairs.outputs import Targets
 from fisherkit.pairs.reader import is_floating
 from fisherkit.pairs.virtual import VirtualCheckpoint
 from fisherkit.progress import Say, Track
@@ -49,6 +52,8 @@ def open_fapm_points(
     tuned: str | Path,
     options: Sequence[FapmOptions],
     *,
+    targets: Targets | None = None,
+    room: int = 1 << 30,
     track: Track = lambda stage, done, total: None,
     say: Say = lambda line: None,
 ) -> Iterator[Points]:
@@ -58,21 +63,24 @@ def open_fapm_points(
         base: as for fapm.
         tuned: as for fapm.
         options: of each point; they may differ in ``sparsity`` or ``density``, ``metric`` and ``seed``.
+        targets: where one of the points will be written; what fapm would refuse is refused now.
+        room: bytes to remember in what points of one metric have in common; a byte per entry of the tensors that some
+            points have read and others will.
         track: progress of what is read before the first point can be.
         say: gets remarks for people.
 
     Raises:
-        CheckpointError, OptionError: as for fapm.
+        CheckpointError, OptionError, OutputError: as for fapm.
     """
-    with _open(Request("fapm", str(base), str(tuned), None, options[0], None, track, say)) as (run, folder):
-        pruners = _pruners(run, options)
+    with _open(Request("fapm", str(base), str(tuned), targets, options[0], None, track, say)) as (run, folder):
+        pruners, nested = _pruners(run, options, room)
         virtual = [
             _virtual(
                 run,
-                partial(_pruned, pruner),
+                partial(nested[at].read, pruner) if at in nested else partial(_pruned, pruner),
                 {**_settings(run, own), "sparsity": str(1 - pruner.share)},
             )
-            for own, pruner in zip(options, pruners, strict=True)
+            for at, (own, pruner) in enumerate(zip(options, pruners, strict=True))
         ]
         yield Points(run, folder, _tuned(run, options[0]), tuple(virtual))
 
@@ -83,6 +91,7 @@ def open_merge_points(
     tuned: str | Path,
     options: Sequence[MergeOptions],
     *,
+    targets: Targets | None = None,
     track: Track = lambda stage, done, total: None,
     say: Say = lambda line: None,
 ) -> Iterator[Points]:
@@ -92,48 +101,54 @@ def open_merge_points(
         base: as for merge.
         tuned: as for merge.
         options: of each point; they may differ in everything but the fields of PairOptions.
+        targets: where one of the points will be written; what merge would refuse is refused now.
         track: progress of what is read before the first point can be.
         say: gets remarks for people.
 
     Raises:
-        CheckpointError, OptionError: as for merge.
+        CheckpointError, OptionError, OutputError: as for merge.
     """
-    request = Request("merge", str(base), str(tuned), None, options[0], None, track, say)
-    with _open(request) as (run, folder), ExitStack() as stack:
+    request = Request("merge", str(base), str(tuned), targets, options[0], None, track, say)
+    files = list(dict.fromkeys(path for own in options for path in inputs_of(own)))
+    with _open(request, files) as (run, folder), ExitStack() as stack:
         virtual = []
         for own in options:
             inputs = stack.enter_context(open_inputs(run, own))
-            files = [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in inputs_of(own)]
+            stamps = [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in inputs_of(own)]
             virtual.append(
                 _virtual(
                     run,
                     partial(_merged, run, own, inputs),
-                    {**_settings(run, own), "inputs": files},
+                    {**_settings(run, own), "inputs": stamps},
                 )
             )
         yield Points(run, folder, _tuned(run, options[0]), tuple(virtual))
 
 
 @contextmanager
-def _open(request: Request) -> Iterator[tuple[Run, Path]]:
+def _open(request: Request, inputs: Sequence[Path] = ()) -> Iterator[tuple[Run, Path]]:
     """Open the pair, and write what lies around the weights of the outputs into a folder of its own."""
-    with open_run(request) as run, tempfile.TemporaryDirectory(prefix="fisherkit-") as folder:
+    with open_run(request, inputs) as run, tempfile.TemporaryDirectory(prefix="fisherkit-") as folder:
         write_config(Path(folder), run)
         yield run, Path(folder)
 
 
-def _pruners(run: Run, options: Sequence[FapmOptions]) -> list[Pruner]:
-    """A pruner per point; the points of one metric and seed look for their thresholds together."""
-    shares = [kept_share(run, own) for own in options]
+def _pruners(run: Run, options: Sequence[FapmOptions], room: int) -> tuple[list[Pruner], dict[int, NestedPoints]]:
+    """A pruner per point, and by number of the point what it shares with others of its metric and seed."""
+    shares = [share_of(run, own) for own in options]
     pruners: dict[int, Pruner] = {}
+    nested: dict[int, NestedPoints] = {}
     kinds = [(own.metric, own.seed) for own in options]
     for kind in dict.fromkeys(kinds):
         places = [at for at, other in enumerate(kinds) if other == kind]
         own = options[places[0]]
         made = make_pruners(run, own, [shares[at] for at in places], write=True)
         settle_ties(run, own, [pruner.shared for pruner in made if pruner.shared is not None], made[0].means)
+        made = [replace(pruner, options=options[at]) for at, pruner in zip(places, made, strict=True)]
         pruners.update(zip(places, made, strict=True))
-    return [replace(pruners[at], options=own) for at, own in enumerate(options)]
+        if own.selects and 1 < len(places) <= MOST:
+            nested.update(dict.fromkeys(places, NestedPoints(made, room // len(set(kinds)))))
+    return [pruners[at] for at in range(len(options))], nested
 
 
 def _pruned(pruner: Pruner, name: str) -> Stored:
