@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fisherkit.cli import app
 from fisherkit.errors import OutputError
-from fisherkit.methods.demo import files, fine_tune, model
+from fisherkit.methods.demo import files, fine_tune, held_out, model
 from fisherkit.methods.demo.corpus import Corpus, read_corpus
 from fisherkit.methods.demo.model import Recipe, make_model
 from fisherkit.methods.demo.tasks import in_words, task_conversations
@@ -35,7 +35,8 @@ CONVERSATIONS = 200
 def _little_text() -> Iterator[None]:
     corpus = read_corpus(100_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "read_corpus", lambda: Corpus(corpus.conversations[::5], corpus.plain))
+        for room in (model, held_out):
+            patch.setattr(room, "read_corpus", lambda: Corpus(corpus.conversations[::5], corpus.plain))
         yield
 
 
@@ -234,13 +235,16 @@ def tune(base: Path, target: Path, **options: Any) -> Path:
 
 
 def test_the_fine_tune_learns_the_new_text_and_forgets_the_old(made: Any, tuned: Any) -> None:
-    base, after = fine_tune.measure(
-        made[0], [made[0], tuned[0]], recipe=SMALL, course=COURSE, conversations=CONVERSATIONS
+    tokenizer = fine_tune.load_tokenizer(made[0])
+    old = model.text_windows(tokenizer, SMALL).part(0, SMALL.held_out)
+    new = fine_tune._task_windows(tokenizer, COURSE, CONVERSATIONS).part(0, COURSE.held_out)
+    base, after = (
+        [mean_loss(fine_tune.load(folder).float(), text) for text in (old, new)] for folder in (made[0], tuned[0])
     )
-    assert after.new < base.new - 0.5
-    assert after.old > base.old
+    assert after[1] < base[1] - 0.5
+    assert after[0] > base[0]
     losses = [line for line in tuned[1] if line.startswith("Loss")]
-    assert [f"{base.new:.2f} before" in line for line in losses] == [True]  # bf16 as loaded, float32 in training
+    assert [f"{base[1]:.2f} before" in line for line in losses] == [True]  # bf16 as loaded, float32 in training
 
 
 def test_the_fine_tune_is_of_the_same_layout_and_type(made: Any, tuned: Any) -> None:
@@ -274,9 +278,38 @@ def test_only_answers_are_learnt(made: Any) -> None:
     tokenizer = fine_tune.load_tokenizer(made[0])
     learnt = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if learnt]
     asked = [tokenizer.decode(ids) for ids, learnt in fine_tune._task_pieces(tokenizer, COURSE, 8) if not learnt]
-    conversations = task_conversations(8)
+    conversations = held_out.learnt_tasks(8, COURSE.seed)
     assert learnt == [f"{answer['content']}<|end|>\n</s>" for _, answer in conversations]
     assert asked == [f"<s><|user|>\n{question['content']}<|end|>\n<|assistant|>\n" for question, _ in conversations]
+
+
+def test_what_the_sets_ask_neither_model_has_learnt(tmp_path: Path) -> None:
+    sets = held_out.write_sets(tmp_path)
+    rows = {name: [json.loads(line) for line in path.read_text("utf-8").splitlines()] for name, path in sets.items()}
+    assert {name: len(held) for name, held in rows.items()} == {"old": held_out.ROWS, "new": held_out.ROWS}
+    corpus = held_out.read_corpus()
+    learnt = held_out.learnt_corpus(corpus)
+    assert learnt.plain == corpus.plain
+    tasks = held_out.learnt_tasks(CONVERSATIONS, 0)
+    assert len(set(map(str, tasks))) == CONVERSATIONS
+    for name, conversations in (("old", learnt.conversations), ("new", tasks)):
+        answers = {turn["content"] for turns in conversations for turn in turns}
+        questions = {turns[0]["content"] for turns in conversations}
+        pairs = {(turns[0]["content"], turns[1]["content"]) for turns in conversations}
+        assert not any((row["prompt"], row["completion"]) in pairs for row in rows[name])
+        if name == "new":
+            assert not any(row["prompt"] in questions for row in rows[name])
+        assert len({row["completion"] for row in rows[name]} & answers) <= 2  # an empty docstring is said twice
+    kept = set(map(str, learnt.conversations))
+    assert sum(str(turns) not in kept for turns in corpus.conversations) == held_out.ROWS
+
+
+def test_models_of_an_earlier_demo_are_trained_anew(tmp_path: Path) -> None:
+    folder = write_whole(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert files.is_reusable(folder)
+    (folder / "config.json").write_text(json.dumps(config | {files.MARK: 1}))
+    assert not files.is_reusable(folder)
 
 
 def test_windows_hold_all_text_once_and_mask_what_is_only_read() -> None:
@@ -345,9 +378,6 @@ def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch
     monkeypatch.setattr(model, "make_model", partial(make_model, recipe=recipe))
     monkeypatch.setattr(
         fine_tune, "tune_model", partial(fine_tune.tune_model, course=COURSE, conversations=CONVERSATIONS)
-    )
-    monkeypatch.setattr(
-        fine_tune, "measure", partial(fine_tune.measure, recipe=recipe, course=COURSE, conversations=CONVERSATIONS)
     )
     folder = tmp_path / "a demo"
     done = CliRunner().invoke(app, ["demo", "--folder", str(folder)])

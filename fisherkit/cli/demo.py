@@ -1,6 +1,7 @@
 """``fisherkit demo``."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def demo(
             "\nWith models and prompts of your own:\n"
             "  fisherkit extract org/name prompts.jsonl -o fisher.pt\n"
             "  fisherkit inspect fisher.pt -o report.html\n"
-            "  fisherkit fapm org/name my-fine-tune out --sweep 0.5,0.7,0.9"
+            "  fisherkit fapm org/name my-fine-tune --sweep 0.5,0.7,0.9 --prompts old=old.jsonl --prompts new=new.jsonl"
         )
 
     run(command, debug=debug)
@@ -57,7 +58,7 @@ def _measure(model: Path, out: Path, say: Say, *, quiet: bool, again: bool) -> N
 
 
 def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> None:
-    """Fine-tune on another kind of text, prune by each metric, and compare on old and new text."""
+    """Fine-tune on another kind of text, prune by each metric, and score everything on old and new questions."""
     from fisherkit.methods.demo import fine_tune
 
     say("")
@@ -65,12 +66,24 @@ def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> 
     models = {"base": model, "tuned": fine_tune.tune_model(model, folder / "tuned", track=track, say=say)}
     for metric in METRICS:
         models[metric] = _fapm(model, folder / "tuned", folder / metric, metric, say, quiet=quiet, again=again)
-    losses = fine_tune.measure(model, list(models.values()), track=console.tracker("measure", quiet=quiet))
-    say("\nLoss per token on text that was held out: the base's kind (old), and the fine-tune's (new)")
-    rows: list[Record] = [
-        {"model": name, "old": loss.old, "new": loss.new} for name, loss in zip(models, losses, strict=True)
-    ]
-    console.show_rows(rows, ("model", "old", "new"))
+    _score(models, folder, say, quiet=quiet)
+
+
+def _score(models: Mapping[str, Path], folder: Path, say: Say, *, quiet: bool) -> None:
+    """Score all models on questions that none has read: the base's kind (old), and the fine-tune's (new)."""
+    from fisherkit.methods.demo import held_out
+    from fisherkit.methods.score.score import score
+
+    sets = held_out.write_sets(folder)
+    given = [word for name, path in sets.items() for word in ("--prompts", f"{name}={path}")]
+    _show(say, "score", *models.values(), *given)
+    report = score(list(models.values()), sets, track=console.tracker("score", quiet=quiet), say=say)
+    rows: list[Record] = []
+    for name, one in zip(models, report.checkpoints, strict=True):
+        old, new = (one.sets[kind] for kind in ("old", "new"))
+        rows.append({"model": name, "old": old.loss, "new": new.loss, "new_exact": new.exact})
+    console.show_rows(rows, ("model", "old", "new", "new_exact"))
+    say("Loss in nats per token of the answers, and the share of answers that are right to the letter.")
     say("One seed of a toy: it shows what the commands do, not which metric is best.")
 
 

@@ -17,6 +17,8 @@ from fisherkit.errors import CheckpointError, OutputError
 
 MARK = "fisherkit_demo"
 """A key in config.json: what carries it is ours to reuse and to replace."""
+VERSION = 2
+"""Value of that key: models that were trained on other text are trained anew."""
 PARENT = "fisherkit_demo_base"
 """Another: the fingerprint of the model that a tuned one was made of."""
 
@@ -38,7 +40,8 @@ def is_reusable(target: Path, parent: str | None = None) -> bool:
         open_index(target)
     except CheckpointError:
         return False
-    return config.get(PARENT) == parent and all((target / name).is_file() for name in _FILES)
+    is_same = config[MARK] == VERSION and config.get(PARENT) == parent
+    return is_same and all((target / name).is_file() for name in _FILES)
 
 
 def _config(folder: Path) -> dict[str, object]:

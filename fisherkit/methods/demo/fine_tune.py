@@ -1,11 +1,10 @@
-"""Fine-tuning of the demo's model on another kind of text, and losses of models on the old and the new.
+"""Fine-tuning of the demo's model on another kind of text.
 
-The new text is ``tasks``'s; only its answers are learnt. How a tuned model is pruned is none of this module's
-business; to it every model is a folder that transformers loads.
+The text is ``tasks``'s; only its answers are learnt. How a tuned model is pruned and scored is none of this module's
+business.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,22 +12,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fisherkit.checkpoint.index import open_index
 from fisherkit.methods.demo.files import PARENT, is_reusable, no_progress_bar, save, written_aside
-from fisherkit.methods.demo.model import Recipe, text_windows
-from fisherkit.methods.demo.tasks import task_conversations
-from fisherkit.methods.demo.training import Course, Windows, learn, mean_loss, one_thread, windows
+from fisherkit.methods.demo.held_out import learnt_tasks
+from fisherkit.methods.demo.training import Course, Windows, learn, one_thread, windows
 from fisherkit.progress import Say, Track
 
 CONVERSATIONS = 4000
 TUNING = Course(steps=600, learning_rate=5e-4, embedding_rate=2e-3)
 """Course of the fine-tune: ordinary rates, none chosen for what it does to the old text."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Mean negative log-likelihood per token, in nats, on text that was held out: the base's kind and the new."""
-
-    old: float
-    new: float
 
 
 def tune_model(
@@ -50,7 +40,7 @@ def tune_model(
         say: gets the lines meant for a person.
         seconds: wall time of the training loop.
         course: schedule and rates.
-        conversations: questions and answers, those held out included.
+        conversations: questions and answers; of some the loss is said, and they are not learnt.
 
     Returns:
         ``target``.
@@ -72,38 +62,6 @@ def tune_model(
     return target
 
 
-def measure(
-    base: Path,
-    models: list[Path],
-    *,
-    track: Track = lambda stage, done, total: None,
-    recipe: Recipe | None = None,
-    course: Course = TUNING,
-    conversations: int = CONVERSATIONS,
-) -> list[Loss]:
-    """Return the loss of each model on what ``make_model`` and ``tune_model`` held out, given what those were given.
-
-    Args:
-        base: has the tokenizer that all share.
-        models: folders.
-        track: progress, called with stage, done and total.
-        recipe: of ``make_model``.
-        course: of ``tune_model``.
-        conversations: of ``tune_model``.
-    """
-    tokenizer, recipe = load_tokenizer(base), recipe or Recipe()
-    old = text_windows(tokenizer, recipe).part(0, recipe.held_out)
-    new = _task_windows(tokenizer, course, conversations).part(0, course.held_out)
-    losses = []
-    with one_thread():
-        for at, folder in enumerate(models):
-            track("models", at, len(models))
-            model = load(folder).float()
-            losses.append(Loss(mean_loss(model, old), mean_loss(model, new)))
-    track("models", len(models), len(models))
-    return losses
-
-
 def load(folder: Path) -> LlamaForCausalLM:
     """Load a model of the demo, as it is stored."""
     with no_progress_bar():
@@ -123,7 +81,7 @@ def _task_pieces(
     tokenizer: PreTrainedTokenizerFast, course: Course, conversations: int
 ) -> Iterator[tuple[list[int], bool]]:
     """Yield questions, which are only read, and answers up to the end of the text, which are learnt."""
-    for conversation in task_conversations(conversations, course.seed):
+    for conversation in learnt_tasks(conversations, course.seed):
         asked = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(conversation, tokenize=False) + tokenizer.eos_token
         yield tokenizer(asked, add_special_tokens=False).input_ids, False

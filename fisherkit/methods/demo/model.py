@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fisherkit.methods.demo.corpus import Corpus, read_corpus
-from fisherkit.methods.demo.files import MARK, is_reusable, save, written_aside
+from fisherkit.methods.demo.files import MARK, VERSION, is_reusable, save, written_aside
+from fisherkit.methods.demo.held_out import learnt_corpus
 from fisherkit.methods.demo.training import Course, Windows, learn, one_thread, windows
 from fisherkit.progress import Say, Track
 
@@ -118,8 +119,8 @@ def _train_tokenizer(corpus: Corpus, vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def text_windows(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, corpus: Corpus | None = None) -> Windows:
-    """Return all text that the model is trained on, documents in random order; the first windows are held out."""
-    corpus = corpus or read_corpus()
+    """Return all text that the model learns, documents in random order; the first windows only tell the loss."""
+    corpus = learnt_corpus(corpus or read_corpus())
     texts = [_BOS + text + _EOS for text in corpus.plain]
     texts += [tokenizer.apply_chat_template(turns, tokenize=False) + _EOS for turns in corpus.conversations]
     random.Random(recipe.seed).shuffle(texts)  # noqa: S311  # no secret
@@ -139,7 +140,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **{MARK: 1},
+        **{MARK: VERSION},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
