@@ -178,7 +178,9 @@ def _sweep_measured(
     controls = controls if sweep.controls else {}
     sweeps.check(targets, beside, pair, force=points[0].force, resume=points[0].resume)
     every = {**names, **controls}
-    with open_fapm_points(*pair, list(every.values()), targets=targets, track=track, say=say) as opened:
+    with open_fapm_points(
+        *pair, list(every.values()), targets=targets, room=sweeps.room_for_points(), track=track, say=say
+    ) as opened:
         report = sweeps.score_points(opened, list(every), sweep, track, say)
     chosen = sweeps.conclude(report, sweep, list(names), list(controls), beside, as_json=as_json, say=say)
     if targets is not None:

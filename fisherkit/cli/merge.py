@@ -6,8 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from fisherkit.cli import console, shared
+from fisherkit.cli import sweep as sweeps
 from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.merge_sweep import one_point, points_of, sweep_merge
 from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, ShardSize, Skip, Tuned
+from fisherkit.cli.sweep import BudgetText, Controls, Device, DType, GroupSize, Limit, LossTokens, MaxLength, Prompts
 from fisherkit.errors import OptionError
 from fisherkit.options import MergeOptions, Side
 
@@ -46,7 +49,7 @@ def _tune_and_new(given: str) -> tuple[str, Path]:
 def merge(
     base: Base,
     tuned: Tuned,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder to make.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Take FT only where it allows change.", rich_help_panel=HOW)] = None,
     subspace: Annotated[
         Path | None, typer.Option(help="Remove what lies in its directions.", rich_help_panel=HOW)
@@ -59,12 +62,17 @@ def merge(
         typer.Option(help="A layer_importance.json: important layers change less.", rich_help_panel=HOW),
     ] = None,
     power: Annotated[
-        float, typer.Option(help="Scale of a layer: (median/its importance)^power,", rich_help_panel=HOW)
-    ] = 0.5,
-    floor: Annotated[float, typer.Option(help="but not below this, nor above 1.", rich_help_panel=HOW)] = 0.1,
+        str, typer.Option(help="Scale of a layer: (median/its importance)^power,", rich_help_panel=HOW)
+    ] = "0.5",
+    floor: Annotated[str, typer.Option(help="but not below this, nor above 1.", rich_help_panel=HOW)] = "0.1",
     alpha: Annotated[
-        float, typer.Option(help="Factor of all of the delta; alone it is Wise-FT.", rich_help_panel=HOW)
-    ] = 1.0,
+        str,
+        typer.Option(
+            help="Factor of all of the delta; alone it is Wise-FT. With --prompts, several: 0.1,0.3,0.5; so with "
+            "every strength.",
+            rich_help_panel=HOW,
+        ),
+    ] = "1.0",
     regmean: Annotated[
         tuple[str, Path] | None,
         typer.Option(
@@ -79,14 +87,14 @@ def merge(
         typer.Option(metavar="OLD NEW", help="The same with their Fishers, weight by weight.", rich_help_panel=SOLVE),
     ] = None,
     old_weight: Annotated[
-        float, typer.Option(help="What OLD counts beside NEW; 0 gives FT.", rich_help_panel=SOLVE)
-    ] = 1.0,
+        str, typer.Option(help="What OLD counts beside NEW; 0 gives FT.", rich_help_panel=SOLVE)
+    ] = "1.0",
     also: Annotated[
         list[str] | None,
         typer.Option(metavar="FT2 NEW2", help="A further fine-tune of BASE, and its NEW.", rich_help_panel=SOLVE),
     ] = None,
     damping: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             help="Added to NEW everywhere, as a share of its mean.",
             show_default="0.001, of Fishers 0.000001",
@@ -104,6 +112,18 @@ def merge(
     resume: Resume = False,
     max_shard_size: ShardSize = None,
     report: Report = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw a sweep: .html, .svg or .png.", rich_help_panel=sweeps.SWEEP)
+    ] = None,
+    prompts: Prompts = None,
+    budget: BudgetText = None,
+    controls: Controls = False,
+    limit: Limit = 200,
+    max_length: MaxLength = 256,
+    loss: LossTokens = "auto",
+    group_size: GroupSize = 8,
+    dtype: DType = "auto",
+    device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -120,14 +140,9 @@ def merge(
             subspace=subspace,
             side=side,
             layer_scale=layer_scale,
-            power=power,
-            floor=floor,
-            alpha=alpha,
             regmean=_old_and_new(regmean),
             fisher=_old_and_new(fisher),
-            old_weight=old_weight,
             also=tuple(map(_tune_and_new, also or ())),
-            damping=damping,
             force_model=force_model,
             **shared.pair_options(
                 only=only,
@@ -139,6 +154,26 @@ def merge(
                 force=force,
             ),
         )
+        strengths = {"power": power, "floor": floor, "alpha": alpha, "old_weight": old_weight}
+        strengths |= {"damping": damping} if damping is not None else {}
+        points = points_of(options, strengths)
+        sweep = sweeps.ask(
+            prompts,
+            budget,
+            controls=controls,
+            limit=limit,
+            max_length=max_length,
+            loss=loss,
+            group_size=group_size,
+            dtype=dtype,
+            device=device,
+        )
+        if sweep is not None:
+            sweep_merge((base, tuned), out, points, sweep, (report, figure), as_json=as_json, quiet=quiet)
+            return
+        own, target = one_point(points, out)
+        if figure is not None:
+            raise OptionError("--figure draws a sweep that is scored; add --prompts old=FILE --prompts new=FILE")
         if report is not None:
             from fisherkit.render.files import check_report
 
@@ -148,14 +183,14 @@ def merge(
         made = methods.merge(
             base,
             tuned,
-            out,
-            options,
+            target,
+            own,
             beside=shared.report_beside(report),
             command=shared.typed(),
             track=console.tracker("merge", quiet=quiet),
             say=sayer(quiet),
         )
         console.say_kept(made.totals, selects=False, quiet=quiet)
-        shared.show_made(made, out, as_json=as_json)
+        shared.show_made(made, target, as_json=as_json)
 
     run(command, debug=debug, hint=shared.hint(out))

@@ -6,7 +6,7 @@ advice: the point that does best on the new task without costing more of the old
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SWEEP = "Strengths by what they measure"
 BASE, TUNED = "BASE", "FT"
+_SHARE = 6  # of the free memory; weights, activations and logits need the rest
 
 Prompts = Annotated[
     list[str] | None,
@@ -121,11 +122,31 @@ def score_points(points: "Points", names: Sequence[str], sweep: Sweep, track: Tr
     from fisherkit.methods.score.run import score_candidates
 
     pair = points.run.checkpoints
+    options = replace(sweep.options, group_size=_fitting(points, sweep.options.group_size, say))
     with Reader(pair.base.index) as base:
         candidates = [Candidate(BASE, pair.base_source, base)]
         for name, virtual in zip((TUNED, *names), (points.tuned, *points.virtual), strict=True):
             candidates.append(Candidate(name, ModelSource(points.folder, name, None), ComputedReader(virtual)))
-        return score_candidates(candidates, sweep.prompts, sweep.options, track=track, say=say)
+        return score_candidates(candidates, sweep.prompts, options, track=track, say=say)
+
+
+def room_for_points() -> int:
+    """Return the bytes that points may remember in common: a share of what is free."""
+    import torch
+
+    from fisherkit.engine.model.memory import available_bytes
+
+    return available_bytes(torch.device("cpu")) // _SHARE
+
+
+def _fitting(points: "Points", wanted: int, say: Say) -> int:
+    """Return the layers of a group of which points can remember what they keep, and say where that is fewer."""
+    room, layers = room_for_points(), wanted
+    while layers > 1 and points.remembered(layers) > room:
+        layers -= 1
+    if layers < wanted:
+        say(f"group size lowered from {wanted} to {layers}: what the points keep of more would not fit the memory")
+    return layers
 
 
 def check(

@@ -82,6 +82,14 @@ def parse_shares(option: str, text: str) -> tuple[float, ...]:
     return values
 
 
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    """Parse numbers: ``"0.3"`` is ``(0.3,)``, ``"0.1,0.3"`` both, each once. Raises OptionError for anything else."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise OptionError(f"--{option} takes a number, or several such as 0.1,0.3,0.5, not {text!r}") from None
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Parse layer numbers: ``"0-7,12"`` is ``(0, 1, ..., 7, 12)``. Raises OptionError for anything else."""
     layers: set[int] = set()

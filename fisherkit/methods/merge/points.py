@@ -7,6 +7,7 @@ quotas are found at the start, for all strengths together.
 import hashlib
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -38,12 +39,27 @@ class Points:
         folder: holds the config and the tokenizer that the command would write.
         tuned: FT as it is, in BASE's names and types.
         virtual: what would be written, in the order of the options.
+        families: sets of points that remember in common, a byte per entry, what each keeps of a tensor.
     """
 
     run: Run
     folder: Path
     tuned: VirtualCheckpoint
     virtual: tuple[VirtualCheckpoint, ...]
+    families: int = 0
+
+    def remembered(self, layers: int) -> int:
+        """Return the bytes that points remember in common when so many layers at a time are read, the next ones ahead.
+
+        Args:
+            layers: of a group.
+        """
+        sizes: dict[int, int] = defaultdict(int)
+        for name in self.run.chosen.names:
+            layer = self.run.chosen.places[name].layer
+            if layer is not None:
+                sizes[layer] += self.run.tensors.info(name).numel
+        return 2 * layers * self.families * max(sizes.values(), default=0)
 
 
 @contextmanager
@@ -82,7 +98,8 @@ def open_fapm_points(
             )
             for at, (own, pruner) in enumerate(zip(options, pruners, strict=True))
         ]
-        yield Points(run, folder, _tuned(run, options[0]), tuple(virtual))
+        families = len(set(map(id, nested.values())))
+        yield Points(run, folder, _tuned(run, options[0]), tuple(virtual), families)
 
 
 @contextmanager
@@ -112,14 +129,19 @@ def open_merge_points(
     files = list(dict.fromkeys(path for own in options for path in inputs_of(own)))
     with _open(request, files) as (run, folder), ExitStack() as stack:
         virtual = []
-        for own in options:
-            inputs = stack.enter_context(open_inputs(run, own))
+        silent = replace(run, request=replace(request, say=lambda line: None))
+        for at, own in enumerate(options):
+            inputs = stack.enter_context(open_inputs(silent if at else run, own))  # remarks are the same for all
             stamps = [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in inputs_of(own)]
             virtual.append(
                 _virtual(
                     run,
                     partial(_merged, run, own, inputs),
-                    {**_settings(run, own), "inputs": stamps},
+                    {
+                        **_settings(run, own),
+                        "inputs": stamps,
+                        "also": inputs.solver.fingerprints if inputs.solver is not None else [],
+                    },
                 )
             )
         yield Points(run, folder, _tuned(run, options[0]), tuple(virtual))
