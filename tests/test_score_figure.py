@@ -125,9 +125,9 @@ def test_names_are_words_and_never_markup() -> None:
     root_of(svg_score.picture(evil, [EVIL]))
 
 
-def test_the_page_has_a_row_for_every_checkpoint_and_refers_to_nothing_outside(report: ScoreReport) -> None:
+def test_the_page_has_a_row_for_every_checkpoint_and_set_and_refers_to_nothing_outside(report: ScoreReport) -> None:
     text = pages.score_page(report, ["advice"])
-    assert text.count("<tr><td data-value=") == len(LOSSES)
+    assert text.count("<tr><td data-value=") == 2 * len(LOSSES)
     assert "<p>advice</p>" in text
     assert not re.search(r"(src|href)=|url\(|@import", text)
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +11,21 @@ from fisherkit.checkpoint.target import check_apart
 from fisherkit.cli import console, shared
 from fisherkit.cli import sweep as sweeps
 from fisherkit.cli.app import OUTPUT, Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
+from fisherkit.cli.fapm_sweep import sweep_fapm
+from fisherkit.cli.run_options import (
+    ChatTemplate,
+    Device,
+    DType,
+    Field,
+    GroupSize,
+    Limit,
+    Loss,
+    MaxLength,
+    TrustRemoteCode,
+    run_options,
+)
 from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Seed, ShardSize, Skip, Tuned
-from fisherkit.cli.sweep import BudgetText, Controls, Device, DType, GroupSize, Limit, LossTokens, MaxLength, Prompts
+from fisherkit.cli.sweep import BudgetText, Controls, Prompts, Samples
 from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, Metric, parse_shares
 from fisherkit.options.merge import Scope
@@ -49,7 +61,8 @@ def fapm(
     ] = None,
     report: Report = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw what was kept: .html, .svg or .png.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(help="Draw what was kept, or a scored sweep: .html, .svg or .png.", rich_help_panel=OUTPUT),
     ] = None,
     sweep: Annotated[
         str | None,
@@ -60,12 +73,16 @@ def fapm(
     prompts: Prompts = None,
     budget: BudgetText = None,
     controls: Controls = False,
+    samples: Samples = None,
+    field: Field = None,
     limit: Limit = 200,
     max_length: MaxLength = 256,
-    loss: LossTokens = "auto",
+    chat_template: ChatTemplate = "auto",
+    loss: Loss = "auto",
     group_size: GroupSize = 8,
     dtype: DType = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done.", rich_help_panel=OUTPUT)
     ] = False,
@@ -100,28 +117,31 @@ def fapm(
         measured = sweeps.ask(
             prompts,
             budget,
+            run_options(
+                field=field,
+                limit=limit,
+                max_length=max_length,
+                chat_template=chat_template,
+                loss=loss,
+                group_size=group_size,
+                dtype=dtype,
+                device=device,
+                resume=resume,
+                trust_remote_code=trust_remote_code,
+                force=force,
+            ),
             controls=controls,
-            limit=limit,
-            max_length=max_length,
-            loss=loss,
-            group_size=group_size,
-            dtype=dtype,
-            device=device,
+            outputs=(out, sparse),
+            figures=report,
+            picture=figure,
+            samples=samples,
         )
         if dry_run and (shares is not None or report is not None):
             raise OptionError("--dry-run writes nothing and tries nothing out; it goes without --sweep and --report")
         if measured is not None:
             if shares is None or dry_run:
                 raise OptionError("--prompts is for --sweep: it scores the sparsities that --sweep lists")
-            _sweep_measured(
-                (base, tuned),
-                (out, sparse),
-                [replace(options, sparsity=share, density=None) for share in dict.fromkeys(shares)],
-                measured,
-                (report, figure),
-                as_json=as_json,
-                quiet=quiet,
-            )
+            sweep_fapm((base, tuned), options, shares, measured, as_json=as_json, quiet=quiet)
             return
         _check(out, sparse, report, figure, alone=shares is not None or dry_run, force=force)
         from fisherkit.methods.merge import fapm as methods
@@ -151,49 +171,9 @@ def fapm(
             console.say_kept(made.totals, selects=options.selects, quiet=quiet)
             shared.show_made(made, out or sparse or report or figure, as_json=as_json)
 
-    run(command, debug=debug, hint=shared.hint(out or sparse or report or figure))
-
-
-def _sweep_measured(
-    pair: tuple[str, str],
-    outputs: tuple[Path | None, Path | None],
-    points: list[FapmOptions],
-    sweep: sweeps.Sweep,
-    beside: tuple[Path | None, Path | None],
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Score the points, and write the one that is advised to the checkpoint and the sparse delta that are asked for."""
-    from fisherkit.methods.merge import fapm as methods
-    from fisherkit.methods.merge.points import open_fapm_points
-    from fisherkit.pairs.outputs import Targets
-
-    targets = Targets(checkpoint=outputs[0], delta=outputs[1]) if any(outputs) else None
-    if outputs[1] is not None:
-        methods.check_sparse(outputs[1], points[0])
-    say, track = sayer(quiet), console.tracker("fapm", quiet=quiet)
-    names = {f"{one.metric} {one.sparsity:g}": one for one in points}
-    controls = {} if points[0].metric == "random" else {f"random {one.sparsity:g}": _random(one) for one in points}
-    controls = controls if sweep.controls else {}
-    sweeps.check(targets, beside, pair, force=points[0].force, resume=points[0].resume)
-    every = {**names, **controls}
-    with open_fapm_points(
-        *pair, list(every.values()), targets=targets, room=sweeps.room_for_points(), track=track, say=say
-    ) as opened:
-        report = sweeps.score_points(opened, list(every), sweep, track, say)
-    chosen = sweeps.conclude(report, sweep, list(names), list(controls), beside, as_json=as_json, say=say)
-    if targets is not None:
-        own = names[sweeps.chosen_or_refuse(chosen, targets.main)]
-        made = methods.fapm(
-            *pair, targets.checkpoint, own, sparse=targets.delta, command=shared.typed(), track=track, say=say
-        )
-        console.say_kept(made.totals, selects=own.selects, quiet=quiet)
-        say(f"made {targets.main}")
-
-
-def _random(options: FapmOptions) -> FapmOptions:
-    return replace(options, metric="random", scope=options.scope if options.selects else "tensor")
+    written = out or sparse or report or figure
+    hint = sweeps.hint((out, sparse), samples, figure, report) if prompts else shared.hint(written)
+    run(command, debug=debug, hint=hint)
 
 
 def _check(

@@ -9,8 +9,20 @@ from fisherkit.cli import console, shared
 from fisherkit.cli import sweep as sweeps
 from fisherkit.cli.app import Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.cli.merge_sweep import one_point, points_of, sweep_merge
+from fisherkit.cli.run_options import (
+    ChatTemplate,
+    Device,
+    DType,
+    Field,
+    GroupSize,
+    Limit,
+    Loss,
+    MaxLength,
+    TrustRemoteCode,
+    run_options,
+)
 from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, ShardSize, Skip, Tuned
-from fisherkit.cli.sweep import BudgetText, Controls, Device, DType, GroupSize, Limit, LossTokens, MaxLength, Prompts
+from fisherkit.cli.sweep import BudgetText, Controls, Prompts, Samples
 from fisherkit.errors import OptionError
 from fisherkit.options import MergeOptions, Side
 
@@ -118,12 +130,16 @@ def merge(
     prompts: Prompts = None,
     budget: BudgetText = None,
     controls: Controls = False,
+    samples: Samples = None,
+    field: Field = None,
     limit: Limit = 200,
     max_length: MaxLength = 256,
-    loss: LossTokens = "auto",
+    chat_template: ChatTemplate = "auto",
+    loss: Loss = "auto",
     group_size: GroupSize = 8,
     dtype: DType = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -160,16 +176,27 @@ def merge(
         sweep = sweeps.ask(
             prompts,
             budget,
+            run_options(
+                field=field,
+                limit=limit,
+                max_length=max_length,
+                chat_template=chat_template,
+                loss=loss,
+                group_size=group_size,
+                dtype=dtype,
+                device=device,
+                resume=resume,
+                trust_remote_code=trust_remote_code,
+                force=force,
+            ),
             controls=controls,
-            limit=limit,
-            max_length=max_length,
-            loss=loss,
-            group_size=group_size,
-            dtype=dtype,
-            device=device,
+            outputs=(out, None),
+            figures=report,
+            picture=figure,
+            samples=samples,
         )
         if sweep is not None:
-            sweep_merge((base, tuned), out, points, sweep, (report, figure), as_json=as_json, quiet=quiet)
+            sweep_merge((base, tuned), points, sweep, as_json=as_json, quiet=quiet)
             return
         own, target = one_point(points, out)
         if figure is not None:
@@ -193,4 +220,5 @@ def merge(
         console.say_kept(made.totals, selects=False, quiet=quiet)
         shared.show_made(made, target, as_json=as_json)
 
-    run(command, debug=debug, hint=shared.hint(out))
+    hint = sweeps.hint((out, None), samples, figure, report) if prompts else shared.hint(out)
+    run(command, debug=debug, hint=hint)

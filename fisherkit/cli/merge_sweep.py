@@ -65,10 +65,8 @@ def one_point(points: Mapping[str, MergeOptions], out: Path | None) -> tuple[Mer
 
 def sweep_merge(
     pair: tuple[str, str],
-    out: Path | None,
     points: Mapping[str, MergeOptions],
     sweep: sweeps.Sweep,
-    beside: tuple[Path | None, Path | None],
     *,
     as_json: bool,
     quiet: bool,
@@ -77,29 +75,26 @@ def sweep_merge(
 
     Args:
         pair: BASE and FT.
-        out: the output.
         points: options by name.
         sweep: what is asked for.
-        beside: the file for figures (.json), and the picture.
         as_json: print everything as JSON.
         quiet: no progress, no remarks.
     """
     from fisherkit.methods.merge import merge as methods
     from fisherkit.methods.merge.points import open_merge_points
-    from fisherkit.pairs.outputs import Targets
 
-    say, track = sayer(quiet), console.tracker("merge", quiet=quiet)
-    targets = Targets(checkpoint=out) if out is not None else None
-    first: PairOptions = next(iter(points.values()))
-    sweeps.check(targets, beside, pair, force=first.force, resume=first.resume)
+    sweeps.check(sweep, pair)
+    say, out = sayer(quiet), sweep.outputs[0]
+    track = console.tracker("merge", quiet=quiet, begin="loading torch and transformers")
     controls = controls_of(points) if sweep.controls else {}
     every: Sequence[str] = [*points, *controls]
     options = [*points.values(), *controls.values()]
-    with open_merge_points(*pair, options, targets=targets, track=track, say=say) as opened:
+    with open_merge_points(*pair, options, targets=sweep.targets(), track=track, say=say) as opened:
         report = sweeps.score_points(opened, every, sweep, track, say)
-    advice = sweeps.conclude(report, sweep, list(points), list(controls), beside, as_json=as_json, say=say)
+    advice = sweeps.conclude(report, sweep, list(points), list(controls), as_json=as_json, say=say)
     if out is not None:
-        own = points[sweeps.chosen_or_refuse(advice, out)]
+        chosen = sweeps.chosen_or_refuse(advice, out)
+        own = points[chosen]
         made = methods.merge(*pair, out, own, command=shared.typed(), track=track, say=say)
         console.say_kept(made.totals, selects=False, quiet=quiet)
-        say(f"made {out}")
+        say(f"{out}: made with {chosen}")

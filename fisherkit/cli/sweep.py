@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fisherkit.cli.app import MACHINE
+from fisherkit.cli import console
+from fisherkit.cli.run_options import named_prompts
 from fisherkit.errors import FisherkitError, OptionError
 from fisherkit.options import ScoreOptions
-from fisherkit.options import extract as choices
 from fisherkit.options.budget import parse_budget
 from fisherkit.progress import Say, Track
 
@@ -32,7 +32,11 @@ _SHARE = 6  # of the free memory; weights, activations and logits need the rest
 
 Prompts = Annotated[
     list[str] | None,
-    typer.Option(help="Score every point on NAME=FILE; give it for each set.", rich_help_panel=SWEEP),
+    typer.Option(
+        metavar="NAME=FILE",
+        help="Score every point on a prompt set, such as old=general.jsonl; several times for several sets.",
+        rich_help_panel=SWEEP,
+    ),
 ]
 BudgetText = Annotated[
     list[str] | None,
@@ -42,14 +46,9 @@ BudgetText = Annotated[
     ),
 ]
 Controls = Annotated[bool, typer.Option("--controls", help="Score controls beside the points.", rich_help_panel=SWEEP)]
-Limit = Annotated[int, typer.Option(help="Use the first so many rows; 0 for all.", rich_help_panel=SWEEP)]
-MaxLength = Annotated[int, typer.Option(help="Tokens per sample; longer ones are cut.", rich_help_panel=SWEEP)]
-LossTokens = Annotated[choices.Loss, typer.Option(help="Tokens that count, as in extract.", rich_help_panel=SWEEP)]
-GroupSize = Annotated[
-    int, typer.Option(help="Layers in memory at a time; lowered if they do not fit.", rich_help_panel=MACHINE)
+Samples = Annotated[
+    Path | None, typer.Option(help="Write a row per sample and point, .jsonl; for inspect.", rich_help_panel=SWEEP)
 ]
-DType = Annotated[choices.DType, typer.Option(help="What is computed in.", rich_help_panel=MACHINE)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=MACHINE)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,52 +56,107 @@ class Sweep:
     """Request to score points.
 
     Attributes:
-        prompts: prompt sets by name.
+        prompts: sources of prompt sets by name.
         budgets: what they may lose; at least one.
         controls: score controls, too.
         options: of score.
+        outputs: the checkpoint and the sparse delta to write of the point that is chosen.
+        figures: the file for all figures, .json.
+        picture: the picture.
+        samples: the file for rows of samples.
     """
 
-    prompts: Mapping[str, str]
+    prompts: Mapping[str, list[str]]
     budgets: "Sequence[Budget]"
     controls: bool
     options: ScoreOptions
+    outputs: tuple[Path | None, Path | None]
+    figures: Path | None
+    picture: Path | None
+    samples: Path | None
+
+    @property
+    def work(self) -> Path | None:
+        """Folder that a killed sweep goes on from; none where nothing is written."""
+        return _work_folder(self.outputs, self.samples, self.picture, self.figures)
+
+    def targets(self) -> "Targets | None":
+        """Return where the chosen point goes; None for nowhere."""
+        from fisherkit.pairs.outputs import Targets
+
+        out, sparse = self.outputs
+        return Targets(checkpoint=out, delta=sparse) if any(self.outputs) else None
 
 
-def ask(prompts: list[str] | None, budget: list[str] | None, *, controls: bool, **options: Any) -> Sweep | None:
+def _work_folder(outputs: tuple[Path | None, Path | None], *beside: Path | None) -> Path | None:
+    main, other = outputs[0] or outputs[1], next(filter(None, beside), None)
+    if main is not None:
+        return Path(f"{main}.sweep.partial")
+    return Path(f"{other}.partial") if other is not None else None
+
+
+def hint(outputs: tuple[Path | None, Path | None], *beside: Path | None) -> str:
+    """Return what a person who interrupted a sweep should know.
+
+    Args:
+        outputs: see Sweep.
+        beside: samples, picture and figures.
+    """
+    work = _work_folder(outputs, *beside)
+    return f"What is finished is in {work}; --resume goes on with it." if work is not None else ""
+
+
+def ask(prompts: list[str] | None, budget: list[str] | None, options: Mapping[str, Any], **asked: Any) -> Sweep | None:
     """Return what is asked for; None where no prompts are given.
 
     Args:
         prompts: texts NAME=FILE.
         budget: texts, see options.budget.
-        controls: as Sweep has them.
         options: of ScoreOptions.
+        asked: the other attributes of Sweep.
 
     Raises:
         OptionError: options that contradict each other, or make no sense without prompts.
     """
     if not prompts:
-        given = [name for name, value in (("budget", budget), ("controls", controls)) if value]
-        if given:
-            raise OptionError(f"--{given[0]} is for a sweep that is scored; add --prompts old=FILE --prompts new=FILE")
+        given = [name for name in ("controls", "samples") if asked[name]]
+        if budget or given:
+            name = "budget" if budget else given[0]
+            raise OptionError(f"--{name} is for a sweep that is scored; add --prompts old=FILE --prompts new=FILE")
         return None
     from fisherkit.methods.score.advice import check_budgets
 
-    sets = _sets(prompts)
+    sets = named_prompts(prompts)
     budgets = check_budgets([parse_budget(text) for text in budget or ()], tuple(sets))
-    return Sweep(prompts=sets, budgets=budgets, controls=controls, options=ScoreOptions(**options))
+    sweep = Sweep(prompts=sets, budgets=budgets, options=ScoreOptions(**options), **asked)
+    if sweep.options.resume and sweep.work is None:
+        raise OptionError("--resume goes on from the folder beside an output; give one")
+    return sweep
 
 
-def _sets(prompts: Sequence[str]) -> dict[str, str]:
-    sets: dict[str, str] = {}
-    for text in prompts:
-        name, found, source = text.partition("=")
-        if not found or not name.strip() or not source:
-            raise OptionError(f"--prompts takes NAME=FILE, such as old=general.jsonl, not {text!r}")
-        if name in sets:
-            raise OptionError(f"--prompts {name}: two sets of that name; give each its own")
-        sets[name] = source
-    return sets
+def check(sweep: Sweep, inputs: Sequence[str]) -> None:
+    """Refuse before any work what could only fail after it.
+
+    Args:
+        sweep: what is asked for.
+        inputs: BASE and FT.
+
+    Raises:
+        OptionError, OutputError, MissingLibraryError: see above.
+    """
+    from fisherkit.checkpoint.target import check_apart, check_target
+    from fisherkit.render.files import check_figure, check_report
+
+    force = sweep.options.force
+    if sweep.figures is not None:
+        check_report(sweep.figures, force=force)
+    if sweep.picture is not None:
+        check_figure(sweep.picture, force=force)
+    for path in sweep.outputs:
+        if path is not None:
+            check_target(path, force=force or sweep.options.resume)
+    written = [path for path in (sweep.figures, sweep.picture, sweep.samples) if path is not None]
+    check_apart(written, [Path(one) for one in inputs], sweep.outputs[0])
 
 
 def score_points(points: "Points", names: Sequence[str], sweep: Sweep, track: Track, say: Say) -> "ScoreReport":
@@ -127,7 +181,9 @@ def score_points(points: "Points", names: Sequence[str], sweep: Sweep, track: Tr
         candidates = [Candidate(BASE, pair.base_source, base)]
         for name, virtual in zip((TUNED, *names), (points.tuned, *points.virtual), strict=True):
             candidates.append(Candidate(name, ModelSource(points.folder, name, None), ComputedReader(virtual)))
-        return score_candidates(candidates, sweep.prompts, options, track=track, say=say)
+        return score_candidates(
+            candidates, sweep.prompts, options, samples=sweep.samples, work=sweep.work, track=track, say=say
+        )
 
 
 def room_for_points() -> int:
@@ -149,51 +205,8 @@ def _fitting(points: "Points", wanted: int, say: Say) -> int:
     return layers
 
 
-def check(
-    targets: "Targets | None",
-    beside: tuple[Path | None, Path | None],
-    inputs: Sequence[str],
-    *,
-    force: bool,
-    resume: bool,
-) -> None:
-    """Refuse before any work what could only fail after it.
-
-    Args:
-        targets: what will be written of the chosen point.
-        beside: the file for figures (.json), and the picture.
-        inputs: BASE and FT.
-        force: earlier outputs may be replaced.
-        resume: what a killed run left is gone on with.
-
-    Raises:
-        OptionError, OutputError, MissingLibraryError: see above.
-    """
-    from fisherkit.checkpoint.target import check_apart, check_target
-    from fisherkit.render.files import check_figure, check_report
-
-    details, picture = beside
-    if details is not None:
-        check_report(details, force=force)
-    if picture is not None:
-        check_figure(picture, force=force)
-    if targets is not None:
-        for path in (targets.checkpoint, targets.delta):
-            if path is not None:
-                check_target(path, force=force or resume)
-    written = [path for path in beside if path is not None]
-    check_apart(written, [Path(one) for one in inputs], targets.main if targets is not None else None)
-
-
 def conclude(
-    report: "ScoreReport",
-    sweep: Sweep,
-    points: Sequence[str],
-    controls: Sequence[str],
-    beside: tuple[Path | None, Path | None],
-    *,
-    as_json: bool,
-    say: Say,
+    report: "ScoreReport", sweep: Sweep, points: Sequence[str], controls: Sequence[str], *, as_json: bool, say: Say
 ) -> "Advice":
     """Print the table on stdout and the advice for people; write picture and figures where they are asked for.
 
@@ -202,27 +215,23 @@ def conclude(
         sweep: what was asked for.
         points: names of the checkpoints to choose among.
         controls: names of those beside them.
-        beside: the file for figures (.json), and the picture.
         as_json: print everything as JSON instead.
         say: for people.
     """
     from fisherkit.checkpoint.atomic import write_json
-    from fisherkit.cli import console
     from fisherkit.methods.score.advice import advise
-    from fisherkit.render import files, score_view
+    from fisherkit.render import files
 
     advice = advise(report, sweep.budgets, points, controls, TUNED)
-    details, picture = beside
     whole = {**report.as_json(), "advice": {"chosen": advice.chosen, "line": advice.line}}
-    if details is not None:
-        write_json(details, whole)
-    if picture is not None:
-        files.write_score(report, picture, [f"Advice: {advice.line}."])
+    if sweep.figures is not None:
+        write_json(sweep.figures, whole)
+    if sweep.picture is not None:
+        files.write_score(report, sweep.picture, [f"Advice: {advice.line}."])
     if as_json:
-        typer.echo(json.dumps(whole, indent=1))
+        typer.echo(json.dumps(whole, indent=1, allow_nan=False))
     else:
-        rows = score_view.records(report)
-        console.show_rows(rows, tuple(rows[0]))
+        console.show_score(report)
     say(f"advice: {advice.line}")
     return advice
 

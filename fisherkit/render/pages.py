@@ -131,7 +131,7 @@ def score_page(report: "ScoreReport", more: Sequence[str] = ()) -> str:
     """
     from fisherkit.render import score_view, svg_score
 
-    rows = score_view.records(report)
+    rows = [{column: record[column] for column in report.columns} for record in report.records()]
     titles = list(report.sets)[1:] or list(report.sets)
     drawings = [
         (f"{next(iter(report.sets))} against {name}" if len(report.sets) > 1 else name, svg_score.panel(one))
@@ -140,7 +140,7 @@ def score_page(report: "ScoreReport", more: Sequence[str] = ()) -> str:
     sections = [
         *(f"<p>{_safe(sentence)}</p>" for sentence in score_view.sentences(report, more)),
         _drawings(drawings),
-        f"<h2>By checkpoint</h2>{_rows_table(tuple(rows[0]), rows)}" if rows else "",
+        f"<h2>By checkpoint</h2>{_rows_table(report.columns, rows)}",
         f"<h2>How it was made</h2>{_made_table([{**report.made, 'prompts': dict(report.sets)}])}",
     ]
     return _page(score_view.headline(report), sections)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fisherkit.kernels.front import front
-from fisherkit.methods.inspect.records import Record
 from fisherkit.methods.score.report import CheckpointScore, ScoreReport
 from fisherkit.render.labels import Box
 
@@ -96,22 +95,6 @@ def sentences(report: ScoreReport, more: Sequence[str] = ()) -> list[str]:
     if len(report.checkpoints) > 1:
         lines.append(f"Bars: 95 % intervals of the difference to {report.checkpoints[0].name}, paired by sample.")
     return lines
-
-
-def records(report: ScoreReport) -> list[Record]:
-    """Return the rows of the table beside the picture."""
-    rows: list[Record] = []
-    for one in report.checkpoints:
-        row: dict[str, str | int | float | None] = {"checkpoint": one.name}
-        for name in report.sets:
-            found = one.sets[name]
-            row[f"{name}_{report.measure}"], _ = report.value(one, name)
-            row[f"{name}_change"] = found.change.difference if found.change else None
-            row[f"{name}_±"] = found.change.ci95 if found.change else None
-            row[f"{name}_exact"] = found.exact
-            row[f"{name}_kl"] = found.change.kl if found.change else None
-        rows.append(row)
-    return rows
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
