@@ -23,6 +23,7 @@ import typer.main
 from tiny_tokenizers import CHATML, tiny_tokenizer
 
 from fisherkit.cli import app
+from fisherkit.methods.demo import held_out
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
@@ -47,7 +48,7 @@ def search_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def demo(search_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like ``demo/``: 12 blocks in bf16 with a chat template, a fine-tune, and a Fisher."""
+    """A folder like ``demo/``: 12 blocks in bf16 with a chat template, a fine-tune, a Fisher, and two prompt sets."""
     folder = tmp_path_factory.mktemp("made") / "demo"
     text = (ROOT / "fisherkit" / "prompts" / "builtin_prompts.txt").read_text(encoding="utf-8")
     tokenizer = tiny_tokenizer(CHATML).train_new_from_iterator(text.splitlines(), 3000)
@@ -61,6 +62,7 @@ def demo(search_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.01)
+    held_out.write_sets(folder, rows=6)
     run("fisherkit extract demo/model builtin -o demo/fisher.pt --limit 20", folder.parent, search_path)
     return folder
 
