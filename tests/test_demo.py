@@ -24,6 +24,8 @@ from fisherkit.methods.demo.corpus import Corpus, read_corpus
 from fisherkit.methods.demo.model import Recipe, make_model
 from fisherkit.methods.demo.tasks import in_words, task_conversations
 from fisherkit.methods.demo.training import Course, mean_loss, windows
+from fisherkit.methods.score.report import ScoreReport
+from fisherkit.methods.score.score import score
 from fisherkit.options import ExtractOptions
 
 SMALL = Recipe(vocabulary=600, hidden=64, layers=2, steps=60, window=64, held_out=8)
@@ -372,6 +374,11 @@ def test_numbers_in_words(number: int, words: str) -> None:
 # The command
 
 
+def figures(report: ScoreReport) -> list[tuple[float, float]]:
+    """Losses on both sets, by checkpoint."""
+    return [(one.sets["old"].loss, one.sets["new"].loss) for one in report.checkpoints]
+
+
 def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(SMALL, window=128, held_out=4)
     monkeypatch.setattr("fisherkit.cli.demo.ExtractOptions", partial(ExtractOptions, limit=8))
@@ -393,10 +400,15 @@ def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch
         "--figure",
         str(folder / "fapm.html"),
     ]
-    assert [command[-2:] for command in commands[3:]] == [["--metric", "magnitude"], ["--metric", "random"]]
+    assert [command[-2:] for command in commands[3:5]] == [["--metric", "magnitude"], ["--metric", "random"]]
+    prompts = [word for name in ("old", "new") for word in ("--prompts", f"{name}={folder / name}.jsonl")]
+    models = [*sides, *(str(folder / metric) for metric in ("fapm", "magnitude", "random"))]
+    assert commands[5:] == [["$", "fisherkit", "score", *models, *prompts]]
     table = [line.split("\t") for line in done.stdout.splitlines()[-6:]]
     assert [row[0] for row in table] == ["model", "base", "tuned", "fapm", "magnitude", "random"]
     old, new = ({row[0]: float(row[at]) for row in table[1:]} for at in (1, 2))
+    scored = figures(score(models, {name: folder / f"{name}.jsonl" for name in ("old", "new")}))
+    assert [(old[name], new[name]) for name in old] == scored  # the table is score's own
     assert old["base"] < old["tuned"]
     assert all(new["tuned"] < new[metric] < new["base"] for metric in ("fapm", "magnitude"))
     assert "One seed of a toy" in done.stderr
