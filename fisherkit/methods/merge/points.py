@@ -140,7 +140,7 @@ def open_merge_points(
                     {
                         **_settings(run, own),
                         "inputs": stamps,
-                        "also": inputs.solver.fingerprints if inputs.solver is not None else [],
+                        "also": inputs.solver.tunes.fingerprints if inputs.solver is not None else [],
                     },
                 )
             )
