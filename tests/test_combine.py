@@ -21,7 +21,7 @@ from torch import Tensor
 import fisherkit
 from fisherkit import CombineOptions, ExtractOptions
 from fisherkit.errors import CheckpointError, FisherkitError, OptionError, PromptError
-from fisherkit.methods.combine import combine as module
+from fisherkit.methods.combine import fisher_sum
 from fisherkit.options.part import Part, parse_part
 from fisherkit.prompts.part import deal
 
@@ -185,14 +185,14 @@ def test_a_missing_part_is_gone_on_without_when_asked(parts: Callable[[int], lis
     said: list[str] = []
     report = fisherkit.combine(parts(3)[1:], tmp_path / "out.pt", CombineOptions(partial=True), say=said.append)
     assert report.missing == ("1/3",)
-    assert said == ["warning: 1 part missing (1/3); this is the Fisher of the others"]
+    assert said == ["warning: 1 part missing (1/3); this is the mean over the others"]
     assert json.loads((tmp_path / "out.json").read_bytes())["combined"]["missing"] == ["1/3"]
 
 
 def test_a_killed_sum_goes_on_to_the_same_bits(
     parts: Callable[[int], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_COMMIT_SECONDS", 0)
+    monkeypatch.setattr(fisher_sum, "_COMMIT_SECONDS", 0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()

@@ -211,8 +211,6 @@ def test_options_that_contradict_each_other_are_refused(checkpoint: Checkpoint, 
         ExtractOptions(rank=0, statistics="inputs")
     with pytest.raises(OptionError, match=r"leave a whole covariance indefinite"):
         ExtractOptions(store="bf16", statistics="inputs")
-    with pytest.raises(OptionError, match=r"cannot be added up from parts"):
-        ExtractOptions(shard=(1, 2), statistics="inputs")
     words = ("extract", checkpoint("llama"), prompts, "--statistics", "inputs", "-o")
     assert "covariances are written as .safetensors" in one_line(cli(*words, tmp_path / "in.pt"))
     (tmp_path / "in.json").write_text("{}")

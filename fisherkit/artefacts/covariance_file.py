@@ -164,7 +164,9 @@ class CovarianceFile:
             raise CheckpointError(f"{beside}: describes another file than this {path.name}; extract both anew")
         self.path = path
         self.provenance = {key: value for key, value in made.items() if key not in ("moments", "left_out")}
-        self._rows: Mapping[str, Mapping[str, Any]] = rows
+        self.rows: Mapping[str, Mapping[str, Any]] = rows
+        """Per covariance what the JSON says of it."""
+        self.left_out: Sequence[str] = made.get("left_out", ())
         self._of = {(row["side"], tensor): name for name, row in rows.items() for tensor in row["tensors"]}
         self._reader = ArrayReader(index)
 
@@ -190,11 +192,11 @@ class CovarianceFile:
 
     def energy(self, covariance: str) -> float:
         """Return the share of the trace that the stored values hold: 1, or what a factor holds."""
-        return min(1.0, float(self._rows[covariance].get("energy", 1.0)))
+        return min(1.0, float(self.rows[covariance].get("energy", 1.0)))
 
     def size(self, covariance: str) -> int:
         """Return the number of its channels."""
-        return int(self._rows[covariance]["size"])
+        return int(self.rows[covariance]["size"])
 
     def read(self, covariance: str) -> StoredCovariance:
         """Read the values of a covariance, by its name.
@@ -202,7 +204,7 @@ class CovarianceFile:
         Raises:
             CheckpointError: the file ends early, or a value is not finite, or a factor has no orthogonal columns.
         """
-        info, row = self._reader.info(covariance), self._rows[covariance]
+        info, row = self._reader.info(covariance), self.rows[covariance]
         values = widen(self._reader.read(covariance), info.dtype).reshape(info.shape)
         is_factor = row["sketch_rank"] is not None
         tolerance = 1e-3 if info.dtype == "F32" else 1e-2

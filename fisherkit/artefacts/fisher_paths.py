@@ -1,13 +1,15 @@
 """Every path of one output of ``extract``, derived once from where the Fisher goes."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.fisher_sidecar import check_owned, owner, sidecar_path
+from fisherkit.checkpoint.atomic import publish
 from fisherkit.checkpoint.target import check_target, is_folder
-from fisherkit.checkpoint.work_folder import STAGING
+from fisherkit.checkpoint.work_folder import STAGING, Work
 
 IMPORTANCE = "layer_importance.json"
 
@@ -95,3 +97,30 @@ class FisherPaths:
         if covariances:
             check_target(self.covariances, force=force)
             check_owned(self.covariances_json, "file", self.covariances, "the facts")
+
+
+def publish_fisher(target: Path, work: Work, *, covariances: bool, force: bool) -> None:
+    """Rename what is staged of a Fisher; it comes last, and a folder as a whole. Goes on where a killed run stopped.
+
+    Args:
+        target: where the Fisher goes.
+        work: its work folder; notes under ``publishing`` that everything is staged.
+        covariances: whether some are staged, beside the Fisher.
+        force: replace an earlier output.
+
+    Raises:
+        OutputError: a target has appeared meanwhile, or the disk is full.
+    """
+    paths = FisherPaths.of(target)  # anew: another run may have written its layer_importance.json since
+    staged = paths.staged
+    if "publishing" not in work.progress:
+        paths.check_free(covariances=covariances, force=force)
+        work.commit(publishing={"force": force})
+    elif os.path.lexists(staged.fisher):
+        check_target(paths.fisher, force=force or work.progress["publishing"]["force"])
+    beside = staged.fisher.with_name(paths.covariances.name)
+    if paths.as_folder and beside.exists():
+        beside.replace(staged.covariances)
+    if not paths.as_folder:
+        publish(list(zip(staged.described(), paths.described(), strict=True)))
+    publish([(staged.fisher, paths.fisher)])

@@ -147,8 +147,6 @@ class ExtractOptions(RunOptions):
         at_least("rank", self.rank, 1)
         if self.rank is not None and self.statistics != "inputs":
             raise OptionError("--rank is for --statistics inputs")
-        if self.shard is not None and self.statistics == "inputs":
-            raise OptionError("--statistics inputs cannot be added up from parts; leave out --shard")
         if whole and self.store != "fp32":
             raise OptionError(
                 "--store bf16 would leave a whole covariance indefinite: its small eigenvalues drown in rounding; give "

@@ -1,4 +1,4 @@
-"""Parts of a Fisher before they are added: read, held against each other, and weighed."""
+"""Parts of a Fisher, or of covariances, before they are added: read, held against each other, and weighed."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fisherkit.artefacts.fisher_paths import FisherPaths
+from fisherkit.artefacts.covariance_file import CovarianceFile
 from fisherkit.artefacts.fisher_sidecar import SCHEMA, sidecar_path, why_not_of
-from fisherkit.checkpoint.schema import anything, check, maybe, named, number, read_object, table, whole
+from fisherkit.checkpoint.schema import anything, check, maybe, named, number, read_beside, read_object, table, whole
 from fisherkit.errors import CheckpointError, OptionError, some_names
 from fisherkit.options.combine import CombineOptions
 
@@ -26,25 +26,20 @@ _COMMON = (
     (("prompts", "chat_template_kwargs"), "made with other --chat-template-kwargs"),
     (("estimator",), "made with other --labels, --reduction, --targets, --layers or --seed"),
 )
-_NEEDED = table(
-    {
-        "prompts": table({"samples": whole(1)}),
-        **dict.fromkeys(("model", "estimator", "run"), named(anything)),
-    },
-    {"loss": maybe(number())},
-)
+_SAMPLES = table({"prompts": table({"samples": whole(1)}), "model": named(anything), "run": named(anything)})
+_NEEDED = table({"estimator": named(anything)}, {"loss": maybe(number())})
 _OF_ONE_SET = ("prompts",)
 """Groups of the above that Fishers of different prompt sets may differ in."""
 
 
 @dataclass(frozen=True)
-class FisherPart:
+class MeasuredPart:
     """One file to be added.
 
     Attributes:
-        path: the Fisher.
-        made: its sidecar.
-        weight: of its mean, all weights together being 1.
+        path: a Fisher, or covariances of inputs alone.
+        made: the JSON beside it.
+        weight: of its mean over samples, all weights together being 1.
     """
 
     path: Path
@@ -57,11 +52,11 @@ class FisherPart:
         return int(self.made["prompts"]["samples"])
 
 
-def open_parts(paths: Sequence[Path], options: CombineOptions) -> tuple[FisherPart, ...]:
-    """Read the sidecars of Fishers that are to be added, and refuse what cannot be.
+def open_parts(paths: Sequence[Path], options: CombineOptions) -> tuple[MeasuredPart, ...]:
+    """Read what lies beside the files that are to be added, and refuse what cannot be.
 
     Args:
-        paths: Fishers as ``extract`` wrote them.
+        paths: Fishers as ``extract`` wrote them, or files of ``extract --statistics inputs``.
         options: say by what they are weighed.
 
     Returns:
@@ -72,9 +67,14 @@ def open_parts(paths: Sequence[Path], options: CombineOptions) -> tuple[FisherPa
         OptionError: weights that do not fit the files.
     """
     if len(paths) < 2 and not options.partial:
-        raise OptionError("combine adds two Fishers or more; give all parts")
+        raise OptionError("combine adds two files or more; give all parts")
     sidecars = [_read(path) for path in paths]
     _refuse_twice(paths, sidecars)
+    kinds = [is_covariances(made) for made in sidecars]
+    if len(set(kinds)) > 1:
+        raise CheckpointError(
+            f"{paths[kinds.index(True)]}: holds covariances of inputs, and others a Fisher; add alike"
+        )
     if options.weights is not None:
         return _weighed(paths, sidecars, options.weights)
     _refuse_others(paths, sidecars, _COMMON)
@@ -87,7 +87,7 @@ def open_parts(paths: Sequence[Path], options: CombineOptions) -> tuple[FisherPa
     _refuse_missing(paths[0], sidecars, options)
     total = sum(made["prompts"]["samples"] for made in sidecars)
     parts = [
-        FisherPart(path, made, made["prompts"]["samples"] / total) for path, made in zip(paths, sidecars, strict=True)
+        MeasuredPart(path, made, made["prompts"]["samples"] / total) for path, made in zip(paths, sidecars, strict=True)
     ]
     return tuple(sorted(parts, key=lambda part: part.made["part"]["number"]))
 
@@ -95,14 +95,20 @@ def open_parts(paths: Sequence[Path], options: CombineOptions) -> tuple[FisherPa
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    beside = sidecar_path(FisherPaths.of(path).fisher)
+    beside = sidecar_path(path)
     if not beside.is_file():
         raise CheckpointError(f"{beside}: is missing; extract writes it beside {path.name}, and it says what is in it")
+    if is_covariances(read_beside(beside) or {}):
+        with CovarianceFile(path) as file:
+            made = {**file.provenance, "moments": file.rows}
+        check(beside, made, "covariances that can be added to others", _SAMPLES, "extract it anew")
+        return made
     made = read_object(beside, "a Fisher", SCHEMA, "extract it anew")
     reason = why_not_of(made, path)
     if reason is not None:
         raise CheckpointError(f"{beside}: does not belong to {path.name} ({reason}); extract it anew")
-    check(beside, made, "a Fisher that can be added to others", _NEEDED, "extract it anew")
+    for rule in (_SAMPLES, _NEEDED):
+        check(beside, made, "a Fisher that can be added to others", rule, "extract it anew")
     return made
 
 
@@ -123,9 +129,25 @@ def _refuse_others(
         for keys, what in common:
             if _at(made, keys) != _at(first, keys):
                 raise CheckpointError(f"{path}: is {what} than {paths[0]}")
-        shapes, others = ({name: row["shape"] for name, row in one["tensors"].items()} for one in (first, made))
-        if shapes != others:
+        if _contents(made) != _contents(first):
             raise CheckpointError(f"{path}: holds other tensors than {paths[0]}")
+
+
+def _contents(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be the same of two files for them to be added: names and shapes."""
+    if is_covariances(made):
+        return shapes_of(made["moments"])
+    return {name: row["shape"] for name, row in made["tensors"].items()}
+
+
+def is_covariances(made: Mapping[str, Any]) -> bool:
+    """Return whether a JSON describes covariances, not a Fisher."""
+    return str(made.get("format", "")).startswith("fisherkit.activations/")
+
+
+def shapes_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return size, rank and weights of every covariance."""
+    return {name: [row["size"], row["sketch_rank"], sorted(row["tensors"])] for name, row in rows.items()}
 
 
 def _at(made: Mapping[str, Any], keys: Sequence[str]) -> object:
@@ -137,14 +159,14 @@ def _at(made: Mapping[str, Any], keys: Sequence[str]) -> object:
 
 def _weighed(
     paths: Sequence[Path], sidecars: Sequence[Mapping[str, Any]], weights: Sequence[float]
-) -> tuple[FisherPart, ...]:
+) -> tuple[MeasuredPart, ...]:
     """Fishers of several prompt sets, by the caller's own weights."""
     if len(weights) != len(paths):
         raise OptionError(f"--weights has {len(weights)} numbers for {len(paths)} files; give one for each")
     _refuse_others(paths, sidecars, [one for one in _COMMON if one[0][0] not in _OF_ONE_SET])
     total = sum(weights)
     return tuple(
-        FisherPart(path, made, weight / total) for path, made, weight in zip(paths, sidecars, weights, strict=True)
+        MeasuredPart(path, made, weight / total) for path, made, weight in zip(paths, sidecars, weights, strict=True)
     )
 
 

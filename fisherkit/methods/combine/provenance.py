@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fisherkit._version import __version__
-from fisherkit.methods.combine.parts import FisherPart, missing_parts
+from fisherkit.methods.combine.parts import MeasuredPart, missing_parts
 from fisherkit.options.combine import CombineOptions
 
 
-def provenance(parts: Sequence[FisherPart], options: CombineOptions) -> dict[str, Any]:
+def provenance(parts: Sequence[MeasuredPart], options: CombineOptions) -> dict[str, Any]:
     """Return the sidecar without what is known of the finished file.
 
     What all parts have in common is the first one's; samples and tokens are those of all. ``combined`` lists the parts
@@ -31,7 +31,7 @@ def provenance(parts: Sequence[FisherPart], options: CombineOptions) -> dict[str
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "prompts": _prompts(sidecars, whole=not missing and "part" in first),
         "run": {key: value for key, value in run.items() if key not in ("fingerprint", "seconds")},
-        "loss": _loss(parts),
+        **({"loss": _loss(parts)} if "estimator" in first else {}),
         "combined": {
             "parts": [_about(part) for part in parts],
             "missing": missing,
@@ -39,7 +39,7 @@ def provenance(parts: Sequence[FisherPart], options: CombineOptions) -> dict[str
     }
 
 
-def _about(part: FisherPart) -> dict[str, Any]:
+def _about(part: MeasuredPart) -> dict[str, Any]:
     own = part.made.get("part")
     return {
         "file": part.path.name,
@@ -61,7 +61,7 @@ def _prompts(sidecars: Sequence[Mapping[str, Any]], *, whole: bool) -> dict[str,
     return {**reports[0], **sums, **hashed, "source": " + ".join(sources)}
 
 
-def _loss(parts: Sequence[FisherPart]) -> float | None:
+def _loss(parts: Sequence[MeasuredPart]) -> float | None:
     """Return the mean loss, weighed as the parts are; None where one does not note it."""
     losses = [part.made.get("loss") for part in parts]
     if any(loss is None for loss in losses):

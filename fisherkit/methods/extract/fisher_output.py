@@ -1,7 +1,6 @@
 """Output of ``extract``: a Fisher with its sidecar and layer importance, and covariances beside it."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.artefacts import covariance_file, fisher_sidecar
-from fisherkit.artefacts.fisher_paths import FisherPaths
-from fisherkit.checkpoint.atomic import publish, write_json
+from fisherkit.artefacts.fisher_paths import FisherPaths, publish_fisher
+from fisherkit.checkpoint.atomic import write_json
 from fisherkit.checkpoint.content import content_sha256
-from fisherkit.checkpoint.target import check_target
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.covariance.plan import left_out
@@ -85,19 +83,7 @@ class FisherOutput:
 
     def publish(self, work: Work) -> None:
         """Rename what is staged; the Fisher comes last, and a folder as a whole. Goes on where a killed run stopped."""
-        self._paths = paths = FisherPaths.of(self.path)  # another run may have written its layer_importance.json since
-        staged = paths.staged
-        if "publishing" not in work.progress:
-            self.check_free()
-            work.commit(publishing={"force": self._options.force})
-        elif os.path.lexists(staged.fisher):
-            check_target(paths.fisher, force=self._options.force or work.progress["publishing"]["force"])
-        covariances = staged.fisher.with_name(paths.covariances.name)
-        if paths.as_folder and covariances.exists():
-            covariances.replace(staged.covariances)
-        if not paths.as_folder:
-            publish(list(zip(staged.described(), paths.described(), strict=True)))
-        publish([(staged.fisher, paths.fisher)])
+        publish_fisher(self.path, work, covariances=self._has_covariances, force=self._options.force)
 
     def report(self) -> ExtractReport:
         """Read back what lies at the final names."""
