@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fisherkit.checkpoint.atomic import write_bytes
 from fisherkit.checkpoint.headers import parse_any
 from fisherkit.checkpoint.schema import check, flag, listed, maybe, number, table, text, whole
-from fisherkit.errors import CheckpointError, OptionError, OutputError
+from fisherkit.errors import CheckpointError, OptionError
 
 _LONGEST = 1 << 20  # bytes of a line that is looked at
 _figure = maybe(number())
@@ -33,29 +32,16 @@ SCHEMA = table(
 """A line; see checkpoint.schema."""
 
 
-def check_samples(path: Path, *, force: bool) -> None:
-    """Refuse a file of samples that could not be written; called before any work.
-
-    Raises:
-        OptionError: another suffix.
-        OutputError: something is there that must not be replaced, or there is no such folder.
-    """
+def check_samples(path: Path) -> None:
+    """Refuse a name that is none of a file of samples; raises OptionError."""
     if path.suffix != ".jsonl":
         raise OptionError(f"{path}: samples go into a file that ends in .jsonl")
-    if path.is_dir() or (path.exists() and not force):
-        raise OutputError(f"{path}: exists already; choose another name or add --force")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
 
 
-def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows, all or none.
-
-    Raises:
-        OutputError: the disk is full or cannot be written.
-    """
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
-    write_bytes(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+def samples_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as the content of a file."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def is_samples(path: Path) -> bool:

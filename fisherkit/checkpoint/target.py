@@ -42,6 +42,18 @@ def check_target(target: Path, *, force: bool) -> None:
         raise OutputError(f"{target}: holds {foreign!r}, so --force does not replace this folder; choose another name")
 
 
+def check_file(target: Path, *, force: bool) -> None:
+    """Refuse a file that is there already, unless it may be replaced, or whose folder is not there.
+
+    Raises:
+        OutputError: see above.
+    """
+    if target.is_dir() or (os.path.lexists(target) and not force):
+        raise OutputError(f"{target}: exists already; choose another name or add --force")
+    if not target.absolute().parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {target.parent}; make it first")
+
+
 def is_folder(target: Path) -> bool:
     """Return True if a target is a folder, by its suffix: letters name a format (or are a typo), digits a version.
 

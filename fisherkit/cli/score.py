@@ -1,8 +1,9 @@
 """``fisherkit score``."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +28,9 @@ from fisherkit.cli.run_options import (
 )
 from fisherkit.errors import OptionError
 from fisherkit.options import ScoreOptions
+
+if TYPE_CHECKING:
+    from fisherkit.methods.score.report import ScoreReport
 
 
 @app.command(cls=Command)
@@ -130,7 +134,7 @@ def score(
         if out is not None:
             from fisherkit.render.files import check_figure
 
-            check_figure(out, force=force)
+            check_figure(out, force=True)  # the run itself knows what a killed one has put there
         track = console.tracker("score", quiet=quiet, begin="loading torch and transformers")
         from fisherkit.methods.score.score import score as measure
 
@@ -140,14 +144,11 @@ def score(
             options,
             base=base,
             samples=samples,
+            beside=_picture(out),
             work=work,
             track=track,
             say=sayer(quiet),
         )
-        if out is not None:
-            from fisherkit.render.files import write_score
-
-            write_score(report, out)
         for path in (samples, out):
             if path is not None:
                 sayer(quiet)(f"{path}: written")
@@ -158,3 +159,12 @@ def score(
 
     hint = "" if work is None else f"What is finished is in {work}; --resume goes on with it."
     run(command, debug=debug, hint=hint)
+
+
+def _picture(out: Path | None) -> "dict[Path, Callable[[ScoreReport], bytes]]":
+    """Return what makes the picture from a report, by its path; empty where none is asked for."""
+    if out is None:
+        return {}
+    from fisherkit.render.files import score_bytes
+
+    return {out: lambda report: score_bytes(report, out.suffix.lower())}

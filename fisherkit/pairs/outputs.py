@@ -16,7 +16,7 @@ from typing import Any
 from fisherkit.artefacts.sparse_delta import check_sidecar, sidecar_of
 from fisherkit.checkpoint.atomic import disk_errors, publish, write_bytes
 from fisherkit.checkpoint.schema import anything, flag, listed, maybe, named, number, shape, table, text, whole
-from fisherkit.checkpoint.target import check_target
+from fisherkit.checkpoint.target import check_file, check_target
 from fisherkit.checkpoint.work_folder import STAGING, Work, is_remains, read_progress
 from fisherkit.errors import OutputError, ResumeError
 from fisherkit.pairs.pair import Pair
@@ -213,14 +213,7 @@ def _check(targets: Targets, work: Path, finished: Sequence[str], *, force: bool
         elif targets.delta is not None and path == sidecar_of(targets.delta):
             check_sidecar(targets.delta)
         else:
-            _check_file(path, force=force)
-
-
-def _check_file(path: Path, *, force: bool) -> None:
-    if path.is_dir() or (os.path.lexists(path) and not force):
-        raise OutputError(f"{path}: exists already; choose another name or add --force")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+            check_file(path, force=force)
 
 
 def _bring(staged: Path, target: Path) -> None:

@@ -144,12 +144,12 @@ def _ask(row: Row, where: str, fields: PromptFields, column: str, key: str) -> _
 
 
 def _answered(asked: Conversation, text: str) -> Conversation:
-    """Return a question with an answer; without a template a blank goes between them, unless one brings it."""
+    """Return a question with an answer; without a template a blank goes before it, unless one of the two has one."""
     if asked.unusable or asked.empty:
         return asked
     blank = text[:1].isspace() or asked.turns[-1]["content"][-1:].isspace()
     turns = (*asked.turns, {"role": "assistant", "content": text})
-    return replace(asked, turns=turns, raw=False, glue="" if blank else " ")
+    return replace(asked, turns=turns, raw=False, glue="" if blank else " ", glue_counts=True)
 
 
 def _no_field(row: Row, name: str, where: str) -> PromptError:

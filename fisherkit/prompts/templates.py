@@ -55,8 +55,8 @@ def render_plain(conversation: Conversation, loss: str) -> Rendered:
     spans, end = {}, 0
     for i, piece in enumerate(pieces):
         start = end + (len(conversation.glue) if i else 0)
-        end = start + len(piece)
-        spans[i] = (start, end)
+        before, end = end, start + len(piece)
+        spans[i] = (before if conversation.glue_counts else start, end)
     counted = tuple(spans[i] for i in counted_turns(conversation.turns, loss))
     return Rendered(conversation.glue.join(pieces), counted, templated=False)
 

@@ -37,6 +37,7 @@ class Conversation:
         turns: what is said, in order.
         raw: a text to be continued, not a turn of a chat (kept as one user turn, for ``--chat-template on``).
         glue: what stands between turns when there is no chat template.
+        glue_counts: it belongs to the turn behind it, as the blank before a choice does.
         tools: JSON schemas of the functions that the row offers, for the template.
         dropped: turns of the assistant left out because they came before the first question (ShareGPT).
         unusable: why the row cannot become a sample; None where it can.
@@ -45,6 +46,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     raw: bool = False
     glue: str = "\n\n"
+    glue_counts: bool = False
     tools: tuple[Any, ...] = ()
     dropped: int = 0
     unusable: str | None = None

@@ -87,7 +87,8 @@ def _texts(source: PromptSource, field: str | None) -> Iterator[tuple[str, str]]
     for name in source_names(source):
         files = _text_files(name)
         if files:
-            yield from ((str(path), text_of_file(path)) for path in files)
+            texts = ((str(path), text_of_file(path)) for path in files)
+            yield from ((where, text) for where, text in texts if text.strip())
             continue
         fields = None
         for where, row in read_rows(name):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fisherkit.checkpoint.atomic import write_bytes
+from fisherkit.checkpoint.target import check_file
 from fisherkit.errors import MissingLibraryError, OptionError, OutputError
 from fisherkit.methods.inspect.records import render
 from fisherkit.methods.inspect.summary import Summary
@@ -33,7 +34,7 @@ def write_figure(summary: Summary, target: Path, *, force: bool = False) -> None
     read = [summary.path, *([summary.comparison.path] if summary.comparison else [])]
     if target.resolve() in {path.resolve() for source in read for path in _inputs(source)}:
         raise OutputError(f"{target}: belongs to what is being inspected; choose another name")
-    _check_target(target, force=force)
+    check_file(target, force=force)
     write_bytes(target, draw(summary))
 
 
@@ -94,7 +95,7 @@ def check_report(target: Path, *, force: bool) -> None:
     """Refuse a ``.json`` report that could not be written; raises OptionError or OutputError."""
     if target.suffix.lower() != ".json":
         raise OptionError(f"{target}: a report ends in .json")
-    _check_target(target, force=force)
+    check_file(target, force=force)
 
 
 def check_figure(target: Path, *, force: bool) -> None:
@@ -103,14 +104,7 @@ def check_figure(target: Path, *, force: bool) -> None:
         raise OptionError(f"{target}: a figure ends in .html, .svg or .png")
     if target.suffix.lower() == ".png":
         _need_matplotlib()
-    _check_target(target, force=force)
-
-
-def _check_target(target: Path, *, force: bool) -> None:
-    if target.is_dir() or (target.exists() and not force):
-        raise OutputError(f"{target}: exists already; choose another name or add --force")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"{target}: there is no folder {target.parent}; make it first")
+    check_file(target, force=force)
 
 
 def _need_matplotlib() -> None:

@@ -36,9 +36,11 @@ class Scenario:
     reader: tuple[str, ...] = ()
 
 
+_SMALL = ("--batch-tokens", "40", "--group-size", "1")
+
+
 def _extract(name: str, out: str, *options: str, outputs: tuple[str, ...], **more: Any) -> Scenario:
-    few = ("--batch-tokens", "40", "--group-size", "1")
-    return Scenario(name, ("extract", "{base}", "{prompts}", "-o", out, *few, *options), outputs, **more)
+    return Scenario(name, ("extract", "{base}", "{prompts}", "-o", out, *_SMALL, *options), outputs, **more)
 
 
 _FISHER = ("fisher.json", "layer_importance.json")
@@ -119,6 +121,12 @@ SCENARIOS = (
     Scenario(
         "merge-shards", ("merge", "{base}", "{tuned}", "out", "--alpha", "0.5", "--max-shard-size", "30KB"), ("out",)
     ),
+    Scenario(
+        "score",
+        ("score", "{base}", "{tuned}", "--prompts", "{prompts}", "--samples", "s.jsonl", "-o", "p.svg", *_SMALL),
+        ("s.jsonl", "p.svg"),
+        reader=("inspect", "s.jsonl"),
+    ),
     Scenario("export", ("export", "{mask}", "--to", "axolotl", "-o", "a.yaml"), ("a.yaml",), resumes=False),
     Scenario("inspect-page", ("inspect", "{fisher}", "-o", "page.html"), ("page.html",), resumes=False),
 )
@@ -173,7 +181,7 @@ def all_or_quick() -> tuple[Scenario, ...]:
 
 def quick_kills(scenario: Scenario) -> int:
     """Kills of a scenario in ``make test``: more where a run is quick, and what it leaves of many kinds."""
-    return {"extract": 1, "fapm": 8, "merge": 8}.get(scenario.words[0], 2)
+    return {"extract": 1, "score": 2, "fapm": 8, "merge": 8}.get(scenario.words[0], 2)
 
 
 def number_of_kills(full: int, small: int) -> int:

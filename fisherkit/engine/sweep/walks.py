@@ -91,6 +91,7 @@ class StreamedWalk:
         self._rows: LastRows | None = None
         self._entering: Spool | None = None
         self._spent: Spool | None = None
+        self._spools: list[Spool] = []
 
     @property
     def rows(self) -> LastRows:
@@ -159,18 +160,15 @@ class StreamedWalk:
         self._weights.__exit__(None, None, None)
         if self._arguments is not None:
             self._arguments.close()
-        if self._entering is not None:
-            self._entering.close()
-        if self._rows is not None:
-            self._rows.close()
+        for spool in self._spools:
+            spool.close()
 
     def _record(self, *, fresh: bool) -> None:
         """Record the arguments of all blocks; at the beginning also what enters the first one."""
         self._weights.load_outer()
         self._has_outer = True
-        spool = Spool(self._path("arguments"), self._budget)
-        self._arguments = Arguments(self._job.feed, self._recorder, spool)
-        entering = Spool(self._path("boundary", 0), self._budget) if fresh else None
+        self._arguments = Arguments(self._job.feed, self._recorder, self._spool("arguments"))
+        entering = self._spool("boundary", 0) if fresh else None
         for batch in range(len(self._job.feed.batches)):
             first = self._arguments.record(batch)
             if entering is not None:
@@ -181,9 +179,13 @@ class StreamedWalk:
     def _leaving(self, at: int) -> Spool | None:
         """Return a fresh spool for what leaves a group; None after the last one, which makes rows."""
         if at < self.visits - 1:
-            return Spool(self._path("boundary", at + 1), self._budget)
-        self._rows = LastRows(self._job.feed, self._recorder, Spool(self._path("rows"), self._budget))
+            return self._spool("boundary", at + 1)
+        self._rows = LastRows(self._job.feed, self._recorder, self._spool("rows"))
         return None
+
+    def _spool(self, kind: str, at: int | None = None) -> Spool:
+        self._spools.append(Spool(self._path(kind, at), self._budget))
+        return self._spools[-1]
 
     def _path(self, kind: str, at: int | None = None) -> Path:
         return self._folder / f"{kind}-{self._number}{'' if at is None else f'-{at}'}.bin"

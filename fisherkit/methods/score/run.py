@@ -5,7 +5,7 @@ whose losses are taken. Killed at any moment, a run goes on from there to the sa
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from fisherkit._version import __version__
-from fisherkit.artefacts.score_samples import check_samples, write_samples
+from fisherkit.artefacts.score_samples import check_samples, samples_bytes
+from fisherkit.checkpoint.atomic import write_bytes
 from fisherkit.checkpoint.schema import flag, listed, named, table, text, whole
-from fisherkit.checkpoint.target import check_separate
-from fisherkit.checkpoint.work_folder import Work
+from fisherkit.checkpoint.target import check_file, check_separate
+from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
 from fisherkit.engine.model.checks import model_files
 from fisherkit.engine.model.findings import AttendsAhead, FoundInModel, NeedsBatchSizeOne
 from fisherkit.engine.model.memory import available_bytes
@@ -50,6 +51,7 @@ PROGRESS = table(
         ),
         "visits": whole(),
         "figures": named(SCHEMA),
+        "publishing": flag,
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""
@@ -61,6 +63,7 @@ def score_candidates(
     options: ScoreOptions | None = None,
     *,
     samples: Path | None = None,
+    beside: Mapping[Path, Callable[[ScoreReport], bytes]] | None = None,
     work: Path | None = None,
     track: Track = lambda stage, done, total: None,
     say: Say = lambda line: None,
@@ -73,27 +76,49 @@ def score_candidates(
         prompts: sources by the names of the sets.
         options: how prompts are read and models are run.
         samples: write a row per sample and checkpoint to this file of JSON lines.
-        work: folder that a killed run goes on from; ``<samples>.partial`` if None, and without ``samples`` a folder of
-            the system's, which is gone with the run.
+        beside: files to make of the report, such as its picture.
+        work: folder that a killed run goes on from; ``<samples>.partial`` if None. A run that writes nothing has a
+            folder of the system's, which is gone with it.
         track: progress, called with stage, done and total.
         say: gets the lines meant for a person.
 
     Raises:
         FisherkitError: see ``fisherkit.errors``; a loss that is not finite names checkpoint and row.
     """
-    options = options or ScoreOptions()
-    if samples is not None:
-        check_samples(samples, force=options.force)
-        work = work or samples.with_name(f"{samples.name}.partial")
+    options, beside = options or ScoreOptions(), beside or {}
+    targets = [*([samples] if samples is not None else []), *beside]
+    if work is None and targets:
+        work = targets[0].with_name(f"{targets[0].name}.partial")
+    if not (options.resume and work is not None and _is_publishing(work)):
+        _check_free(samples, targets, options)
     prepared = prepare(candidates, prompts, options, say)
-    _check_apart([path for path in (samples, work) if path is not None], prepared, prompts)
+    _check_apart([*targets, *([work] if work is not None else [])], prepared, prompts)
     with _open_work(work, prepared, say) as opened:
         figures = _measure(prepared, opened, track, say)
-        report = _report(prepared, figures, opened.progress["modes"], prompts)
-        if samples is not None:
-            write_samples(samples, sample_rows(prepared, figures))
+        report = _report(prepared, figures, opened.progress["modes"])
+        contents = {samples: samples_bytes(sample_rows(prepared, figures))} if samples is not None else {}
+        contents |= {path: make(report) for path, make in beside.items()}
+        if not opened.progress.get("publishing"):
+            _check_free(samples, targets, options)  # again: hours may have passed
+            opened.commit(publishing=True)
+        for path, content in contents.items():
+            write_bytes(path, content)
         opened.remove()
     return report
+
+
+def _is_publishing(work: Path) -> bool:
+    """Return whether a killed run has begun to write its outputs, so that what lies at their names is its own."""
+    left = read_progress(work, PROGRESS)
+    return left.get("publishing", False) if left is not None else is_remains(work)
+
+
+def _check_free(samples: Path | None, targets: Sequence[Path], options: ScoreOptions) -> None:
+    """Refuse outputs that are there already, or could not be written."""
+    if samples is not None:
+        check_samples(samples)
+    for path in targets:
+        check_file(path, force=options.force)
 
 
 def _check_apart(written: Sequence[Path], prepared: Prepared, prompts: Mapping[str, PromptSource]) -> None:
@@ -228,9 +253,7 @@ def _not_finite(model: Model, sample: int, loss: float) -> str:
     )
 
 
-def _report(
-    prepared: Prepared, figures: Sequence[SampleFigures], modes: Sequence[Mode], prompts: Mapping[str, PromptSource]
-) -> ScoreReport:
+def _report(prepared: Prepared, figures: Sequence[SampleFigures], modes: Sequence[Mode]) -> ScoreReport:
     by_bytes = prepared.options.by_bytes
     measure: Measure = "bits_per_byte" if by_bytes else "loss"
     checkpoints = []

@@ -1,7 +1,7 @@
 """``score``: did it forget, and did this fix it? Losses of checkpoints on prompt sets, each streamed once."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fisherkit.methods.score.candidates import open_candidates
@@ -19,6 +19,7 @@ def score(
     *,
     base: str | os.PathLike[str] | None = None,
     samples: str | os.PathLike[str] | None = None,
+    beside: Mapping[Path, Callable[[ScoreReport], bytes]] | None = None,
     work: str | os.PathLike[str] | None = None,
     track: Track = lambda stage, done, total: None,
     say: Say = lambda line: None,
@@ -33,6 +34,7 @@ def score(
         options: how prompts are read and models are run.
         base: what adapters and sparse deltas are put on; the first whole checkpoint of ``models`` if None.
         samples: write a row per sample and checkpoint to this file of JSON lines.
+        beside: files to make of the report, such as its picture.
         work: folder that a killed run goes on from; ``<samples>.partial`` if None.
         track: progress, called with stage, done and total.
         say: gets the lines meant for a person.
@@ -48,6 +50,7 @@ def score(
             named,
             options,
             samples=Path(samples) if samples is not None else None,
+            beside=beside,
             work=Path(work) if work is not None else None,
             track=track,
             say=say,
