@@ -86,11 +86,17 @@ TARGETS = (
     Target(
         "adapter",
         ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
-        ("fapm base adapter out", "merge base adapter out"),
+        ("fapm base adapter out", "merge base adapter out", "score base adapter --prompts p.jsonl"),
     ),
     Target(
         "prompts", ("p.jsonl", "chat.jsonl"), ("extract base p.jsonl --dry-run", "extract base chat.jsonl --dry-run")
     ),
+    Target(
+        "scored sets",
+        ("q.jsonl", "p.txt"),
+        ("score base --prompts q.jsonl --choices choices", "score base --prompts p.txt --window 4"),
+    ),
+    Target("samples", ("s.jsonl",), ("inspect s.jsonl", "inspect s.jsonl --format table")),
     Target("rows", ("p.csv", "p.txt"), ("extract base p.csv --dry-run", "extract base p.txt --dry-run")),
 )
 
@@ -109,6 +115,7 @@ def make_material(folder: Path) -> Path:
         "mask fisher.safetensors -o mask.safetensors --preset fggm",
         "mask fisher.safetensors -o sub.safetensors --svd-rank 2",
         "fapm base tuned --sparse delta.safetensors",
+        "score base tuned --prompts p.jsonl --samples s.jsonl",
     )
     for command in made:
         done = run(command.split(), folder)
@@ -121,6 +128,8 @@ def _write_prompts(folder: Path) -> None:
     tiny.write_prompts(folder / "p.jsonl")
     turns = [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Po."}]
     (folder / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    asked = {"question": "Which is a river?", "choices": ["Po", "Rome", "Etna"], "answer": 0}
+    (folder / "q.jsonl").write_text((json.dumps(asked) + "\n") * 3)
     (folder / "p.csv").write_text("prompt,completion\nName a river.,The Po.\nTwo and two?,Four\n")
     (folder / "p.txt").write_text("Name a river.\nYes.\n")
 
