@@ -8,6 +8,7 @@ from pathlib import Path
 import covariance_files
 import numpy as np
 import pairs
+import peft
 import peft_adapters
 import pytest
 import torch
@@ -199,6 +200,53 @@ def test_an_adapter_is_a_fine_tune(checkpoint: Callable[[str], Path], tmp_path: 
     assert "other: changes 3 tensors that FT leaves alone" in line
 
 
+# An adapter besides
+
+
+def through_peft(base: Path, adapter: Path) -> dict[str, Doubles]:
+    """Weights of the base with the adapter merged by peft."""
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    return {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_adapter_besides_is_the_solved_delta_where_its_rank_suffices(
+    architecture: str, checkpoint: Callable[[str], Path], measured: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, fisher, out = checkpoint(architecture), measured(architecture), tmp_path / "out"
+    tuned = pairs.fine_tune(base, tmp_path / "tuned")
+    report = json.loads(
+        worked(cli("merge", base, tuned, out, "--regmean", fisher, fisher, "--lora-rank", 48, "--json"))
+    )
+    solved_for = {name for name, row in report["tensors"].items() if "regmean" in row}
+    assert {f"{out}/lora/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")} <= set(
+        report["files"]
+    )
+    got, ours, lora = doubles(out), doubles(base), through_peft(base, out / "lora")
+    for name in got:
+        wanted = got[name] if name in solved_for else ours[name]
+        np.testing.assert_allclose(lora[name], wanted, rtol=0, atol=1e-5, err_msg=name)
+    worked(cli("merge", base, out / "lora", tmp_path / "again"))  # and so do we
+    AutoModelForCausalLM.from_pretrained(out)
+    worked(cli("merge", base, tuned, out, "--regmean", fisher, fisher, "--lora-rank", 2, "--force"))
+
+
+def test_an_adapters_rank_suffices_for_its_repair(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    base = checkpoint("llama")
+    adapter = peft_adapters.train(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], r=4)
+    old = covariance_files.write(tmp_path / "old.safetensors", inputs(1), model=base)
+    new = covariance_files.write(tmp_path / "new.safetensors", inputs(2), model=base)
+    words = ("--regmean", old, new, "--lora-rank", 4, "--alpha", 0.5, "--json")
+    report = json.loads(worked(cli("merge", base, adapter, tmp_path / "out", *words)))
+    held = {row["regmean"]["lora_held"] for row in report["tensors"].values()}
+    assert min(held) == pytest.approx(1, abs=1e-6)
+    got, lora = doubles(tmp_path / "out"), through_peft(base, tmp_path / "out" / "lora")
+    for name in got:
+        np.testing.assert_allclose(lora[name], got[name], rtol=0, atol=1e-5)
+    line = one_line(cli("merge", base, adapter, tmp_path / "one.safetensors", *words), 2)
+    assert "one.safetensors is a file; the adapter needs a folder" in line
+
+
 # Faults
 
 
@@ -206,7 +254,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(pair: Pair, tmp_path: Path, monke
     monkeypatch.setattr(rewrite, "_COMMIT_SECONDS", 0)
     other = pairs.fine_tune(pair[0], tmp_path / "other", seed=7)
     old, new = files(tmp_path, pair)
-    options = {"regmean": (old, new), "also": ((str(other), new),), "force_model": True}
+    options = {"regmean": (old, new), "also": ((str(other), new),), "force_model": True, "lora_rank": 3}
     steps: list[int] = []
     fisherkit.merge(*pair, tmp_path / "whole", MergeOptions(**options), track=lambda *step: steps.append(1))
     for at in (1, len(steps) // 2, len(steps) - 2):
@@ -216,6 +264,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(pair: Pair, tmp_path: Path, monke
         assert not out.exists()
         fisherkit.merge(*pair, out, MergeOptions(**options, resume=True))
         assert pairs.same_checkpoint(out, tmp_path / "whole")
+        assert pairs.files(out / "lora") == pairs.files(tmp_path / "whole" / "lora")
 
 
 def test_files_that_do_not_belong_are_refused(wide: Pair, tmp_path: Path) -> None:
@@ -242,6 +291,7 @@ def test_files_that_do_not_belong_are_refused(wide: Pair, tmp_path: Path) -> Non
     assert "no file of covariances" in refused("--regmean", old, tmp_path / "none.txt")
     assert "--regmean and --mask are two ways to merge" in refused("--regmean", old, new, "--mask", old, code=2)
     assert "add them with --also" in refused("--regmean", "none", new, code=2)
+    assert "--lora-rank is for --regmean" in refused("--lora-rank", 3, code=2)
     assert "--also is for --regmean and --fisher" in refused("--also", wide[1], new, code=2)
     assert "is given twice" in refused("--regmean", old, new, "--also", wide[1], new)
     assert "--old-weight must lie between 0" in refused("--regmean", old, new, "--old-weight", -1, code=2)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels import regmean
-from fisherkit.kernels.regmean import Filter, Moment, decompose, lower_inverse
+from fisherkit.kernels.regmean import Filter, Moment, best_factors, decompose, lower_inverse
 
 Doubles = NDArray[np.float64]
 MU = 1e-3
@@ -179,3 +179,33 @@ def test_one_decomposition_serves_all_weights_of_old(monkeypatch: pytest.MonkeyP
     for lam in (0.0, 0.1, 1.0, 10.0):
         wanted = least_squares([(1.0, drawn(200, seed=1))], drawn(60, seed=2), [d], lam)
         assert_close(solver.solve([d], lam).delta, wanted)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_the_best_factors_are_those_in_the_metric_of_all_inputs(rank: int | None) -> None:
+    new, old, d, lam = moment(drawn(200, seed=1), rank), moment(drawn(60, seed=2), rank), delta(), 0.7
+    solver = decompose([(1.0, new)], old, MU)
+    metric = new.within(None) + solver.damping[0] * np.eye(N) + lam * old.within(None)
+    wanted = solver.solve([d], lam).delta
+    lower = np.linalg.cholesky(metric)
+    u, s, v = np.linalg.svd(wanted @ lower, full_matrices=False)
+    weighed = solver.weighed([d], lam)
+    assert np.square(weighed).sum() == pytest.approx(float(np.square(s).sum()), rel=1e-8)
+    for count in (1, 4, OUT):
+        b, a, held = best_factors(weighed, count)
+        assert_close(b @ solver.unweighed(a, lam), (u[:, :count] * s[:count]) @ v[:count] @ np.linalg.inv(lower), 1e-7)
+        assert held == pytest.approx(float(np.square(s[:count]).sum() / np.square(s).sum()), rel=1e-8)
+        np.testing.assert_allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(30, 7), (7, 30), (1, 5)])
+def test_factors_of_less_than_their_rank_and_of_zeros(shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((shape[0], 1)) @ random.standard_normal((1, shape[1]))
+    b, a, held = best_factors(rows, 4)
+    assert b.shape[1] == a.shape[0] <= 4
+    assert_close(b @ a, rows)
+    assert held == pytest.approx(1)
+    b, a, held = best_factors(np.zeros(shape), 4)
+    assert held == 1
+    assert not (b @ a).any()

@@ -113,6 +113,10 @@ def merge(
             rich_help_panel=SOLVE,
         ),
     ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(help="Besides, the best adapter of this rank, in OUT/lora; of --regmean.", rich_help_panel=SOLVE),
+    ] = None,
     force_model: Annotated[
         bool,
         typer.Option("--force-model", help="Take OLD and NEW of a close relative of BASE.", rich_help_panel=SOLVE),
@@ -159,6 +163,7 @@ def merge(
             regmean=_old_and_new(regmean),
             fisher=_old_and_new(fisher),
             also=tuple(map(_tune_and_new, also or ())),
+            lora_rank=lora_rank,
             force_model=force_model,
             **shared.pair_options(
                 only=only,

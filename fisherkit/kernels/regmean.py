@@ -154,6 +154,51 @@ class Filter:
         energies = np.append(np.square(z).sum(axis=0), self.outside_new * outside)
         return Solution(gains[-1] * mixed + moved @ self.basis.T, energies)
 
+    def weighed(self, deltas: Sequence[Doubles], old_weight: float) -> Doubles:
+        """Return rows of D' (G + lam C_o)^1/2, up to a rotation: the sums of their squares are D's own energies there.
+
+        Args:
+            deltas: rows [R, N] of each fine-tune.
+            old_weight: lam.
+
+        Returns:
+            [R, M], or [R, M + N] where there is a basis.
+        """
+        gains = self.gains(old_weight)
+        inside = deltas if self.basis is None else [delta @ self.basis for delta in deltas]
+        z = _sum(part @ inward for part, inward in zip(inside, self.inward, strict=True))
+        if self.basis is None:
+            z *= np.sqrt(gains)
+            return z
+        mixed = _sum(share * delta for share, delta in zip(self.shares, deltas, strict=True))
+        outside = mixed - (mixed @ self.basis) @ self.basis.T
+        return np.concatenate((z * np.sqrt(gains[:-1]), outside * np.sqrt(gains[-1] * self.outside_new)), axis=1)
+
+    def unweighed(self, rows: Doubles, old_weight: float) -> Doubles:
+        """Return rows [K, N] whose ``weighed`` form, of a solved delta, would be ``rows`` [K, M] or [K, M + N]."""
+        gains, count = self.gains(old_weight), len(self.theta)
+        inside = (rows[:, :count] * np.sqrt(gains[:count])) @ self.outward
+        if self.basis is None:
+            return inside
+        return inside @ self.basis.T + rows[:, count:] * np.sqrt(gains[-1] / self.outside_new)
+
+
+def best_factors(rows: Doubles, rank: int) -> tuple[Doubles, Doubles, float]:
+    """Return L [O, K] and R [K, M] with L R the best approximation of ``rows`` [O, M] of a rank, K at most.
+
+    Both have columns, or rows, of the same lengths. The third is the share of the squares that it holds.
+    """
+    tall = rows.shape[0] >= rows.shape[1]
+    values, vectors = np.linalg.eigh(rows.T @ rows if tall else rows @ rows.T)
+    top, total = vectors[:, ::-1][:, :rank], float(np.maximum(values, 0).sum())
+    left, right = (rows @ top, top.T) if tall else (top, top.T @ rows)
+    lengths = np.linalg.norm(left, axis=0) if tall else np.linalg.norm(right, axis=1)
+    real = lengths > 1e-12 * lengths.max(initial=0.0)
+    roots = np.sqrt(lengths[real])
+    left, right = left[:, real], right[real]
+    balanced = (left / roots, right * roots[:, None]) if tall else (left * roots, right / roots[:, None])
+    return *balanced, float(np.square(lengths).sum()) / total if total else 1.0
+
 
 def decompose(news: Sequence[tuple[float, Moment]], old: Moment | None, damping: float) -> Filter:
     """Decompose the covariances of layers that read the same inputs.

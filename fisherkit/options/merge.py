@@ -108,6 +108,7 @@ class MergeOptions(PairOptions):
         also: further fine-tunes of BASE, each with its own NEW.
         damping: what is added to NEW in every direction, as a share of its mean, and decides where NEW says nothing;
             None for 0.001 of covariances and 0.000001 of Fishers.
+        lora_rank: of ``regmean``: besides, make an adapter of this rank of the solved deltas, in ``OUT/lora``.
         force_model: take files that were measured on another model.
     """
 
@@ -123,6 +124,7 @@ class MergeOptions(PairOptions):
     old_weight: float = 1.0
     also: tuple[tuple[str, Path], ...] = ()
     damping: float | None = None
+    lora_rank: int | None = None
     force_model: bool = False
 
     def __post_init__(self) -> None:
@@ -159,5 +161,8 @@ class MergeOptions(PairOptions):
         given = [way for way, value in (ways | {"layer-scale": self.layer_scale}).items() if value is not None]
         if self.solves and len(given) > 1:
             raise OptionError(f"--{given[0]} and --{given[1]} are two ways to merge; give one of them")
+        at_least("lora-rank", self.lora_rank, 1)
+        if self.lora_rank is not None and self.regmean is None:
+            raise OptionError("--lora-rank is for --regmean, whose deltas it makes an adapter of")
         if self.also and not self.solves:
             raise OptionError("--also is for --regmean and --fisher")

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.artefacts.covariance_file import find_covariances
+from fisherkit.checkpoint.folder.model_card import public_id
 from fisherkit.errors import CheckpointError
+from fisherkit.methods.merge.lora_output import lora_files
 from fisherkit.methods.merge.merge_inputs import MergeInputs, open_inputs, read_treatment, unmasked
 from fisherkit.methods.merge.output import (
     find_warnings,
@@ -23,7 +25,7 @@ from fisherkit.methods.merge.output import (
     write_side_files,
 )
 from fisherkit.methods.merge.pair_run import Request, Run, load_pair, open_run, refuse_bad_values, untouched
-from fisherkit.methods.merge.solved import solve_line, solve_tensor, solve_totals, unsolved
+from fisherkit.methods.merge.solved import open_lora, solve_line, solve_tensor, solve_totals, unsolved
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.blend import blend
 from fisherkit.pairs.outputs import Targets
@@ -120,11 +122,15 @@ def merge(
             resume=options.resume,
             force=options.force,
         ) as rewrite:
+            lora = open_lora(run, options, inputs.solver, rewrite)
             rewrite.write_all(names, lambda name: merge_tensor(run, options, inputs, name), track)
             report = _make_report(run, options, out, inputs, rewrite.rows)
+            if lora is not None and rewrite.folder is not None:
+                lora.finish(rewrite.folder, rewrite.rows, public_id(run.checkpoints.base_source))
             if rewrite.folder is not None:
                 write_side_files(rewrite.folder, run, report.as_json(), _facts(report.as_json()))
-            report = replace(report, files=rewrite.seal({}))
+            beside_weights = [out / name for name in lora_files(rewrite.folder or out)]
+            report = replace(report, files=(*rewrite.seal({}), *beside_weights))
             rewrite.publish({path: make(report) for path, make in beside.items()})
         say_warnings(report.warnings, say)
         line = solve_line(report.totals)

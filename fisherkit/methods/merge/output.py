@@ -140,6 +140,7 @@ def write_side_files(folder: Path, run: Run, report: Mapping[str, Any], facts: M
     names = write_config(folder, run)
     names.append(_write(folder / "README.md", _card(run, facts, _beside(run))))
     names += [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+    names += [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]  # of an adapter besides
     if sum(name.endswith(".safetensors") for name in names) > 1:
         names.append("model.safetensors.index.json")
     published = {**report, "path": ".", "files": sorted(set(names))}  # relative to the manifest itself

@@ -5,7 +5,7 @@ those of the new task. Weights that share their inputs share a decomposition.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fisherkit.artefacts.covariance_file import CovarianceFile, find_covariances
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.errors import CheckpointError
-from fisherkit.kernels.regmean import Doubles, Filter, Moment, decompose
+from fisherkit.kernels.regmean import Doubles, Filter, Moment, best_factors, decompose
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.pair_run import Run
@@ -40,6 +40,9 @@ class RegMean:
         options: name the files.
         tunes: further fine-tunes.
 
+    Attributes:
+        keep_factors: takes the factors B and A of every solved delta, where an adapter is made of them.
+
     Raises:
         CheckpointError: a file cannot be read, is of another model, or they have no weight in common.
     """
@@ -59,6 +62,7 @@ class RegMean:
         self._old = _Matched(_open(stack, old), measured[0], channels, options) if old is not None else None
         self._keys = self._match(run.chosen.names)
         self._filters: OrderedDict[Key, Filter] = OrderedDict()
+        self.keep_factors: Callable[[str, Doubles, Doubles], None] | None = None
 
     @property
     def covered(self) -> frozenset[str]:
@@ -73,12 +77,14 @@ class RegMean:
             name: one of ``covered``.
         """
         solver, weight = self._filter(self._keys[name]), self._options.old_weight
-        energies, squares = np.zeros(len(solver.spectrum)), 0.0
+        energies, squares, weighed = np.zeros(len(solver.spectrum)), 0.0, []
 
         def solve(deltas: list[Doubles], rows: slice) -> Doubles:
             nonlocal energies, squares
             solved = solver.solve(deltas, weight)
             energies, squares = energies + solved.energies, squares + float(np.square(solved.delta).sum())
+            if self.keep_factors is not None:
+                weighed.append(solver.weighed(deltas, weight))
             return solved.delta
 
         others, (height, width) = self._tunes.load(name, pair.base), self._shapes[name]
@@ -90,7 +96,16 @@ class RegMean:
             scale=self._options.alpha,
             change=solve,
         )
-        return counts, {"regmean": self._figures(solver, energies, squares, self._keys[name])}
+        figures = self._figures(solver, energies, squares, self._keys[name])
+        if self.keep_factors is not None and self._options.lora_rank is not None:
+            b, a, held = best_factors(np.concatenate(weighed), self._options.lora_rank)
+            self.keep_factors(name, self._options.alpha * b, solver.unweighed(a, weight))
+            figures["lora_held"] = held
+        return counts, {"regmean": figures}
+
+    def input_axis(self, name: str) -> int:
+        """Return the axis that the inputs of a matrix run along."""
+        return self._inputs[name]
 
     def _match(self, names: Sequence[str]) -> dict[str, Key]:
         files = [*([self._old] if self._old is not None else []), *self._news]

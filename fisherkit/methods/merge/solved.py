@@ -6,14 +6,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fisherkit.errors import some_names
+from fisherkit.checkpoint.target import is_folder
+from fisherkit.errors import OptionError, some_names
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.fisher_merge import FisherMerge
+from fisherkit.methods.merge.lora_output import LoraOutput, lora_files
 from fisherkit.methods.merge.pair_run import Run, load_pair, refuse_bad_values
 from fisherkit.methods.merge.regmean import RegMean
 from fisherkit.options import MergeOptions
-from fisherkit.pairs.rewrite import Changed, TensorRow
+from fisherkit.pairs.rewrite import Changed, Rewrite, TensorRow
 from fisherkit.pairs.solve import change_rows, flat_shape, mean_of
 
 
@@ -56,6 +58,28 @@ def open_solver(stack: ExitStack, run: Run, options: MergeOptions) -> Solver | N
         what = "covariance" if options.regmean is not None else "Fisher"
         run.request.say(f"note: {len(left)} tensors have no {what} and become {whose}: {some_names(left)}")
     return solver
+
+
+def open_lora(run: Run, options: MergeOptions, solver: Solver | None, rewrite: Rewrite) -> LoraOutput | None:
+    """Open the adapter that takes the factors of every solved delta; None where none is asked for, or all is done.
+
+    Raises:
+        OptionError: the output is a file, which has no room for an adapter.
+        OutputError: no room on the disk.
+    """
+    if options.lora_rank is None or solver is None or not isinstance(solver.rule, RegMean):
+        return None
+    assert run.request.targets is not None
+    if not is_folder(run.request.targets.main):
+        raise OptionError(f"--lora-rank: {run.request.targets.main} is a file; the adapter needs a folder to lie in")
+    if rewrite.folder is None or lora_files(rewrite.folder):
+        return None
+    names = [name for name in run.chosen.names if name in solver.rule.covered]
+    shapes = {name: run.tensors.info(name).shape for name in names}
+    work, resume = run.request.targets.work_folder, any(name in rewrite.rows for name in names)
+    lora = LoraOutput(work, shapes, solver.rule, options.lora_rank, resume=resume)
+    solver.rule.keep_factors = lora.add
+    return lora
 
 
 def unsolved(solver: Solver | None, run: Run) -> list[str]:
