@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from fisherkit.errors import CheckpointError
 from fisherkit.kernels import regmean
-from fisherkit.kernels.regmean import Filter, Moment, best_factors, decompose, lower_inverse
+from fisherkit.kernels.moment import Moment
+from fisherkit.kernels.regmean import Filter, best_factors, decompose, lower_inverse
 
 Doubles = NDArray[np.float64]
 MU = 1e-3

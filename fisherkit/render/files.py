@@ -17,6 +17,7 @@ from fisherkit.methods.inspect.summary import Summary
 if TYPE_CHECKING:
     from fisherkit.methods.inspect.mask_bands import Bands
     from fisherkit.methods.merge.fapm_report import FapmReport
+    from fisherkit.methods.merge.merge import MergeReport
     from fisherkit.methods.score.report import ScoreReport
 
 
@@ -57,6 +58,13 @@ def pruning_bytes(report: "FapmReport", suffix: str) -> bytes:
     if suffix == ".png":
         return png_fapm.pruning_png(report)
     return _encode(svg_fapm.picture(report) if suffix == ".svg" else pages.pruning_page(report))
+
+
+def solve_bytes(report: "MergeReport", suffix: str) -> bytes:
+    """Return the figure of a merge that solved with covariances as the content of a file: ``.html`` or ``.svg``."""
+    from fisherkit.render import pages, svg_solve
+
+    return _encode(svg_solve.picture(report) if suffix == ".svg" else pages.solve_page(report))
 
 
 def score_bytes(report: "ScoreReport", suffix: str, more: Sequence[str] = ()) -> bytes:

@@ -16,6 +16,7 @@ from fisherkit.render.svg import Drawing
 if TYPE_CHECKING:
     from fisherkit.methods.inspect.mask_bands import Bands
     from fisherkit.methods.merge.fapm_report import FapmReport
+    from fisherkit.methods.merge.merge import MergeReport
     from fisherkit.methods.score.report import ScoreReport
 
 _STYLE = """
@@ -120,6 +121,25 @@ def pruning_page(report: "FapmReport") -> str:
         f"<h2>How it was made</h2>{_made_table([report.provenance])}",
     ]
     return _page(fapm_view.headline(report), sections)
+
+
+def solve_page(report: "MergeReport") -> str:
+    """Return the page of a merge that solved with covariances."""
+    from fisherkit.render import svg_solve
+
+    rows = svg_solve.records(report)
+    drawings = [
+        ("What the filter keeps of each weight's delta", svg_solve.gains(report)),
+        ("What each layer keeps", svg_solve.layers(report)),
+    ]
+    sections = [
+        *(f'<p class="alarm">{_safe(warning)}</p>' for warning in report.warnings),
+        *(f"<p>{_safe(sentence)}</p>" for sentence in svg_solve.sentences(report)),
+        _drawings(drawings),
+        f"<h2>By layer</h2>{_rows_table(tuple(rows[0]), rows)}" if rows else "",
+        f"<h2>How it was made</h2>{_made_table([report.provenance])}",
+    ]
+    return _page(svg_solve.headline(report), sections)
 
 
 def score_page(report: "ScoreReport", more: Sequence[str] = ()) -> str:

@@ -20,7 +20,7 @@ from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.checkpoint.schema import read_beside
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, widen
-from fisherkit.kernels.regmean import Doubles
+from fisherkit.kernels.moment import Doubles
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.pair_run import Run

@@ -14,7 +14,7 @@ import numpy as np
 from fisherkit.checkpoint.atomic import disk_errors, write_text
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.floats import Floats
-from fisherkit.kernels.regmean import Doubles
+from fisherkit.kernels.moment import Doubles
 from fisherkit.methods.merge.regmean import RegMean
 
 FOLDER, WEIGHTS, CONFIG = "lora", "adapter_model.safetensors", "adapter_config.json"

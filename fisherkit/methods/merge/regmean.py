@@ -16,7 +16,8 @@ from fisherkit.artefacts.covariance_file import CovarianceFile, find_covariances
 from fisherkit.checkpoint.names.axes import AxisFinder
 from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.errors import CheckpointError
-from fisherkit.kernels.regmean import Doubles, Filter, Moment, best_factors, decompose
+from fisherkit.kernels.moment import Doubles, Moment
+from fisherkit.kernels.regmean import Filter, best_factors, decompose
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.pair_run import Run
