@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import covariance_files
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import fisherkit
 from fisherkit.methods.merge import regmean
+from fisherkit.methods.merge.points import open_merge_points
 from fisherkit.options import ExtractOptions, MergeOptions
 from fisherkit.pairs import rewrite
 
@@ -198,6 +200,44 @@ def test_an_adapter_is_a_fine_tune(checkpoint: Callable[[str], Path], tmp_path: 
     other = peft_adapters.train(base, tmp_path / "other", target_modules=["k_proj"])
     line = one_line(cli("merge", base, adapter, tmp_path / "no", "--regmean", old, new, "--also", other, new))
     assert "other: changes 3 tensors that FT leaves alone" in line
+
+
+def test_strengths_of_a_sweep_share_their_decompositions(
+    wide: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each gives what a run of its own writes."""
+    calls: list[int] = []
+    plain = regmean.decompose
+    monkeypatch.setattr(regmean, "decompose", lambda *given: (calls.append(1), plain(*given))[1])
+    options = [MergeOptions(regmean=files(tmp_path, wide), old_weight=weight) for weight in (0.1, 1.0, 10.0)]
+    with open_merge_points(*wide, options) as points:
+        held = [np.empty(32 * 48, np.float32) for _ in options]
+        for point, values in zip(points.virtual, held, strict=True):
+            point.read_into(DOWN.format(1), values)
+    assert len(calls) == 1
+    worked(cli("merge", *wide, tmp_path / "out", "--regmean", *files(tmp_path, wide), "--old-weight", 10))
+    written = pairs.tensors(tmp_path / "out")[DOWN.format(1)].numpy()
+    assert np.array_equal(held[2], written.reshape(-1))
+    assert not np.array_equal(held[1], held[2])
+
+
+@pytest.mark.parametrize("suffix", ["svg", "html"])
+def test_the_figure_draws_the_filter_of_each_weight(suffix: str, wide: Pair, tmp_path: Path) -> None:
+    figure = tmp_path / f"figure.{suffix}"
+    done = cli("merge", *wide, tmp_path / "out", "--regmean", *files(tmp_path, wide), "--figure", figure, "--json")
+    report, text = json.loads(worked(done)), figure.read_text()
+    if suffix == "svg":
+        ElementTree.fromstring(text)  # noqa: S314  # of our own making
+    row = report["tensors"][DOWN.format(2)]["regmean"]["gains"]
+    assert f"layer 2, mlp.down_proj: {row[0]:.1%} to {row[-1]:.1%} kept" in text
+    assert "layer 1: " in text
+    assert f"{report['totals']['regmean']['old_kept']:.1%} on old ones" in text
+
+
+def test_figures_without_a_solve_are_refused(wide: Pair, tmp_path: Path) -> None:
+    words = ("--regmean", *files(tmp_path, wide))
+    assert "ends in .html or .svg" in one_line(cli("merge", *wide, tmp_path / "o", *words, "--figure", "f.png"), 2)
+    assert "--figure draws" in one_line(cli("merge", *wide, tmp_path / "o", "--figure", "f.svg"), 2)
 
 
 # An adapter besides

@@ -1,5 +1,6 @@
 """``fisherkit merge``."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,18 @@ def _tune_and_new(given: str) -> tuple[str, Path]:
     if not between:
         raise OptionError("--also takes two words, FT2 and NEW2: a further fine-tune and its file")
     return tune, Path(new)
+
+
+def _solve_beside(figure: Path | None) -> dict[Path, Callable[[Any], bytes]]:
+    """Return what draws a solve, by the path of the figure; empty where none is asked for."""
+    if figure is None:
+        return {}
+    from fisherkit.render.files import check_figure, solve_bytes
+
+    if figure.suffix.lower() == ".png":
+        raise OptionError(f"{figure}: the figure of a solve ends in .html or .svg")
+    check_figure(figure, force=True)  # the run itself knows what a killed one has put there
+    return {figure: lambda made: solve_bytes(made, figure.suffix.lower())}
 
 
 @app.command(cls=_MergeCommand)
@@ -129,7 +142,11 @@ def merge(
     max_shard_size: ShardSize = None,
     report: Report = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw a sweep: .html, .svg or .png.", rich_help_panel=sweeps.SWEEP)
+        Path | None,
+        typer.Option(
+            help="Draw a sweep, or what --regmean keeps of each weight: .html, .svg, of a sweep .png.",
+            rich_help_panel=sweeps.SWEEP,
+        ),
     ] = None,
     prompts: Prompts = None,
     budget: BudgetText = None,
@@ -204,8 +221,10 @@ def merge(
             sweep_merge((base, tuned), points, sweep, as_json=as_json, quiet=quiet)
             return
         own, target = one_point(points, out)
-        if figure is not None:
-            raise OptionError("--figure draws a sweep that is scored; add --prompts old=FILE --prompts new=FILE")
+        if figure is not None and own.regmean is None:
+            raise OptionError(
+                "--figure draws a --regmean, or a sweep that is scored; add --prompts old=FILE --prompts new=FILE"
+            )
         if report is not None:
             from fisherkit.render.files import check_report
 
@@ -217,7 +236,7 @@ def merge(
             tuned,
             target,
             own,
-            beside=shared.report_beside(report),
+            beside={**shared.report_beside(report), **_solve_beside(figure)},
             command=shared.typed(),
             track=console.tracker("merge", quiet=quiet),
             say=sayer(quiet),

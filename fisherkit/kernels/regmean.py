@@ -73,6 +73,12 @@ class Filter:
     outside_old: float
 
     @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        arrays = [*self.inward, self.theta, self.outward, *([self.basis] if self.basis is not None else [])]
+        return sum(array.nbytes for array in arrays)
+
+    @property
     def spectrum(self) -> Doubles:
         """Ratios of old to new energy: theta, and one for all that lies outside of the basis."""
         if self.basis is None:

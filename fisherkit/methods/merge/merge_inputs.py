@@ -15,6 +15,7 @@ from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import Floats
 from fisherkit.kernels.pull import pull_strengths, pulled_share
 from fisherkit.methods.merge.pair_run import Run
+from fisherkit.methods.merge.regmean import Filters
 from fisherkit.methods.merge.solved import Solver, open_solver
 from fisherkit.methods.merge.tensor_selection import Chosen
 from fisherkit.options import MergeOptions, Side
@@ -44,12 +45,13 @@ class MergeInputs:
 
 
 @contextmanager
-def open_inputs(run: Run, options: MergeOptions) -> Iterator[MergeInputs]:
+def open_inputs(run: Run, options: MergeOptions, filters: Filters | None = None) -> Iterator[MergeInputs]:
     """Open the files that the options name, and refuse those that do not belong to BASE.
 
     Args:
         run: the pair.
         options: name the files.
+        filters: decompositions to share with runs of other strengths; None for none.
 
     Raises:
         CheckpointError: a file is of another kind or of another model.
@@ -62,7 +64,7 @@ def open_inputs(run: Run, options: MergeOptions) -> Iterator[MergeInputs]:
             subspaces=_open_entries(stack, run, options.subspace, "subspace"),
             scales=_layer_scales(run.chosen, options),
             axes=AxisFinder({name: info.shape for name, info in index.items()}),
-            solver=open_solver(stack, run, options),
+            solver=open_solver(stack, run, options, filters or Filters()),
         )
         _check_directions(inputs, options)
         yield inputs

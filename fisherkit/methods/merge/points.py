@@ -23,6 +23,7 @@ from fisherkit.methods.merge.nested_points import NestedPoints
 from fisherkit.methods.merge.output import fingerprint, provenance, write_config
 from fisherkit.methods.merge.pair_run import Request, Run, all_of_tuned, open_run
 from fisherkit.methods.merge.quotas import settle_ties
+from fisherkit.methods.merge.regmean import Filters
 from fisherkit.options import FapmOptions, MergeOptions, PairOptions
 from fisherkit.pairs.outputs import Targets
 from fisherkit.pairs.reader import is_floating
@@ -128,10 +129,12 @@ def open_merge_points(
     request = Request("merge", str(base), str(tuned), targets, options[0], None, track, say)
     files = list(dict.fromkeys(path for own in options for path in inputs_of(own)))
     with _open(request, files) as (run, folder), ExitStack() as stack:
-        virtual = []
+        virtual, filters = [], Filters()
         silent = replace(run, request=replace(request, say=lambda line: None))
         for at, own in enumerate(options):
-            inputs = stack.enter_context(open_inputs(silent if at else run, own))  # remarks are the same for all
+            inputs = stack.enter_context(
+                open_inputs(silent if at else run, own, filters)
+            )  # remarks are the same for all
             stamps = [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in inputs_of(own)]
             virtual.append(
                 _virtual(

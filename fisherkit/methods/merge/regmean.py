@@ -28,7 +28,7 @@ from fisherkit.pairs.solve import change_rows
 Key = tuple[str | None, ...]
 """Names of a weight's covariances: in OLD (None where there is no OLD), and in each of NEW."""
 _DAMPING = 1e-3
-_KEPT_FILTERS = 4  # inputs of a layer that are met again before the next layer
+_FILTER_BYTES = 1 << 30  # of decompositions that are kept, the last ones: a layer of an 8B model
 _GAINS = 10  # figures of a weight's filter that are reported
 
 
@@ -40,6 +40,7 @@ class RegMean:
         run: BASE and FT.
         options: name the files.
         tunes: further fine-tunes.
+        filters: decompositions, which runs of other strengths may share.
 
     Attributes:
         keep_factors: takes the factors B and A of every solved delta, where an adapter is made of them.
@@ -48,7 +49,7 @@ class RegMean:
         CheckpointError: a file cannot be read, is of another model, or they have no weight in common.
     """
 
-    def __init__(self, stack: ExitStack, run: Run, options: MergeOptions, tunes: FineTunes) -> None:
+    def __init__(self, stack: ExitStack, run: Run, options: MergeOptions, tunes: FineTunes, filters: "Filters") -> None:
         assert options.regmean is not None
         old, new = options.regmean
         self._options, self._tunes = options, tunes
@@ -62,7 +63,8 @@ class RegMean:
         self._news = [_Matched(file, models, channels, options) for file, models in zip(files, measured, strict=True)]
         self._old = _Matched(_open(stack, old), measured[0], channels, options) if old is not None else None
         self._keys = self._match(run.chosen.names)
-        self._filters: OrderedDict[Key, Filter] = OrderedDict()
+        self._filters = filters
+        self._files = tuple(map(str, (old, new, *(one for _, one in options.also))))
         self.keep_factors: Callable[[str, Doubles, Doubles], None] | None = None
 
     @property
@@ -122,18 +124,16 @@ class RegMean:
         return found
 
     def _filter(self, key: Key) -> Filter:
-        if key not in self._filters:
-            while len(self._filters) >= _KEPT_FILTERS:
-                self._filters.popitem(last=False)
-            old = self._old.moment(key[0]) if self._old is not None else None
-            news = [(1.0, file.moment(name)) for file, name in zip(self._news, key[1:], strict=True)]
-            damping = self._options.damping if self._options.damping is not None else _DAMPING
-            try:
-                self._filters[key] = decompose(news, old, damping)
-            except CheckpointError as error:
-                raise CheckpointError(f"{self._news[0].file.path}: {key[1]}: {error}") from None
-        self._filters.move_to_end(key)
-        return self._filters[key]
+        damping = self._options.damping if self._options.damping is not None else _DAMPING
+        return self._filters.get((self._files, damping, key), lambda: self._decompose(key, damping))
+
+    def _decompose(self, key: Key, damping: float) -> Filter:
+        old = self._old.moment(key[0]) if self._old is not None else None
+        news = [(1.0, file.moment(name)) for file, name in zip(self._news, key[1:], strict=True)]
+        try:
+            return decompose(news, old, damping)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._news[0].file.path}: {key[1]}: {error}") from None
 
     def _figures(self, solver: Filter, energies: Doubles, squares: float, key: Key) -> dict[str, Any]:
         """Figures of a weight's solve; energies are mean squares of what the delta adds to the layer's outputs."""
@@ -153,6 +153,23 @@ class RegMean:
             "left_out_by_factors": max(rests),
             "gains": _quantiles(gains, energies),
         }
+
+
+class Filters:
+    """Decompositions that were made last, as many as fit a number of bytes; at least one."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[object, Filter] = OrderedDict()
+
+    def get(self, key: object, make: Callable[[], Filter]) -> Filter:
+        """Return a decomposition by its key, made where it is not held."""
+        if key not in self._held:
+            made = make()
+            while self._held and sum(one.nbytes for one in (made, *self._held.values())) > _FILTER_BYTES:
+                self._held.popitem(last=False)
+            self._held[key] = made
+        self._held.move_to_end(key)
+        return self._held[key]
 
 
 class _Matched:

@@ -13,7 +13,7 @@ from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.fisher_merge import FisherMerge
 from fisherkit.methods.merge.lora_output import LoraOutput, lora_files
 from fisherkit.methods.merge.pair_run import Run, load_pair, refuse_bad_values
-from fisherkit.methods.merge.regmean import RegMean
+from fisherkit.methods.merge.regmean import Filters, RegMean
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.rewrite import Changed, Rewrite, TensorRow
 from fisherkit.pairs.solve import change_rows, flat_shape, mean_of
@@ -40,8 +40,14 @@ class Solver:
     tunes: FineTunes
 
 
-def open_solver(stack: ExitStack, run: Run, options: MergeOptions) -> Solver | None:
+def open_solver(stack: ExitStack, run: Run, options: MergeOptions, filters: Filters) -> Solver | None:
     """Open what the options name for a solve, and say which tensors it leaves; None where they name nothing.
+
+    Args:
+        stack: closes it.
+        run: BASE and FT.
+        options: of the command.
+        filters: decompositions that it may share with solvers of other strengths.
 
     Raises:
         CheckpointError: a file or a fine-tune cannot be read, or does not belong to BASE.
@@ -50,8 +56,12 @@ def open_solver(stack: ExitStack, run: Run, options: MergeOptions) -> Solver | N
     if not options.solves:
         return None
     tunes = FineTunes(stack, run, [tune for tune, _ in options.also])
-    kind = RegMean if options.regmean is not None else FisherMerge
-    solver = Solver(kind(stack, run, options, tunes), tunes)
+    rule: Rule = (
+        RegMean(stack, run, options, tunes, filters)
+        if options.regmean is not None
+        else FisherMerge(stack, run, options, tunes)
+    )
+    solver = Solver(rule, tunes)
     left = unsolved(solver, run)
     if left:
         whose = "BASE's" if options.rest == "base" else "the mean of the fine-tunes'" if options.also else "FT's"
