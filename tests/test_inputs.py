@@ -12,17 +12,25 @@ import torch
 from kills import Killed, killed_after
 from pairs import cli, one_line, worked
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fisherkit
 from fisherkit.artefacts.covariance_file import CovarianceFile
 from fisherkit.checkpoint.index import open_index
+from fisherkit.engine.covariance import experts
+from fisherkit.engine.model import build, open_model
 from fisherkit.engine.sweep import inputs
-from fisherkit.errors import OptionError
+from fisherkit.errors import OptionError, UnsupportedModelError
 from fisherkit.kernels import covariance as kernel
 from fisherkit.options import ExtractOptions, MergeOptions
+from fisherkit.prompts.dataset import load_prompts
 
 Checkpoint = Callable[[str], Path]
 EXACT: dict[str, Any] = {"group_size": 2, "batch_tokens": 40}
+
+
+APART = {"qwen3-moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
+"""Models whose experts are tensors of their own on the disk, and what these are called."""
 
 
 def run(model: Path, prompts: Path, out: Path, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -61,15 +69,89 @@ def test_they_are_those_that_lie_beside_a_fisher(
         pytest.skip("one of a kind is enough")
     found, made = run(checkpoint(architecture), prompts, tmp_path / "in.safetensors", engine=engine)
     wanted, other = read(measured(architecture).with_name("fisher.activations.safetensors"))
-    assert found.keys() == {name for name in wanted if name.endswith(".input")}
-    for name, value in found.items():
-        assert_close(value, wanted[name], 1e-5)
+    of_experts = {name for name in found if ".experts." in name}
+    assert found.keys() - of_experts == {name for name in wanted if name.endswith(".input")}
+    for name in found.keys() - of_experts:
+        assert_close(found[name], wanted[name], 1e-5)
         for key in ("tensors", "tokens", "layer", "size"):
             assert made["moments"][name][key] == other["moments"][name][key]
-    assert made["left_out"] == other["left_out"]
+    covered = {tensor for name in of_experts for tensor in made["moments"][name]["tensors"]}
+    assert made["left_out"] == [name for name in other["left_out"] if name not in covered]
+    assert bool(of_experts) == (architecture in APART)
     assert made["model"] == other["model"]
     assert "estimator" not in made
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "in.safetensors"]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("architecture", APART)
+def test_inputs_of_experts_are_those_of_the_tokens_routed_to_them(
+    architecture: str,
+    implementation: str,
+    checkpoint: Checkpoint,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = build.build_skeleton
+
+    def built(*arguments: Any, **settings: Any) -> Any:
+        skeleton = plain(*arguments, **settings)
+        skeleton.model.set_experts_implementation(implementation)
+        return skeleton
+
+    monkeypatch.setattr(open_model, "build_skeleton", built)
+    found, made = run(checkpoint(architecture), prompts, tmp_path / "in.safetensors")
+    sums, tokens = experts_by_hand(checkpoint(architecture), prompts)
+    gate, up, down = APART[architecture]
+    for (stem, expert), (inner, outer) in sums.items():
+        name = next(name for name in found if f"{stem}.experts.{expert}.{gate}.weight.input" in name)
+        row, other = made["moments"][name], name.replace(gate, down)
+        assert [tensor.split(".")[-2] for tensor in row["tensors"]] == [gate, up]
+        assert row["tokens"] == made["moments"][other]["tokens"] == tokens[stem, expert]
+        assert_close(found[name], inner / max(tokens[stem, expert], 1), 1e-5)
+        assert_close(found[other], outer / max(tokens[stem, expert], 1), 1e-5)
+    assert len(sums) == 12
+    assert not made["left_out"] or all(".gate." in name for name in made["left_out"])
+
+
+def experts_by_hand(model: Path, prompts: Path) -> tuple[dict[tuple[str, int], list[Any]], dict[tuple[str, int], int]]:
+    """Sums of x x^T of what goes into gate and up, and into down, by layer and expert, in float64; and the tokens."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
+    sums: dict[tuple[str, int], list[Any]] = {}
+    tokens: dict[tuple[str, int], int] = {}
+
+    def listen(stem: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            for expert in range(module.gate_up_proj.shape[0]):
+                x = args[0].detach()[(args[1] == expert).any(dim=-1)]
+                gate, up = (x @ module.gate_up_proj[expert].detach().T).chunk(2, dim=-1)
+                inner = module.act_fn(gate) * up
+                held = sums.setdefault((stem, expert), [0, 0])
+                sums[stem, expert] = [held[0] + x.T @ x, held[1] + inner.T @ inner]
+                tokens[stem, expert] = tokens.get((stem, expert), 0) + len(x)
+
+        return hook
+
+    kind = "mlp" if "Qwen" in type(loaded).__name__ else "block_sparse_moe"
+    for name, module in loaded.named_modules():
+        if hasattr(module, "gate_up_proj"):
+            layer = name.split(".layers.")[1].split(".")[0]
+            module.register_forward_pre_hook(listen(f"layers.{layer}.{kind}"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        for sample in load_prompts(str(prompts), tokenizer, ExtractOptions(**EXACT)).samples:
+            loaded(torch.tensor([sample.ids]))
+    return sums, tokens
+
+
+def test_experts_that_are_multiplied_unseen_are_refused(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts.ExpertInputs, "_find", lambda self, weight: None)
+    with pytest.raises(UnsupportedModelError, match=r"no token was seen to reach the experts of .*--targets"):
+        run(checkpoint("qwen3-moe"), prompts, tmp_path / "in.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_which_layers_share_shows_without_a_second_read_or_with_one(
@@ -149,6 +231,16 @@ def test_sketches_serve_ranks_that_are_small_beside_a_size(
         best = torch.linalg.eigvalsh(whole[name])[-4:].sum() / whole[name].trace()
         assert 0.9 * float(best) < row["energy"] <= float(best) * 1.001
         assert found[name].norm() > 0
+
+
+def test_merge_solves_for_experts(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
+    base, tuned = checkpoint("qwen3-moe"), pairs.fine_tune(checkpoint("qwen3-moe"), tmp_path / "tuned")
+    for name, model in (("old", base), ("new", tuned)):
+        run(model, prompts, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    report = fisherkit.merge(base, tuned, tmp_path / "out", MergeOptions(regmean=files))
+    solved = {name for name, row in report.tensors.items() if "regmean" in row}
+    assert {name for name in pairs.tensors(base) if ".experts." in name} <= solved
 
 
 def test_merge_takes_them(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ these. Gradients are those of each sample's own loss, as for the Fisher.
 Axes: B samples, T tokens, R rows (real tokens of a batch), C channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fisherkit.engine.covariance.experts import ExpertInputs
 from fisherkit.engine.covariance.plan import Covariance, Layer, identity
 from fisherkit.errors import FisherkitError, UnsupportedModelError
 from fisherkit.kernels.covariance import (
@@ -91,16 +92,27 @@ class CovarianceHooks:
         layers: by the parameter that is their weight.
         covariances: of these layers.
         device: where sums are kept.
+        weights: gives a parameter by its name, once it is in its place.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], covariances: Sequence[Covariance], device: torch.device) -> None:
-        self._layers = layers
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        covariances: Sequence[Covariance],
+        device: torch.device,
+        weights: Callable[[str], Tensor],
+    ) -> None:
+        self._layers, self._weights = layers, weights
         signs: dict[int, Tensor] = {}  # one matrix serves all sketches of its size
         for one in covariances:
             if one.sketch is not None and one.size not in signs:
                 signs[one.size] = random_signs(one.size, one.sketch, device)
         self._sums = [Accumulator(one, device, signs.get(one.size) if one.sketch else None) for one in covariances]
-        self._inputs = {name: one for one in self._of("input") for name in one.covariance.parameters}
+        inputs = [one for one in self._of("input") if one.covariance.expert is None]
+        self._inputs = {name: one for one in inputs for name in one.covariance.parameters}
+        experts = [one for one in self._sums if one.covariance.expert is not None]
+        self._experts = {(one.covariance.parameters[0], one.covariance.expert): one for one in experts}
+        self._silent: set[str] = set()  # parameters of experts that no token has reached in this batch
         self._outputs = {one.covariance.parameters[0]: one for one in self._of("output")}
         self._lengths: Sequence[int] = ()
         self._seen: dict[str, dict[tuple[Any, ...], Tensor]] = {}
@@ -109,6 +121,9 @@ class CovarianceHooks:
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
             self._hooks.callback(layer.module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
+        names = {name for name, _ in self._experts}
+        if names:
+            self._hooks.enter_context(ExpertInputs({name: self._weights(name) for name in names}, self._take_tokens))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -118,15 +133,25 @@ class CovarianceHooks:
     def begin(self, lengths: Sequence[int]) -> None:
         """Announce the next batch: its samples have these many tokens and are padded on the right."""
         self._lengths = lengths
+        self._silent = {name for name, _ in self._experts}
 
     def finish(self) -> None:
-        """Let go of the batch that was differentiated."""
+        """Let go of the batch.
+
+        Raises:
+            UnsupportedModelError: experts are multiplied in a way that is not seen.
+        """
         self._seen.clear()
+        if self._silent:
+            raise UnsupportedModelError(
+                f"--statistics inputs: no token was seen to reach the experts of {min(self._silent)}; leave them out "
+                "with --targets"
+            )
 
     def results(self) -> Iterator[tuple[Covariance, Tensor, dict[str, Any]]]:
         """Yield each finished covariance with its figures; its sum's memory is free afterwards."""
-        self._inputs.clear()
-        self._outputs.clear()
+        for held in (self._inputs, self._outputs, self._experts):
+            held.clear()
         while self._sums:
             one = self._sums.pop(0)
             yield one.covariance, *one.finish()
@@ -149,6 +174,11 @@ class CovarianceHooks:
             output.register_hook(receive)  # type: ignore[no-untyped-call]
 
         return hook
+
+    def _take_tokens(self, name: str, expert: int, tokens: Tensor) -> None:
+        self._silent.discard(name)
+        if (name, expert) in self._experts:
+            self._experts[name, expert].add(tokens)
 
     def _take_input(self, name: str, tensor: Tensor) -> None:
         """Add an input once for all layers that share it, and check that they still do."""

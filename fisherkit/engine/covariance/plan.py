@@ -2,8 +2,8 @@
 
 Layers that are called with the very same tensor (queries, keys and values; gate and up) share one input covariance.
 Which ones do is observed, not known: one batch runs through the blocks while a probe notes the tensor that reaches
-each layer. Weights that are no linear layer's (fused experts, which see other tokens each) have no covariance, and are
-named in the report.
+each layer. Of fused experts, which see other tokens each, the inputs alone can be gathered, where a checkpoint holds
+each expert's matrices as tensors of their own. What is left has no covariance, and is named in the report.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fisherkit.checkpoint.layout import TensorSpec
+from fisherkit.engine.covariance.experts import Experts, experts_of
 from fisherkit.engine.model.linear_layers import find_linear_layers
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.skeleton import Skeleton
@@ -34,7 +35,7 @@ class Form:
     """Which covariances are gathered, and how they are stored.
 
     Attributes:
-        outputs: those of gradients at outputs too.
+        outputs: those of gradients at outputs too; else inputs alone, and those of fused experts with them.
         rank: columns of the factor of each; None for whole ones, but for those that are sketched.
         code: safetensors code of factors; whole ones are always F32.
     """
@@ -58,6 +59,7 @@ class Covariance:
         rank: columns of the factor that is stored, or None where the whole is.
         sketch: columns of the sketch that it is added up in, or None where that is done in full.
         code: of what is stored.
+        expert: whose input it is, of a parameter that holds several; None for a layer's.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Covariance:
     rank: int | None
     sketch: int | None = None
     code: str = "F32"
+    expert: int | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -139,6 +142,10 @@ def plan_covariances(
             covariances.append(_covariance("input", sharing[name], layers, layer.inputs, form))
         if form.outputs:
             covariances.append(_covariance("output", [name], layers, layer.outputs, form))
+    if not form.outputs:
+        inside = [block for block in plan.targets if block is not None]
+        for name, experts in experts_of(skeleton, plan, inside).items():
+            covariances += [_of_expert(name, experts, expert, form) for expert in experts.tensors]
     if not covariances:
         raise OptionError("--statistics: none of the targets is the weight of a linear layer in a block")
     return covariances
@@ -171,20 +178,20 @@ def left_out(plan: Plan, covariances: Sequence[Covariance]) -> tuple[str, ...]:
 def _covariance(
     side: CovarianceSide, parameters: Sequence[str], layers: Mapping[str, Layer], size: int, form: Form
 ) -> Covariance:
-    tensors = tuple(layers[name].tensor for name in parameters)
-    first, sketch = layers[parameters[0]], sketch_rank(size, form.rank)
+    tensors, block = tuple(layers[name].tensor for name in parameters), layers[parameters[0]].block
+    return Covariance(f"{tensors[0]}.{side}", side, tuple(parameters), tensors, block, size, *_kept(size, form))
+
+
+def _of_expert(name: str, experts: Experts, expert: int, form: Form) -> Covariance:
+    tensors, size = experts.tensors[expert], experts.channels
+    return Covariance(f"{tensors[0]}.input", "input", (name,), tensors, experts.block, size, *_kept(size, form), expert)
+
+
+def _kept(size: int, form: Form) -> tuple[int | None, int | None, str]:
+    """Return rank, sketch and code of a covariance of ``size`` channels."""
+    sketch = sketch_rank(size, form.rank)
     rank = sketch if form.rank is None else form.rank if form.rank < size else None
-    return Covariance(
-        name=f"{first.tensor}.{side}",
-        side=side,
-        parameters=tuple(parameters),
-        tensors=tensors,
-        block=first.block,
-        size=size,
-        rank=rank,
-        sketch=sketch,
-        code="F32" if rank is None else form.code,
-    )
+    return rank, sketch, "F32" if rank is None else form.code
 
 
 class SharedInputProbe:

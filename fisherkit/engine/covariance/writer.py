@@ -96,7 +96,7 @@ class CovarianceWriter:
         """Return hooks with accumulators for the covariances of some blocks."""
         own = [block for block in blocks if block is not None]
         covariances = [covariance for covariance in self.covariances if covariance.block in own]
-        return CovarianceHooks(self._layers(own), covariances, self._device)
+        return CovarianceHooks(self._layers(own), covariances, self._device, self._skeleton.model.get_parameter)
 
     def keep(self, gathered: CovarianceHooks) -> None:
         """Write finished covariances to the file."""
