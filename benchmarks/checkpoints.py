@@ -30,7 +30,7 @@ def make(folder: Path, *, blocks: int, hidden: int, intermediate: int, dtype: st
         shapes = {
             n: tuple(p.shape) for n, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()
         }
-    code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    code = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     specs = [TensorSpec(name, code, shape) for name, shape in shapes.items()]
     work = folder.with_name(folder.name + ".partial")
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def make(folder: Path, *, blocks: int, hidden: int, intermediate: int, dtype: st
             writer.write(name, values)
         writer.finish()
     config.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -52,7 +52,7 @@ def prompts(path: Path, *, samples: int, tokens: int) -> Path:
     return path
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte: enough to measure time with."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}

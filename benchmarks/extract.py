@@ -13,6 +13,10 @@ loop     the plain 40-line script: everything resident, every parameter unfrozen
 What --statistics activations costs beside the Fisher, in time and memory, both sides several times in turn:
 
     python benchmarks/extract.py --activations 3 --blocks 16
+
+A 16-bit checkpoint computed in its own type and in float32, both several times in turn, and which one auto takes:
+
+    python benchmarks/extract.py --widened 3 --blocks 8 --dtype bfloat16
 """
 
 import argparse
@@ -26,6 +30,7 @@ from pathlib import Path
 
 SIDES = ("stream", "recipe", "loop")
 WITH = "stream with activations"
+WIDENED = "stream in float32"
 
 
 def main() -> None:
@@ -53,9 +58,10 @@ def main() -> None:
         f"{name}: {options.blocks * weights / 1e6:,.0f} M weights in blocks, {options.samples} samples of "
         f"{options.tokens} tokens, group size {options.group_size}, {torch.get_num_threads()} threads"
     )
-    if options.activations:
-        _activations(options, folder, name, options.blocks * weights * options.samples * options.tokens)
-        return
+    for other, times in ((WITH, options.activations), (WIDENED, options.widened)):
+        if times:
+            _both(options, other, times, folder, name)
+            return
     found = {}
     for side in options.sides.split(","):
         found[side] = _run(options, side, folder, name)
@@ -72,19 +78,22 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--activations", type=int, default=0, metavar="TIMES", help="compare with and without them")
+    parser.add_argument("--widened", type=int, default=0, metavar="TIMES", help="compare with computing in float32")
     parser.add_argument("--folder", help="keep checkpoints here (a temporary folder otherwise)")
-    parser.add_argument("--side", choices=(*SIDES, WITH), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(*SIDES, WITH, WIDENED), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _activations(options: argparse.Namespace, folder: Path, name: str, token_weights: int) -> None:
+def _both(options: argparse.Namespace, other: str, times: int, folder: Path, name: str) -> None:
     """Both sides in turn; the least of each is what the machine's other work disturbed least."""
-    found: dict[str, list[dict[str, float]]] = {"stream": [], WITH: []}
-    for _ in range(options.activations):
+    weights = 4 * options.hidden**2 + 3 * options.hidden * options.intermediate
+    token_weights = options.blocks * weights * options.samples * options.tokens
+    found: dict[str, list[dict[str, float]]] = {"stream": [], other: []}
+    for _ in range(times):
         for side, runs in found.items():
             runs.append(_run(options, side, folder, name))
             _print(side, runs[-1], token_weights)
@@ -93,9 +102,19 @@ def _activations(options: argparse.Namespace, folder: Path, name: str, token_wei
         for key in ("seconds", "cpu_seconds", "peak_mb")
     )
     print(
-        f"with activations against without: time x{seconds[WITH] / seconds['stream']:.2f}, "
-        f"CPU time x{cpu[WITH] / cpu['stream']:.2f}, {peak[WITH] - peak['stream']:+,.0f} MB"
+        f"{other} against stream: time x{seconds[other] / seconds['stream']:.2f}, "
+        f"CPU time x{cpu[other] / cpu['stream']:.2f}, {peak[other] - peak['stream']:+,.0f} MB"
     )
+    if other == WIDENED:
+        import torch
+
+        from fisherkit.engine.model.compute_dtype import ProbeShape, choose_compute_dtype, slowdown
+
+        dtype, shape = getattr(torch, options.dtype), ProbeShape(options.tokens, options.hidden, options.intermediate)
+        chosen, _ = choose_compute_dtype(dtype, torch.device("cpu"), shape)
+        print(
+            f"--dtype auto: the probe finds {options.dtype} {slowdown(dtype, shape):.2f} times as slow, takes {chosen}"
+        )
 
 
 def _run(options: argparse.Namespace, side: str, folder: Path, name: str) -> dict[str, float]:
@@ -149,7 +168,7 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
     before = _gemm_rate(dtype)
     base = _peak_mb()
     started, cpu = time.monotonic(), time.process_time()
-    if options.side in ("stream", WITH):
+    if options.side in ("stream", WITH, WIDENED):
         from fisherkit.options import ExtractOptions
 
         choice = ExtractOptions(
@@ -159,7 +178,8 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
             batch_tokens=options.batch_tokens,
             store="fp32",
             engine="stream",
-            statistics="fisher" if options.side == "stream" else "activations",
+            statistics="activations" if options.side == WITH else "fisher",
+            dtype="float32" if options.side == WIDENED else options.dtype,
         )
         measure.extract(folder / options.model, folder / "prompts.jsonl", out, choice)
     else:

@@ -11,7 +11,8 @@ from fisherkit._version import __version__
 if TYPE_CHECKING:
     from fisherkit.errors import FisherkitError
     from fisherkit.methods.combine.combine import CombineReport, combine
-    from fisherkit.methods.extract.measure import extract, plan_extract
+    from fisherkit.methods.extract.dry_run import plan_extract
+    from fisherkit.methods.extract.measure import extract
     from fisherkit.methods.extract.output import ExtractReport
     from fisherkit.methods.inspect.summary import Summary, inspect
     from fisherkit.methods.mask.build import MaskReport, mask
@@ -48,7 +49,7 @@ _HOMES = {
     "load_mask": "fisherkit.training.mask_input",
     "mask": "fisherkit.methods.mask.build",
     "merge": "fisherkit.methods.merge.merge",
-    "plan_extract": "fisherkit.methods.extract.measure",
+    "plan_extract": "fisherkit.methods.extract.dry_run",
     "plan_fapm": "fisherkit.methods.merge.fapm_preview",
     "score": "fisherkit.methods.score.score",
     "sweep_fapm": "fisherkit.methods.merge.fapm_preview",

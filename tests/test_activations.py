@@ -288,7 +288,7 @@ def test_dry_run_knows_the_bytes(
     nbytes = sum(info.nbytes for info in open_index(tmp_path / "fisher.activations.safetensors").tensors.values())
     assert plan["activation_bytes"] == nbytes if known else plan["activation_bytes"] > nbytes
     assert ("activation_bytes_at_most" in plan) != known
-    assert (plan["peak_bytes"]["host"] > plain["peak_bytes"]["host"]) == known  # experts' weights outweigh the rest
+    assert plan["peak_bytes"]["host"] > plain["peak_bytes"]["host"]
     assert "activation_bytes" not in plain
 
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherkit
 from fisherkit.engine.model import compute_dtype
-from fisherkit.engine.model.compute_dtype import FACTOR, choose_compute_dtype, slowdown
-from fisherkit.options import ExtractOptions
+from fisherkit.engine.model.compute_dtype import FACTOR, ProbeShape, choose_compute_dtype, shape_to_come, slowdown
+from fisherkit.options import ExtractOptions, MaskOptions
 
 CPU = torch.device("cpu")
 
@@ -18,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def ratio(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Pretends that 16-bit products take so many times as long."""
-    return lambda value: monkeypatch.setattr(compute_dtype, "slowdown", lambda dtype: value)
+    return lambda value: monkeypatch.setattr(compute_dtype, "slowdown", lambda dtype, shape: value)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -41,13 +44,47 @@ def test_the_probe_times_all_three_products(monkeypatch: pytest.MonkeyPatch) -> 
     seconds = {torch.float32: [1.0, 1.0, 1.0], torch.float16: [1.0, 100.0, 7.0]}
     products = compute_dtype._products
 
-    def timed(dtype: torch.dtype) -> list[Callable[[], float]]:
-        assert [product().shape for product in products(dtype)] == [(64, 512), (64, 512), (512, 512)]
+    def timed(dtype: torch.dtype, shape: ProbeShape) -> list[Callable[[], float]]:
+        assert [product().shape for product in products(dtype, shape)] == [(32, 96), (32, 48), (96, 48)]
         return [lambda value=value: value for value in seconds[dtype]]
 
     monkeypatch.setattr(compute_dtype, "_products", timed)
     monkeypatch.setattr(compute_dtype, "_seconds", lambda product: product())
-    assert slowdown.__wrapped__(torch.float16) == 36.0
+    assert slowdown.__wrapped__(torch.float16, ProbeShape(32, 48, 96)) == 36.0
+
+
+def test_the_probe_has_the_shape_of_the_products_to_come_but_for_large_ones() -> None:
+    llama = transformers.LlamaConfig(hidden_size=96, intermediate_size=200)
+    assert shape_to_come(llama, 40) == ProbeShape(40, 96, 200)
+    assert shape_to_come(transformers.GPT2Config(n_embd=80), 40) == ProbeShape(40, 80, 80)
+    assert shape_to_come(transformers.LlamaConfig(), 4096) == ProbeShape(64, 1024, 1024)
+
+
+def test_a_slow_product_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(compute_dtype.time, "thread_time", lambda: float(next(clock)))
+    assert compute_dtype._seconds(lambda: calls.append(1)) == 1.0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slower", [1.0, 70.0])
+def test_the_self_check_and_the_statistics_compute_as_chosen(
+    stored: torch.dtype, slower: float, ratio: Callable[[float], None], prompts: Path, tmp_path: Path
+) -> None:
+    model = tiny.save("llama", tmp_path / "model", dtype=stored)
+    ratio(slower)
+    seen: set[torch.dtype] = set()
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.add(args[0].dtype) if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        options = ExtractOptions(statistics="activations", engine="stream", limit=2)
+        fisherkit.extract(model, prompts, tmp_path / "a.pt", options)
+    finally:
+        handle.remove()
+    assert seen == {torch.float32 if slower > 1 else stored}
 
 
 @pytest.mark.parametrize(("slower", "computed"), [(1.0, "bfloat16"), (70.0, "float32")])
@@ -78,3 +115,23 @@ def test_a_plan_reckons_with_the_dtype_that_is_computed_in(ratio: Callable[[floa
         plans.append(fisherkit.plan_extract(model, None))
     assert [plan["dtype"] for plan in plans] == ["bfloat16", "float32"]
     assert plans[1]["peak_bytes"]["host"] > plans[0]["peak_bytes"]["host"]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_subspaces_of_16_bit_weights_are_multiplied_in_float32(stored: torch.dtype, tmp_path: Path) -> None:
+    class Products(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[torch.dtype] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+                self.seen |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+            return func(*args, **(kwargs or {}))
+
+    model = tiny.save("llama", tmp_path / "model", dtype=stored)
+    options = MaskOptions(svd_rank=2, basis="weight", weights=str(model))
+    with Products() as products:
+        fisherkit.mask(model, tmp_path / "svd.safetensors", options)
+    assert products.seen
+    assert products.seen <= {torch.float32, torch.float64}

@@ -24,7 +24,8 @@ from fisherkit.cli.run_options import (
     TrustRemoteCode,
     run_options,
 )
-from fisherkit.options import ExtractOptions, parse_bytes, parse_layers
+from fisherkit.errors import OptionError
+from fisherkit.options import ExtractOptions, parse_bytes, parse_layers, parse_rate
 from fisherkit.options import extract as choices
 from fisherkit.options.part import parse_part
 
@@ -103,6 +104,16 @@ def extract(
     dtype: DType = "auto",
     device: Device = "auto",
     engine: Engine = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan with so much, such as 80GB; what is free otherwise. With --dry-run, that of another machine.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="The same for an accelerator's own.", rich_help_panel=MACHINE)
+    ] = None,
     resume: Resume = False,
     trust_remote_code: TrustRemoteCode = False,
     store: Annotated[
@@ -116,6 +127,13 @@ def extract(
         bool,
         typer.Option("--dry-run", help="Only say what would be done; needs just the config.", rich_help_panel=OUTPUT),
     ] = False,
+    flops: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --dry-run: operations per second to reckon the time with, such as 400T; this CPU's otherwise.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -136,6 +154,8 @@ def extract(
             rank=rank,
             seed=seed,
             shard=parse_part("shard", shard) if shard is not None else None,
+            memory=parse_bytes("memory", memory) if memory is not None else None,
+            device_memory=parse_bytes("device-memory", device_memory) if device_memory is not None else None,
             store=store,
             shard_bytes=parse_bytes("max-shard-size", max_shard_size),
             **run_options(
@@ -155,14 +175,19 @@ def extract(
                 force=force,
             ),
         )
+        rate = parse_rate("flops", flops) if flops is not None else None
+        if rate is not None and not dry_run:
+            raise OptionError("--flops goes with --dry-run, which tells the time")
         say = sayer(quiet)
         track = console.tracker("extract", quiet=quiet, begin="loading torch and transformers")
-        from fisherkit.methods.extract import measure
-
         source = prompts or ["builtin"]
         if dry_run:
-            console.show_facts(measure.plan_extract(model, source, options, say=say), as_json=as_json)
+            from fisherkit.methods.extract.dry_run import plan_extract
+
+            console.show_facts(plan_extract(model, source, options, flops=rate, say=say), as_json=as_json)
             return
+        from fisherkit.methods.extract import measure
+
         report = measure.extract(model, source, out, options, track=track, say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 

@@ -85,5 +85,28 @@ def add_squares_(fisher: Tensor, grad: Tensor, *, block_entries: int = BLOCK_ENT
         into[start : start + block_entries].addcmul_(block, block)
 
 
+def subtract_squares_(
+    fisher: Tensor, grad: Tensor | None, *, block_entries: int = BLOCK_ENTRIES
+) -> tuple[float, float]:
+    """Fisher -= grad^2; return the Euclidean norms of grad^2 and of what is left of the Fisher.
+
+    Args:
+        fisher: float32 accumulator of any shape, changed in place.
+        grad: of the same shape, any float dtype; None for zeros.
+        block_entries: entries that are widened and squared at a time.
+    """
+    into, norms = fisher.view(-1), torch.zeros(2, dtype=torch.float64, device=fisher.device)
+    source = None if grad is None else grad.reshape(-1)
+    for start in range(0, into.numel(), block_entries):
+        left = into[start : start + block_entries]
+        if source is not None:
+            square = source[start : start + block_entries].to(fisher.dtype).square()
+            left -= square
+            norms[0] += square.double().square().sum()
+        norms[1] += left.double().square().sum()
+    of_squares, of_rest = norms.sqrt().tolist()
+    return of_squares, of_rest
+
+
 def _tile(device: torch.device) -> tuple[int, int]:
     return (TILE_ROWS, TILE_COLUMNS) if device.type == "cpu" else (DEVICE_TILE_ROWS, DEVICE_TILE_COLUMNS)

@@ -3,7 +3,15 @@
 Standard library only: building options must not import torch.
 """
 
-from fisherkit.options.checks import check_pull, exact_share, parse_bytes, parse_json, parse_layers, parse_shares
+from fisherkit.options.checks import (
+    check_pull,
+    exact_share,
+    parse_bytes,
+    parse_json,
+    parse_layers,
+    parse_rate,
+    parse_shares,
+)
 from fisherkit.options.combine import CombineOptions
 from fisherkit.options.extract import ExtractOptions, PromptOptions, RunOptions
 from fisherkit.options.fields import parse_field
@@ -32,5 +40,6 @@ __all__ = [
     "parse_field",
     "parse_json",
     "parse_layers",
+    "parse_rate",
     "parse_shares",
 ]

@@ -114,6 +114,22 @@ def parse_bytes(option: str, text: str) -> int:
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
+def parse_rate(option: str, text: str) -> float:
+    """Parse operations per second: ``"400T"`` is 4e14. Raises OptionError otherwise."""
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGTP]?)\s*", text, re.IGNORECASE)
+    if match is None:
+        raise OptionError(f"--{option} takes operations per second such as 400T or 1.2P, not {text!r}")
+    rate = float(match[1]) * 1000.0 ** " KMGTP".index(match[2].upper() or " ")
+    check_rate(option, rate)
+    return rate
+
+
+def check_rate(option: str, rate: float | None) -> None:
+    """Check that a rate is not given, or above zero."""
+    if rate is not None and not 0 < rate < float("inf"):
+        raise OptionError(f"--{option} must be above 0, not {rate}")
+
+
 def parse_json(option: str, text: str) -> dict[str, Any]:
     """Parse a JSON object given as an option. Raises OptionError for anything else."""
     try:

@@ -103,6 +103,8 @@ class ExtractOptions(RunOptions):
             and fp32 for a part and for whole covariances (one of these two after construction).
         shard: measure one of several parts of the samples, (3, 16) being the third of sixteen; ``combine`` adds the
             parts. None measures them all.
+        memory: bytes of memory to plan with, at most; None for what there is.
+        device_memory: the same of an accelerator's own memory.
         statistics: ``fisher``; or ``activations``: beside it the second moments of what goes into every matrix and of
             the gradients at what comes out; or ``inputs``: those of what goes in alone, by one forward.
         rank: of ``inputs``: keep a factor of so many columns of each instead of all of it.
@@ -116,6 +118,8 @@ class ExtractOptions(RunOptions):
     layers: tuple[int, ...] | None = None
     store: Store = "auto"
     shard: Part | tuple[int, int] | None = None
+    memory: int | None = None
+    device_memory: int | None = None
     statistics: Statistics = "fisher"
     rank: int | None = None
     seed: int = 0
@@ -125,6 +129,8 @@ class ExtractOptions(RunOptions):
         super().__post_init__()
         at_least("max-shard-size", self.shard_bytes, 1)
         at_least("seed", self.seed, 0)
+        at_least("memory", self.memory, 1)
+        at_least("device-memory", self.device_memory, 1)
         for option, value, kind in (
             ("labels", self.labels, Labels),
             ("reduction", self.reduction, Reduction),

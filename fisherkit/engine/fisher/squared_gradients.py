@@ -84,6 +84,7 @@ class Capture:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._hooks.close()
+        self._others = {}  # or the weights would stay in memory as long as this does
         for hooked in self._hooked:
             hooked.calls.clear()
 

@@ -3,7 +3,7 @@
 import torch
 
 from fisherkit.engine.model.build import blocks_in_groups
-from fisherkit.engine.model.plan import BASE_BYTES, HEADROOM, block_activations, block_weights
+from fisherkit.engine.model.needs import BASE_BYTES, HEADROOM, block_activations, block_weights
 from fisherkit.engine.model.skeleton import Skeleton
 
 _LOGITS_BYTES = 600 << 20

@@ -6,7 +6,7 @@ from fisherkit.checkpoint.hub import ModelSource
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.engine.model.build import build_skeleton
 from fisherkit.engine.model.checks import check_all_taken, check_counts, folder_of
-from fisherkit.engine.model.compute_dtype import choose_compute_dtype
+from fisherkit.engine.model.compute_dtype import choose_compute_dtype, shape_to_come
 from fisherkit.engine.model.config import choose_dtype, read_config
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, FisherkitError, first_line
@@ -15,7 +15,13 @@ from fisherkit.progress import Say
 
 
 def open_skeleton(
-    source: ModelSource, index: CheckpointIndex | None, options: RunOptions, device: torch.device, say: Say
+    source: ModelSource,
+    index: CheckpointIndex | None,
+    options: RunOptions,
+    device: torch.device,
+    say: Say,
+    *,
+    probe: bool = True,
 ) -> Skeleton:
     """Build the model without weights, and hold the checkpoint against it.
 
@@ -25,6 +31,7 @@ def open_skeleton(
         options: the dtype to compute in, and whether code that ships with the model may run.
         device: to compute on.
         say: told where another dtype than the checkpoint's is computed in.
+        probe: whether ``auto`` looks how fast the device is; what another machine's is, nothing here tells.
 
     Raises:
         CheckpointError: the config cannot be read, makes no model, or belongs to another checkpoint.
@@ -34,8 +41,9 @@ def open_skeleton(
     try:
         config = read_config(source.path, trust_remote_code=options.trust_remote_code)
         dtype = choose_dtype(config, index, options.dtype)
-        if options.dtype == "auto":
-            dtype, line = choose_compute_dtype(dtype, device)
+        if options.dtype == "auto" and probe:
+            tokens = min(options.batch_tokens, options.max_length)
+            dtype, line = choose_compute_dtype(dtype, device, shape_to_come(config.get_text_config(), tokens))
             if line is not None:
                 say(line)
         skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)

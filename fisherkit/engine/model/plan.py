@@ -1,19 +1,12 @@
-"""Plan of a run: targets, groups of blocks, and memory. Pure functions of model, options and free memory."""
+"""Plan of a run: targets, groups of blocks, and in how many parts a group's targets are measured. Pure functions."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from fisherkit.engine.model.build import blocks_in_groups
 from fisherkit.engine.model.linear_layers import find_linear_layers
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.errors import OptionError
-
-BASE_BYTES = 600 << 20  # Python, torch and transformers themselves
-HEADROOM = 0.85  # of the memory that is there
 
 
 @dataclass(frozen=True)
@@ -23,10 +16,15 @@ class Plan:
     Attributes:
         groups: block numbers, consecutive.
         targets: block (None: around the blocks) -> parameter -> checkpoint tensors that it stands for.
+        read_ahead: whether the next group's weights are read while one computes.
+        sums_at_once: weights of which squares are added up at a time, where those of a group do not fit the memory: the
+            group is replayed once for each such part. None for all of them.
     """
 
     groups: tuple[tuple[int, ...], ...]
     targets: Mapping[int | None, Mapping[str, tuple[TargetTensor, ...]]]
+    read_ahead: bool = True
+    sums_at_once: int | None = None
 
     @property
     def tensors(self) -> tuple[TargetTensor, ...]:
@@ -91,97 +89,54 @@ def only_batches_of_one(skeleton: Skeleton, plan: Plan) -> bool:
     return None in plan.targets or bool(find_linear_layers(skeleton.model, inside, frozenset())[1])
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Peak bytes of a run."""
+def replays_of(skeleton: Skeleton, plan: Plan, blocks: Sequence[int], *, covariances: bool) -> list[list[str]]:
+    """Return the parameters that are measured in each replay of some blocks.
 
-    host: int
-    device: int
-
-
-def needs(
-    skeleton: Skeleton,
-    plan: Plan,
-    *,
-    batch_tokens: int,
-    longest: int,
-    on_host: bool,
-    covariances: Mapping[int | None, int] | None = None,
-) -> Needs:
-    """Estimate the peak memory of a streamed run: two groups' weights (one is read ahead), accumulators, one batch.
+    One replay measures all of them, where their sums fit the memory together. Where not, covariances get a replay of
+    their own, the first, in which no parameter is measured.
 
     Args:
-        skeleton: the model on the meta device.
-        plan: targets and groups.
-        batch_tokens: padded tokens of a batch.
-        longest: tokens of the longest sample, which the head sees alone.
-        on_host: whether the device's memory is the host's.
-        covariances: bytes of covariances by block, where they are gathered, and under None what one takes besides.
+        skeleton: the model.
+        plan: its targets.
+        blocks: of one group.
+        covariances: whether they are gathered.
     """
-    size = torch.empty((), dtype=skeleton.dtype).element_size()
-    batch_tokens = max(batch_tokens, longest)  # a sample is never split
-    group = max(_group_bytes(skeleton, plan, group, size, batch_tokens, covariances or {}) for group in plan.groups)
-    ahead = max(sum(block_weights(skeleton, block) for block in group) * size for group in plan.groups)
-    around = sum(parameter.numel() for parameter in skeleton.parameters(None).values())
-    outer = _measured(skeleton, plan, None)
-    head = skeleton.model.get_output_embeddings()
-    vocabulary = head.weight.shape[0] if head is not None and hasattr(head, "weight") else 0
-    logits = longest * vocabulary * (2 * size + 12)
-    device = around * size + max(group, logits + outer * (4 + size))
-    host = BASE_BYTES + ahead + (device if on_host else 0)
-    return Needs(host=host, device=device)
+    parts = parts_of(skeleton, plan, blocks, plan.sums_at_once) or [[]]
+    return [[], *parts] if covariances and len(parts) > 1 else parts
 
 
-def fit_groups(
-    skeleton: Skeleton,
-    plan: Plan,
-    group_size: int,
-    room: int,
-    *,
-    batch_tokens: int,
-    longest: int,
-    on_host: bool,
-    covariances: Mapping[int | None, int] | None = None,
-) -> Plan:
-    """Return the plan with the largest group size up to ``group_size`` whose needs fit ``room`` bytes (at least 1).
+def parts_of(skeleton: Skeleton, plan: Plan, blocks: Sequence[int | None], most: int | None) -> list[list[str]]:
+    """Divide the parameters measured in some blocks into parts, each for one replay of the blocks.
 
-    Args: as of ``needs``.
+    Parameters that make up one checkpoint tensor together stay together.
+
+    Args:
+        skeleton: the model.
+        plan: its targets.
+        blocks: block numbers, None for what is around them.
+        most: weights of a part; what cannot be divided may have more. None for one part.
     """
-    for size in range(min(group_size, len(skeleton.blocks)), 0, -1):
-        plan = Plan(blocks_in_groups(len(skeleton.blocks), size), plan.targets)
-        need = needs(
-            skeleton, plan, batch_tokens=batch_tokens, longest=longest, on_host=on_host, covariances=covariances
-        )
-        if (need.host if on_host else need.device) <= HEADROOM * room:
-            break
-    return plan
+    parts: list[list[str]] = []
+    room = 0
+    for names, size in inseparable(skeleton, plan, blocks):
+        if not parts or (most is not None and size > room):
+            parts.append([])
+            room = most or 0
+        parts[-1] += names
+        room -= size
+    return parts
 
 
-def _group_bytes(
-    skeleton: Skeleton,
-    plan: Plan,
-    group: Sequence[int],
-    size: int,
-    batch_tokens: int,
-    covariances: Mapping[int | None, int],
-) -> int:
-    weights = sum(block_weights(skeleton, block) for block in group) * size
-    accumulators = 4 * sum(_measured(skeleton, plan, block) for block in group)
-    kept = sum(block_activations(skeleton.blocks[block]) for block in group) * size * batch_tokens
-    return weights + accumulators + kept + sum(covariances.get(block, 0) for block in (*group, None))
-
-
-def _measured(skeleton: Skeleton, plan: Plan, block: int | None) -> int:
-    own = skeleton.parameters(block)
-    return sum(own[name].numel() for name in plan.names([block]))
-
-
-def block_weights(skeleton: Skeleton, block: int) -> int:
-    """Return the number of weights of a block."""
-    return sum(parameter.numel() for parameter in skeleton.parameters(block).values())
-
-
-def block_activations(block: nn.Module) -> int:
-    """Estimate the numbers per token that a replay of the block keeps: in- and outputs of its linear layers, twice."""
-    matrices = (parameter.shape for parameter in block.parameters() if parameter.ndim == 2)
-    return 2 * sum(sum(shape) for shape in matrices)
+def inseparable(skeleton: Skeleton, plan: Plan, blocks: Sequence[int | None]) -> list[tuple[list[str], int]]:
+    """Return the parameters measured in some blocks, together where they share a tensor, with their weights."""
+    found: list[tuple[list[str], int]] = []
+    for block in blocks:
+        own, owner = skeleton.parameters(block), dict[str, tuple[list[str], int]]()
+        for name, tensors in plan.targets.get(block, {}).items():
+            shared = {id(one): one for tensor in tensors if (one := owner.get(tensor.name)) is not None}
+            names = [other for others, _ in shared.values() for other in others] + [name]
+            together = names, sum(size for _, size in shared.values()) + own[name].numel()
+            owner |= dict.fromkeys((key for key, one in owner.items() if id(one) in shared), together)
+            owner |= {tensor.name: together for tensor in tensors}
+        found += {id(one): one for one in owner.values()}.values()
+    return found

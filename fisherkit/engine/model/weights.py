@@ -116,12 +116,21 @@ class Weights:
         return self._read(self._skeleton.block_tensors(group))
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read tensors, and look for NaN, Inf and complex weights in each the first time."""
-        tensors = self._source.read_many(names)
+        """Read tensors, and look for NaN, Inf and complex weights in each the first time.
+
+        What is converted as it is loaded gets memory of its own: it goes back then, and not when the others do.
+        """
+        sources = self._skeleton.names
+        converted = [name for name in names if sources.parameter_of[name] in sources.converted]
+        others = [name for name in names if sources.parameter_of[name] not in sources.converted]
+        tensors = {name: tensor for part in (others, converted) for name, tensor in self._read_part(part).items()}
         for name in [name for name in names if name not in self._checked]:
             self._check(name, tensors[name])
             self._checked.add(name)
         return tensors
+
+    def _read_part(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return self._source.read_many(names) if names else {}
 
     def _check(self, name: str, tensor: Tensor) -> None:
         where = self._source.index.tensors[name].file

@@ -103,7 +103,7 @@ class _InputSweep(Sweep):
     def _gather(self, number: int, top: int) -> None:
         """Push every batch through a group, and keep the group's covariances."""
         job, group, covariances = self.job, self.groups[number], _covariances_of(self.job)
-        self.weights.enter(group, self.groups[number + 1] if number < top else ())
+        self.weights.enter(group, self._next(number + 1) if number < top else ())
         leaving = self._spool(f"boundary-{number + 1}", fresh=True) if number < top else None
         with covariances.gather(group) as gather:
             for batch, members in enumerate(job.batches):

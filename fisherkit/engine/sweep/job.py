@@ -12,7 +12,7 @@ from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.covariance.writer import CovarianceWriter
-from fisherkit.engine.model.plan import Plan
+from fisherkit.engine.model.plan import Plan, replays_of
 from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.errors import FisherkitError
@@ -100,9 +100,14 @@ class Job(Feed):
         if gathered is not None and self.covariances is not None:
             self.covariances.keep(gathered)
         for block in blocks:
-            own = {name: sums.pop(name).div_(len(self.samples)) for name in self.plan.names([block])}
+            names = [name for name in self.plan.names([block]) if name in sums]
+            own = {name: sums.pop(name).div_(len(self.samples)) for name in names}
             if own:
                 self.sink.add(own)
+
+    def replays(self, blocks: Sequence[int]) -> list[list[str]]:
+        """Return the parameters that are measured in each replay of these blocks."""
+        return replays_of(self.skeleton, self.plan, blocks, covariances=self.covariances is not None)
 
     def gathering(self, blocks: Sequence[int | None]) -> AbstractContextManager[CovarianceHooks | None]:
         """Gather the covariances of these blocks in the ``with``; nothing where none are asked for."""

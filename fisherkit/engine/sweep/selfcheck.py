@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fisherkit.engine.fisher.squared_gradients import Capture, add_squared_parameters_, trainable
+from fisherkit.engine.fisher.squared_gradients import Capture, trainable
 from fisherkit.engine.model.findings import NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.model.linear_layers import BatchingCheck
 from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
@@ -19,6 +19,7 @@ from fisherkit.engine.sweep.feed import Inputs
 from fisherkit.engine.sweep.job import Job
 from fisherkit.engine.sweep.recorder import BlockCallRecorder
 from fisherkit.errors import first_line
+from fisherkit.kernels.fisher import subtract_squares_
 from fisherkit.kernels.loss import sample_loss
 
 TOLERANCE = {torch.float32: 1e-3}  # rounding may differ between the two ways, the quantity may not
@@ -39,7 +40,7 @@ def check_replay(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int]) -
         name for block in ends for name, p in job.skeleton.parameters(block).items() if p.ndim >= 2
     ]
     try:
-        _compare(job, recorder, blocks, names)
+        _compare(job, recorder, blocks, _parts(job, names))
         check_causality(job, lambda inputs: recorder.logits(inputs, real=blocks))
     except torch.OutOfMemoryError:
         raise
@@ -47,20 +48,46 @@ def check_replay(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int]) -
         raise Unreplayable(f"its blocks do not run alone ({type(error).__name__}: {first_line(error)})") from error
 
 
-def _compare(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], names: Sequence[str]) -> None:
+def _parts(job: Job, names: Sequence[str]) -> list[list[str]]:
+    """Divide the parameters so that a part takes no more memory than the run itself, as far as that can be.
+
+    Plain autograd makes whole gradients of all of them, for which the run has no need.
+    """
+    gradient = torch.empty((), dtype=job.skeleton.dtype).element_size()
+    replays = [part for group in job.plan.groups for part in job.replays(group)]
+    run = max(_numel(job, part) for part in replays)
+    most, parts, room = 4 * run // (4 + gradient), list[list[str]](), 0
+    for name in names:
+        size = _numel(job, [name])
+        if not parts or size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def _numel(job: Job, names: Sequence[str]) -> int:
+    return sum(job.skeleton.model.get_parameter(name).numel() for name in names)
+
+
+def _compare(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], parts: Sequence[Sequence[str]]) -> None:
+    """Compare the parameters, part by part; all of them before one is refused."""
     inputs = _probe(job)
-    ids = inputs["input_ids"]
-    replayed, plain = job.accumulators(names), job.accumulators(names)
-    _replay(job, recorder, blocks, inputs, replayed)
-    with trainable(job.skeleton.model, names) as parameters, torch.enable_grad():
-        _loss(job, recorder.logits(inputs, real=blocks), ids).backward()  # type: ignore[no-untyped-call]
-        add_squared_parameters_(plain, parameters)
+    norms, differences = dict[str, float](), dict[str, float]()
+    for names in parts:
+        replayed = job.accumulators(names)
+        _replay(job, recorder, blocks, inputs, replayed)
+        with trainable(job.skeleton.model, names) as parameters:
+            with torch.enable_grad():
+                _loss(job, recorder.logits(inputs, real=blocks), inputs["input_ids"]).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items():
+                norms[name], differences[name] = subtract_squares_(replayed[name], parameter.grad)
+                parameter.grad = None
     tolerance = TOLERANCE.get(job.skeleton.dtype, COARSE_TOLERANCE)
-    norms = {name: float(plain[name].norm()) for name in names}
     # A gradient that is zero but for rounding (a router that keeps one expert) is another one on every way.
     smallest = ROUNDING * max(norms.values())
-    for name in names:
-        difference = float((replayed[name] - plain[name]).norm())
+    for name, difference in differences.items():
         if not difference <= tolerance * max(norms[name], smallest):
             raise Unreplayable(f"a replayed sample gives {name} another Fisher than plain autograd")
 

@@ -6,6 +6,7 @@ weights, however many groups there are; resident are one group's weights (the ne
 accumulators and one batch.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -60,6 +61,7 @@ class Sweep:
         self.arguments = Arguments(job, self.recorder, spool, job.plan.names([None]))
         self.has_outer = bool(job.plan.names([None]))
         self.losses: list[float] = []
+        self.replays = self.replayed = 0  # of groups in all, of batches so far
         self.spools: dict[str, Spool] = {}
         self.disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self.committing: tuple[Future[None], list[str]] | None = None
@@ -85,7 +87,10 @@ class Sweep:
         if "backward" not in progress:
             self._forward(progress["forward"])
             self._probe_top()
-        for number in range(progress.get("backward", self.top + 1) - 1, lowest - 1, -1):
+        counts = [len(self.job.replays(group)) for group in self.groups]
+        begin = progress.get("backward", self.top + 1)
+        self.replays, self.replayed = sum(counts[lowest:]), sum(counts[begin:]) * len(self.job.batches)
+        for number in range(begin - 1, lowest - 1, -1):
             self._backward(number, lowest)
         if self.has_outer and "outer" not in progress:
             self._wait_for_commit()
@@ -107,7 +112,7 @@ class Sweep:
     def _forward(self, done: int) -> None:
         """Make the boundaries between the groups."""
         for number in range(done, self.top):
-            self.weights.enter(self.groups[number], self.groups[number + 1])
+            self.weights.enter(self.groups[number], self._next(number + 1))
             leaving = self._spool(f"boundary-{number + 1}", fresh=True)
             for batch in range(len(self.job.batches)):
                 leaving.put(str(batch), *self._push(number, batch).pack())
@@ -146,30 +151,48 @@ class Sweep:
     def _backward(self, number: int, lowest: int) -> None:
         """Replay a group, add up its targets' squares, and pass the gradient down to the boundary that enters it."""
         job, group = self.job, self.groups[number]
-        self.weights.enter(group, self.groups[number - 1] if number > lowest else ())
-        sums = job.accumulators(job.plan.names(group))
+        self.weights.enter(group, self._next(number - 1) if number > lowest else ())
         passed = self._spool(f"gradient-{number}", fresh=True)
-        with Capture(job.skeleton.model, sums, job.general) as capture, job.gathering(group) as gather:
-            hooks: list[Capture | CovarianceHooks] = [capture] if gather is None else [capture, gather]
-            for batch, members in enumerate(job.batches):
-                for hook in hooks:
-                    hook.begin(job.lengths(members))
-                passed.put(str(batch), *self._replay(number, batch).pack())
-                for hook in hooks:
-                    hook.finish()
-                step = (self.top - number) * len(job.batches) + batch + 1
-                job.track("backward", step, (self.top + 1 - lowest) * len(job.batches))
-        self.weights.leave(group)
-        job.deliver(group, sums, gather)
+        replays = job.replays(group)
+        for turn, names in enumerate(replays):
+            sums, is_last = job.accumulators(names), turn == len(replays) - 1
+            gathering = job.gathering(group) if turn == 0 else nullcontext()
+            with Capture(job.skeleton.model, sums, job.general) as capture, gathering as gather:
+                hooks: list[Capture | CovarianceHooks] = [capture] if gather is None else [capture, gather]
+                for batch, members in enumerate(job.batches):
+                    for hook in hooks:
+                        hook.begin(job.lengths(members))
+                    gradient = self._replay(number, batch, keep=not is_last, again=turn > 0)
+                    if turn == 0:
+                        passed.put(str(batch), *gradient.pack())
+                    for hook in hooks:
+                        hook.finish()
+                    self.replayed += 1
+                    job.track("backward", self.replayed, self.replays * len(job.batches))
+            if is_last:
+                self.weights.leave(group)
+            job.deliver(group, sums, gather)
         passed.finish()
-        spent = [] if number == self.top else [f"gradient-{number + 1}"]
+        spent = [f"gradient-{number + 1}"] if number < self.top or len(replays) > 1 else []
         loss = {"loss": sum(self.losses) / len(self.losses)} if number == self.top else {}
         self._commit([*spent, f"boundary-{number}"], backward=number, **loss)
 
-    def _replay(self, number: int, batch: int) -> Boundary:
+    def _next(self, number: int) -> Sequence[int]:
+        """Return the group to read while another computes, if there is memory for both."""
+        return self.groups[number] if self.job.plan.read_ahead else ()
+
+    def _replay(self, number: int, batch: int, *, keep: bool, again: bool) -> Boundary:
+        """Replay a batch in a group, and differentiate it.
+
+        Args:
+            number: of the group.
+            batch: its number.
+            keep: keep the gradient that the head gives, for when the last group is replayed again.
+            again: the group was replayed before, for other targets.
+        """
         job, group = self.job, self.groups[number]
         record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
-        if number < self.top:
+        if number < self.top or again:
             gradient = self._load(f"gradient-{number + 1}", batch)
             return differentiate_blocks(job.skeleton, group, record, entering, lambda leaving: gradient)
         with BatchingCheck(job.skeleton.model, job.plan.names(group), job.general) as batching:
@@ -177,7 +200,10 @@ class Sweep:
             def gradient_at(leaving: Boundary) -> Boundary:
                 if batch == 0:  # the forward sweep left the last group out, so its check is made here
                     batching.check(job.ids(job.batches[batch]))
-                return self._head(batch, leaving)
+                gradient = self._head(batch, leaving)
+                if keep:
+                    self._spool(f"gradient-{number + 1}", fresh=True).put(str(batch), *gradient.pack())
+                return gradient
 
             return differentiate_blocks(job.skeleton, group, record, entering, gradient_at)
 

@@ -2,16 +2,13 @@
 
 from typing import Any
 
-import torch
-
 from fisherkit.artefacts import fisher_sidecar
 from fisherkit.checkpoint.schema import flag, listed, maybe, named, number, table, text, whole
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink, NoSink
 from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne, Unreplayable
-from fisherkit.engine.model.memory import available_bytes
-from fisherkit.engine.model.plan import only_batches_of_one
+from fisherkit.engine.model.plan import only_batches_of_one, replays_of
 from fisherkit.engine.model.residence import check_resident, leaks, takes_token_types, why_resident
 from fisherkit.engine.sweep.inputs import resident_inputs, stream_inputs
 from fisherkit.engine.sweep.job import Job
@@ -106,10 +103,15 @@ def _job(
     options, samples = prepared.options, prepared.prompts.samples
     singles = [(number,) for number in range(len(samples))]
     sizes = singles if mode["singles"] else batches(samples, options.batch_tokens)
+    replays = [
+        len(replays_of(prepared.skeleton, prepared.plan, group, covariances=covariances is not None))
+        for group in prepared.plan.groups
+    ]
     progress = whole_run(
         prepared.plan,
         mode["engine"],
         inputs_only=prepared.options.statistics == "inputs",
+        replays=replays,
         samples=len(samples),
         batches=len(sizes),
         device=prepared.device,
@@ -123,7 +125,7 @@ def _job(
         device=prepared.device,
         work=work,
         sink=sink,
-        budget=Budget(available_bytes(torch.device("cpu")) // 8),
+        budget=Budget(prepared.fit.spool_bytes),
         track=progress,
         reduction=options.reduction,
         labels=options.labels,

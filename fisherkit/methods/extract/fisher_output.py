@@ -17,8 +17,9 @@ from fisherkit.engine.covariance.plan import left_out
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink, store_code
 from fisherkit.methods.extract.engines import run_engine
+from fisherkit.methods.extract.fit import form_of
 from fisherkit.methods.extract.output import ExtractReport, damaged
-from fisherkit.methods.extract.prepare import Prepared, form_of
+from fisherkit.methods.extract.prepare import Prepared
 from fisherkit.methods.extract.provenance import provenance
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say, Track

@@ -16,16 +16,14 @@ from typing import Any
 
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
-from fisherkit.engine.covariance.plan import covariance_bytes, probe_on_meta
-from fisherkit.engine.fisher.sink import store_bytes
-from fisherkit.engine.model.plan import Plan
 from fisherkit.errors import FisherkitError, OutputError, ResumeError
 from fisherkit.methods.extract.checks import check_apart
 from fisherkit.methods.extract.engines import PROGRESS
 from fisherkit.methods.extract.fisher_output import FisherOutput
+from fisherkit.methods.extract.fit import refuse_misfit
 from fisherkit.methods.extract.inputs_output import InputsOutput
 from fisherkit.methods.extract.output import ExtractReport, Output, damaged
-from fisherkit.methods.extract.prepare import Prepared, form_of, prepare
+from fisherkit.methods.extract.prepare import Prepared, prepare
 from fisherkit.methods.extract.provenance import digest, fingerprint
 from fisherkit.options import ExtractOptions
 from fisherkit.progress import Say, Track
@@ -95,59 +93,6 @@ def extract(
     return output.report()
 
 
-def plan_extract(
-    model: str | os.PathLike[str],
-    prompts: PromptSource | None,
-    options: ExtractOptions | None = None,
-    *,
-    say: Say = lambda line: None,
-) -> dict[str, Any]:
-    """Say what ``extract`` would do; the model's config is enough, and nothing is computed or written.
-
-    Args:
-        model: as for extract.
-        prompts: as for extract; None where there are none yet.
-        options: what to measure and how.
-        say: gets the lines meant for a person.
-
-    Returns:
-        Targets, parameters, bytes of the output, groups, peak memory by estimate, reads of the weights, and so on. What
-        cannot be known without prompts or tokenizer is None.
-    """
-    options = options or ExtractOptions()
-    prepared = prepare(os.fspath(model), prompts, options, say, dry_run=True)
-    plan, need = prepared.plan, prepared.needs()
-    samples = prepared.prompts.report if prepared.prompts is not None else None
-    return {
-        "model": prepared.source.id,
-        "architecture": type(prepared.skeleton.model).__name__,
-        "dtype": str(prepared.skeleton.dtype).removeprefix("torch."),
-        "device": str(prepared.device),
-        "layers": len(prepared.skeleton.blocks),
-        "targets": len(plan.tensors),
-        "parameters": plan.parameters,
-        **_plan_outputs(prepared),
-        "groups": len(plan.groups),
-        "group_size": len(plan.groups[0]),
-        "peak_bytes": {"host": need.host, "device": need.device},
-        "weight_reads": 1 if options.statistics == "inputs" else 2,
-        "samples": samples.samples if samples else None,
-        "tokens": samples.tokens if samples else None,
-    }
-
-
-def _plan_outputs(prepared: Prepared) -> dict[str, Any]:
-    """Return the bytes of Fisher and covariances; an upper bound where a model without weights does not run on meta."""
-    options, plan = prepared.options, prepared.plan
-    fisher = {"output_bytes": plan.parameters * store_bytes(options.store)}
-    if options.statistics == "fisher":
-        return fisher
-    shared_inputs = probe_on_meta(prepared.skeleton, plan)
-    nbytes = covariance_bytes(prepared.skeleton, plan, shared_inputs or {}, form_of(options))
-    bound = {} if shared_inputs is not None else {"activation_bytes_at_most": True}
-    return ({} if options.statistics == "inputs" else fisher) | {"activation_bytes": nbytes} | bound
-
-
 def _output(out: Path, options: ExtractOptions) -> Output:
     return InputsOutput(out, options) if options.statistics == "inputs" else FisherOutput(out, options)
 
@@ -171,7 +116,10 @@ def _with_groups(prepared: Prepared, work: Work) -> Prepared:
     if groups is not None:
         if [block for group in groups for block in group] != list(range(len(prepared.skeleton.blocks))):
             raise damaged(work)
-        prepared = dataclasses.replace(prepared, plan=Plan(tuple(map(tuple, groups)), prepared.plan.targets))
+        again = prepared.fit.with_groups(tuple(map(tuple, groups)), prepared.skeleton)
+        if prepared.options.engine != "resident" and work.progress.get("mode", {}).get("engine") != "resident":
+            refuse_misfit(again, prepared.skeleton, prepared.prompts, prepared.options, prepared.source.id)
+        prepared = dataclasses.replace(prepared, fit=again)
     work.commit(groups=prepared.plan.groups)
     return prepared
 

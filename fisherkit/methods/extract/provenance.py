@@ -15,7 +15,7 @@ from fisherkit.artefacts import fisher_sidecar
 from fisherkit.engine.model.config import choose_dtype
 from fisherkit.methods.extract.prepare import Prepared, sha256
 
-_NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit", "dtype")
+_NOT_THE_RESULT = ("force", "resume", "trust_remote_code", "device", "limit", "dtype", "memory", "device_memory")
 """Options that a resumed run may be given anew: they make no other result, or follow from something else below."""
 
 

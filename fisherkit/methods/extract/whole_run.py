@@ -5,6 +5,7 @@ forwards, 3 backwards (replay, gradients of inputs, gradients of weights); see e
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,8 @@ class WholeRun:
     Attributes:
         samples: how many are measured.
         steps: calls that each sweep will make, in the order of the sweeps.
-        batches: calls per group of blocks.
+        batches: calls per replay of a group of blocks.
+        parted: whether groups are replayed several times.
         device: whose memory is told.
         track: gets ``stage, done, total``.
     """
@@ -36,6 +38,7 @@ class WholeRun:
     batches: int
     device: torch.device
     track: Track
+    parted: bool = False
     _began: tuple[float, int] | None = field(default=None, init=False)
 
     def __call__(self, sweep: str, done: int, total: int) -> None:
@@ -60,7 +63,7 @@ class WholeRun:
         if sweep == "outer":
             return ""
         count = total // self.batches + (sweep == "forward")  # the last group is only swept backwards
-        return f"group {(done - 1) // self.batches + 1} of {count}"
+        return f"{'replay' if self.parted else 'group'} {(done - 1) // self.batches + 1} of {count}"
 
     def _rate(self, now: float, at: int, whole: int) -> str:
         """Return how many samples were finished per second, were all of the run like the part that is done."""
@@ -72,7 +75,15 @@ class WholeRun:
 
 
 def whole_run(
-    plan: Plan, engine: str, *, inputs_only: bool, samples: int, batches: int, device: torch.device, track: Track
+    plan: Plan,
+    engine: str,
+    *,
+    inputs_only: bool,
+    replays: Sequence[int],
+    samples: int,
+    batches: int,
+    device: torch.device,
+    track: Track,
 ) -> WholeRun:
     """Return the progress of a run from what its engine will do.
 
@@ -80,6 +91,7 @@ def whole_run(
         plan: groups of blocks and targets.
         engine: ``stream`` or ``resident``.
         inputs_only: nothing is differentiated, and the blocks above the last target are left out.
+        replays: of each group in the backward sweep.
         samples: that are measured.
         batches: that they make up.
         device: on which they are measured.
@@ -92,5 +104,6 @@ def whole_run(
     if inputs_only:
         return WholeRun(samples, {"inputs": (max(measured, default=0) + 1) * batches}, batches, device, track)
     lowest = 0 if around or not measured else measured[0]
-    steps = {"forward": (len(plan.groups) - 1) * batches, "backward": (len(plan.groups) - lowest) * batches}
-    return WholeRun(samples, steps | ({"outer": batches} if around else {}), batches, device, track)
+    steps = {"forward": (len(plan.groups) - 1) * batches, "backward": sum(replays[lowest:]) * batches}
+    steps |= {"outer": batches} if around else {}
+    return WholeRun(samples, steps, batches, device, track, parted=max(replays, default=1) > 1)
