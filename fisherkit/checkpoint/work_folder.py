@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from fisherkit.checkpoint.atomic import disk_errors, write_bytes
-from fisherkit.checkpoint.schema import MisfitError, Rule, anything, named, parse_file, table, text
+from fisherkit.checkpoint.schema import MisfitError, Rule, anything, flag, named, parse_file, table, text
 from fisherkit.errors import CheckpointError, OutputError, ResumeError, first_line
 
 PROGRESS, LOCK = "progress.json", "lock"
+MAY_REPLACE = "may_replace"
+"""Key of the progress: the run was allowed to replace an earlier output, and whoever goes on with it is."""
 STAGING = "output"
 """Folder inside of the work folder where finished files lie under their final names, apart from the run's own."""
 
@@ -41,12 +43,13 @@ class Work:
         self._held.close()
 
     @classmethod
-    def start(cls, folder: Path, fingerprint: Mapping[str, str]) -> "Work":
+    def start(cls, folder: Path, fingerprint: Mapping[str, str], *, may_replace: bool = False) -> "Work":
         """Make a fresh folder; what an earlier run left there is dropped.
 
         Args:
             folder: the work folder.
             fingerprint: what a run must have in common with one that it goes on with, by what a person would call it.
+            may_replace: the run was allowed to replace an earlier output; noted, so that one that goes on with it is.
 
         Raises:
             OutputError: the folder cannot be made, is not ours, or another run is at work there.
@@ -60,7 +63,7 @@ class Work:
             folder.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another output") from error
-        work = cls(folder, {"fingerprint": dict(fingerprint)})
+        work = cls(folder, {"fingerprint": dict(fingerprint), **({MAY_REPLACE: True} if may_replace else {})})
         work.commit()
         return work
 
@@ -130,6 +133,7 @@ def read_progress(folder: Path, rule: Rule = anything) -> dict[str, Any] | None:
     try:
         progress = parse_file(path, "the progress")
         table({"fingerprint": named(text())})(progress, "")
+        table({}, {MAY_REPLACE: flag})(progress, "")
         rule(progress, "")
     except (CheckpointError, MisfitError) as error:
         raise ResumeError(

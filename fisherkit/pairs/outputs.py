@@ -17,7 +17,7 @@ from fisherkit.artefacts.sparse_delta import check_sidecar, sidecar_of
 from fisherkit.checkpoint.atomic import disk_errors, publish, write_bytes
 from fisherkit.checkpoint.schema import anything, flag, listed, maybe, named, number, shape, table, text, whole
 from fisherkit.checkpoint.target import check_file, check_target
-from fisherkit.checkpoint.work_folder import STAGING, Work, is_remains, read_progress
+from fisherkit.checkpoint.work_folder import MAY_REPLACE, STAGING, Work, is_remains, read_progress
 from fisherkit.errors import OutputError, ResumeError
 from fisherkit.pairs.pair import Pair
 
@@ -25,7 +25,6 @@ BESIDE, DELTA = "beside", "delta"
 """Folders of the work folder for finished files beside the checkpoint, and for a finished delta."""
 FINISHED = "finished"
 """Key of the progress: names of everything that was finished, by their places in the work folder."""
-_MAY_REPLACE = "may_replace"
 
 _COUNTS = ("weights", "kept", "zero_deltas", "nonfinite")
 _ROW = table(
@@ -47,7 +46,6 @@ PROGRESS = table(
         "delta": table({"bytes": whole(), "tensors": listed(listed(anything, 3))}),
         "files": listed(text()),
         FINISHED: listed(text()),
-        _MAY_REPLACE: flag,
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""
@@ -137,7 +135,7 @@ def check_targets(targets: Targets, fingerprint: Mapping[str, str], *, force: bo
     if resume or FINISHED in progress:
         # What the killed run was allowed to replace it still is. And a run that was killed while it removed its
         # emptied work folder had put everything in place.
-        force = force or progress.get(_MAY_REPLACE, False) or is_remains(work)
+        force = force or progress.get(MAY_REPLACE, False) or is_remains(work)
     _check(targets, work, progress.get(FINISHED, ()), force=force)
     return force
 
@@ -158,10 +156,9 @@ def open_work(targets: Targets, fingerprint: Mapping[str, str], *, force: bool, 
     folder = targets.work_folder
     is_finished = FINISHED in _progress_of_same_run(folder, fingerprint, strict=False)
     work = Work.resume(folder, fingerprint, PROGRESS) if resume or is_finished else None
-    work = work or Work.start(folder, fingerprint)
-    if force and not work.progress.get(_MAY_REPLACE):
-        work.commit(**{_MAY_REPLACE: True})
-    return work
+    if work is not None and force and not work.progress.get(MAY_REPLACE):
+        work.commit(**{MAY_REPLACE: True})
+    return work or Work.start(folder, fingerprint, may_replace=force)
 
 
 def publish_all(

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.fisher_paths import FisherPaths, publish_fisher
 from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.target import check_separate, check_target
-from fisherkit.checkpoint.work_folder import Work, read_progress
+from fisherkit.checkpoint.work_folder import MAY_REPLACE, Work, read_progress
 from fisherkit.errors import OutputError, counted
 from fisherkit.methods.combine.covariances import add_covariances
 from fisherkit.methods.combine.fisher_sum import add_fishers, describe
@@ -71,6 +71,8 @@ def combine(
     options = options or CombineOptions()
     out, given = Path(out), [Path(part) for part in parts]
     paths = FisherPaths.of(out)
+    if options.resume and (read_progress(paths.partial) or {}).get(MAY_REPLACE):  # the killed run was allowed to
+        options = replace(options, force=True)
     check_separate((out, *paths.described(), paths.partial), [path for path in given if path.exists()])
     opened = open_parts(given, options)
     made = provenance(opened, options)
@@ -106,7 +108,7 @@ class _Run:
         work = Work.resume(partial, marks) if self.options.resume else None
         if work is not None:
             self.say(f"going on with what is finished in {partial}")
-        return work or Work.start(partial, marks)
+        return work or Work.start(partial, marks, may_replace=self.options.force)
 
 
 def _combine_fishers(paths: FisherPaths, run: _Run) -> CombineReport:

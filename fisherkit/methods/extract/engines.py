@@ -37,7 +37,6 @@ PROGRESS = table(
         "heard": named(text()),
         "moments": table({}, {"heard": named(text()), "figures": named(named(maybe(number())))}),
         "sink": table({"tensors": named(fisher_sidecar.FIGURES), "histogram": fisher_sidecar.HISTOGRAM}),
-        "may_replace": flag,
         "publishing": table({"force": flag}),
     },
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.hub import resolve_model
-from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
+from fisherkit.checkpoint.work_folder import MAY_REPLACE, Work, is_remains, read_progress
 from fisherkit.errors import FisherkitError, OutputError, ResumeError
 from fisherkit.methods.extract.checks import check_apart
 from fisherkit.methods.extract.engines import PROGRESS
@@ -58,7 +58,7 @@ def extract(
     output = _output(Path(out), options)
     resolve_model(os.fspath(model), weights=False)  # a model that is not there is named before the output is refused
     left = read_progress(output.partial, PROGRESS) if options.resume else None
-    if left and left.get("may_replace"):  # the run that is gone on with was allowed to
+    if left and left.get(MAY_REPLACE):  # the run that is gone on with was allowed to
         options = dataclasses.replace(options, force=True)
         output = _output(Path(out), options)
     may_be_finished = options.resume and left is None and output.path.exists()
@@ -79,8 +79,6 @@ def extract(
     started = time.monotonic()
     with _open_work(output.partial, ours, options, say) as work:
         try:
-            if options.force and "may_replace" not in work.progress:
-                work.commit(may_replace=True)
             if "publishing" not in work.progress:
                 output.check_free()  # again: another run may have finished since
                 output.fill(_with_groups(prepared, work), work, track, say, run=digest(ours), started=started)
@@ -107,7 +105,7 @@ def _open_work(partial: Path, ours: Mapping[str, str], options: ExtractOptions, 
         say(f"nothing to resume in {partial}: starting from the beginning")
     elif partial.exists():
         say(f"{partial} is left over from an earlier run and is started over; --resume would go on with it")
-    return Work.start(partial, ours)
+    return Work.start(partial, ours, may_replace=options.force)
 
 
 def _with_groups(prepared: Prepared, work: Work) -> Prepared:

@@ -7,7 +7,7 @@ whose losses are taken. Killed at any moment, a run goes on from there to the sa
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fisherkit.artefacts.score_samples import check_samples, samples_bytes
 from fisherkit.checkpoint.atomic import write_bytes
 from fisherkit.checkpoint.schema import flag, listed, named, table, text, whole
 from fisherkit.checkpoint.target import check_file, check_separate
-from fisherkit.checkpoint.work_folder import Work, is_remains, read_progress
+from fisherkit.checkpoint.work_folder import MAY_REPLACE, Work, is_remains, read_progress
 from fisherkit.engine.model.checks import model_files
 from fisherkit.engine.model.findings import AttendsAhead, FoundInModel, NeedsBatchSizeOne
 from fisherkit.engine.model.memory import available_bytes
@@ -89,6 +89,8 @@ def score_candidates(
     targets = [*([samples] if samples is not None else []), *beside]
     if work is None and targets:
         work = targets[0].with_name(f"{targets[0].name}.partial")
+    if options.resume and work is not None and (read_progress(work, PROGRESS) or {}).get(MAY_REPLACE):
+        options = replace(options, force=True)  # the killed run was allowed to
     if not (options.resume and work is not None and _is_publishing(work)):
         _check_free(samples, targets, options)
     prepared = prepare(candidates, prompts, options, say)
@@ -147,7 +149,7 @@ def _open_work(folder: Path | None, prepared: Prepared, say: Say) -> Iterator[Wo
         say(f"nothing to resume in {folder}: starting from the beginning")
     elif folder.exists():
         say(f"{folder} is left over from an earlier run and is started over; --resume would go on with it")
-    with work or Work.start(folder, ours) as opened:
+    with work or Work.start(folder, ours, may_replace=prepared.options.force) as opened:
         try:
             yield opened
         except FisherkitError:
