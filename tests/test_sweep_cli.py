@@ -1,6 +1,7 @@
 """Sweeps by measurement: what is scored is what would be written, and what is advised is written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import tiny
 from pairs import Pair, cli, one_line, worked
 
 import fisherkit
+from fisherkit.cli import console
 from fisherkit.methods.score.report import ScoreReport
 from fisherkit.methods.score.score import score
 from fisherkit.options import FapmOptions, MergeOptions, ScoreOptions
+from fisherkit.progress import Track
 
 OLD = ("Name three rivers.", "What is two plus two?", "Good morning to you all, what is the capital?")
 NEW = ("Yes.", "Put these words in order: river, stone.", "No! Which day is it?", "Write the number two.")
@@ -130,6 +133,42 @@ def test_pictures_and_figures_are_made_of_the_sweep(pair: Pair, asked: list[str]
     again = cli("merge", *pair, "--alpha", "0.2,0.5", *beside, *asked)
     assert "exists already" in one_line(again)
     worked(cli("merge", *pair, "--alpha", "0.2", *beside, *asked, "--force"))
+
+
+@pytest.mark.parametrize("stage", ["scoring", "writing"])
+def test_a_killed_sweep_goes_on_to_the_same_outputs(
+    pair: Pair, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    words = ("--sweep", "0.2,0.6", "--scope", "layer", "--controls", "--budget", "old:+100", "--group-size", "1")
+    alone = ("fapm", *pair, tmp_path / "alone", *words, *asked, "--report", tmp_path / "alone.json")
+    worked(cli(*alone))
+    wanted = figures(json.loads((tmp_path / "alone.json").read_text()))
+    for steps in (1, 6, 11):
+        killed = ("fapm", *pair, tmp_path / "out", *words, *asked, "--report", tmp_path / "out.json")
+        with monkeypatch.context() as patch:
+            patch.setattr(console, "tracker", lambda *_, n=steps, **__: interrupted_after(n, stage))
+            done = cli(*killed)
+        assert done.returncode == 130
+        assert f"{tmp_path / 'out'}.sweep.partial" in done.stderr
+        assert not (tmp_path / "out").exists()
+        worked(cli(*killed, "--resume"))
+        assert figures(json.loads((tmp_path / "out.json").read_text())) == wanted
+        assert pairs.same_checkpoint(tmp_path / "out", tmp_path / "alone")
+        assert not list(tmp_path.glob("*.partial"))
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out.json").unlink()
+
+
+def interrupted_after(steps: int, stage: str) -> Track:
+    """Progress that interrupts the run at the so-manieth step of a stage."""
+    seen = []
+
+    def track(at: str, done: int, total: int) -> None:
+        seen.append(at)
+        if sum(one.startswith(stage) for one in seen) == steps:
+            raise KeyboardInterrupt
+
+    return track
 
 
 @pytest.mark.parametrize(

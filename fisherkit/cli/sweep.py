@@ -41,6 +41,7 @@ Prompts = Annotated[
 BudgetText = Annotated[
     list[str] | None,
     typer.Option(
+        metavar="NAME:CHANGE",
         help="What a set may lose: old:+0.02 (nats per token), old:-1% (exact matches); the first set: +0.02.",
         rich_help_panel=SWEEP,
     ),
@@ -147,14 +148,14 @@ def check(sweep: Sweep, inputs: Sequence[str]) -> None:
     from fisherkit.checkpoint.target import check_apart, check_target
     from fisherkit.render.files import check_figure, check_report
 
-    force = sweep.options.force
+    force = sweep.options.force or sweep.options.resume  # a killed run may have made some of its outputs
     if sweep.figures is not None:
         check_report(sweep.figures, force=force)
     if sweep.picture is not None:
         check_figure(sweep.picture, force=force)
     for path in sweep.outputs:
         if path is not None:
-            check_target(path, force=force or sweep.options.resume)
+            check_target(path, force=force)
     written = [path for path in (sweep.figures, sweep.picture, sweep.samples) if path is not None]
     check_apart(written, [Path(one) for one in inputs], sweep.outputs[0])
 
@@ -176,7 +177,9 @@ def score_points(points: "Points", names: Sequence[str], sweep: Sweep, track: Tr
     from fisherkit.methods.score.run import score_candidates
 
     pair = points.run.checkpoints
-    options = replace(sweep.options, group_size=_fitting(points, sweep.options.group_size, say))
+    given = sweep.options
+    fitting = _fitting(points, given.group_size, say)
+    options = replace(given, group_size=fitting, force=given.force or given.resume)
     with Reader(pair.base.index) as base:
         candidates = [Candidate(BASE, pair.base_source, base)]
         for name, virtual in zip((TUNED, *names), (points.tuned, *points.virtual), strict=True):
