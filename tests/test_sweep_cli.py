@@ -180,7 +180,7 @@ def interrupted_after(steps: int, stage: str) -> Track:
         ("merge", ["--alpha", "x"], "--alpha takes a number, or several such as 0.1,0.3,0.5, not 'x'"),
         ("merge", ["--alpha", "0.1,"], "--alpha takes a number"),
         ("merge", ["--figure", "a.html"], "nothing to write: give OUT"),
-        ("merge", ["o", "--figure", "a.html"], "--figure draws a sweep that is scored"),
+        ("merge", ["o", "--figure", "a.html"], "a sweep that is scored; add --prompts"),
         ("merge", [], "nothing to write: give OUT"),
     ],
 )
