@@ -401,18 +401,25 @@ def test_the_command_shows_what_it_runs_and_compares(tmp_path: Path, monkeypatch
         str(folder / "fapm.html"),
     ]
     assert [command[-2:] for command in commands[3:5]] == [["--metric", "magnitude"], ["--metric", "random"]]
+    files = [str(folder / f"{name}.safetensors") for name in ("old", "new")]
+    for command, side, name in zip(commands[5:7], sides, ("old", "new"), strict=True):
+        words = [side, str(folder / f"learnt-{name}.jsonl"), "-o", str(folder / f"{name}.safetensors")]
+        assert command == ["$", "fisherkit", "extract", *words, "--statistics", "inputs"]
+    assert commands[7] == ["$", "fisherkit", "merge", *sides, str(folder / "regmean"), "--regmean", *files]
     prompts = [word for name in ("old", "new") for word in ("--prompts", f"{name}={folder / name}.jsonl")]
-    models = [*sides, *(str(folder / metric) for metric in ("fapm", "magnitude", "random"))]
-    assert commands[5:] == [["$", "fisherkit", "score", *models, *prompts]]
-    table = [line.split("\t") for line in done.stdout.splitlines()[-6:]]
-    assert [row[0] for row in table] == ["model", "base", "tuned", "fapm", "magnitude", "random"]
+    models = [*sides, *(str(folder / metric) for metric in ("fapm", "magnitude", "random", "regmean"))]
+    assert commands[8:] == [["$", "fisherkit", "score", *models, *prompts]]
+    table = [line.split("\t") for line in done.stdout.splitlines()[-7:]]
+    assert [row[0] for row in table] == ["model", "base", "tuned", "fapm", "magnitude", "random", "regmean"]
     old, new = ({row[0]: float(row[at]) for row in table[1:]} for at in (1, 2))
     scored = figures(score(models, {name: folder / f"{name}.jsonl" for name in ("old", "new")}))
     assert [(old[name], new[name]) for name in old] == scored  # the table is score's own
     assert old["base"] < old["tuned"]
     assert all(new["tuned"] < new[metric] < new["base"] for metric in ("fapm", "magnitude"))
+    assert old["base"] < old["regmean"] < old["tuned"]
+    assert new["tuned"] < new["regmean"] < min(new[metric] for metric in ("fapm", "magnitude", "random"))
     assert "One seed of a toy" in done.stderr
     assert (folder / "fapm.html").read_text().count("<svg ") == 2
     quiet = CliRunner().invoke(app, ["demo", "--folder", str(folder), "--quiet"])
     assert (quiet.exit_code, quiet.stderr) == (0, "")
-    assert quiet.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]  # models used again, the same figures
+    assert quiet.stdout.splitlines()[-7:] == done.stdout.splitlines()[-7:]  # models used again, the same figures

@@ -63,6 +63,7 @@ def demo(search_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.01)
     held_out.write_sets(folder, rows=6)
+    held_out.write_learnt(folder, rows=6)
     run("fisherkit extract demo/model builtin -o demo/fisher.pt --limit 20", folder.parent, search_path)
     return folder
 

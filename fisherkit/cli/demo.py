@@ -10,7 +10,7 @@ import typer
 from fisherkit.cli import console
 from fisherkit.cli.app import Command, Debug, Quiet, app, run, sayer
 from fisherkit.methods.inspect.records import Record
-from fisherkit.options import ExtractOptions, FapmOptions, Metric
+from fisherkit.options import ExtractOptions, FapmOptions, MergeOptions, Metric
 from fisherkit.progress import Say
 
 METRICS: tuple[Metric, ...] = ("fapm", "magnitude", "random")
@@ -66,6 +66,7 @@ def _prune(model: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> 
     models = {"base": model, "tuned": fine_tune.tune_model(model, folder / "tuned", track=track, say=say)}
     for metric in METRICS:
         models[metric] = _fapm(model, folder / "tuned", folder / metric, metric, say, quiet=quiet, again=again)
+    models["regmean"] = _repair(model, folder / "tuned", folder, say, quiet=quiet, again=again)
     _score(models, folder, say, quiet=quiet)
 
 
@@ -84,7 +85,7 @@ def _score(models: Mapping[str, Path], folder: Path, say: Say, *, quiet: bool) -
         rows.append({"model": name, "old": old.loss, "new": new.loss, "new_exact": new.exact})
     console.show_rows(rows, ("model", "old", "new", "new_exact"))
     say("Loss in nats per token of the answers, and the share of answers that are right to the letter.")
-    say("One seed of a toy: it shows what the commands do, not which metric is best.")
+    say("One seed of a toy: it shows what the commands do, not which method is best.")
 
 
 def _fapm(base: Path, tuned: Path, out: Path, metric: Metric, say: Say, *, quiet: bool, again: bool) -> Path:
@@ -110,6 +111,24 @@ def _fapm(base: Path, tuned: Path, out: Path, metric: Metric, say: Say, *, quiet
     if figure is not None:
         files.write_pruning(report, figure)
         say(f"{figure}: changes against weights, the cut, and where the kept part lies")
+    return out
+
+
+def _repair(base: Path, tuned: Path, folder: Path, say: Say, *, quiet: bool, again: bool) -> Path:
+    """Measure what goes into the layers, of the base on old rows and of the fine-tune on new ones, and solve."""
+    from fisherkit.methods.demo import held_out
+    from fisherkit.methods.extract import measure
+    from fisherkit.methods.merge import merge
+
+    files = folder / "old.safetensors", folder / "new.safetensors"
+    for model, rows, file in zip((base, tuned), held_out.write_learnt(folder).values(), files, strict=True):
+        _show(say, "extract", model, rows, "-o", file, "--statistics", "inputs")
+        options, track = ExtractOptions(statistics="inputs", force=again), console.tracker("extract", quiet=quiet)
+        measure.extract(model, rows, file, options, track=track, say=say)
+    out = folder / "regmean"
+    command = _show(say, "merge", base, tuned, out, "--regmean", *files)
+    track = console.tracker("merge", quiet=quiet)
+    merge.merge(base, tuned, out, MergeOptions(regmean=files, force=again), command=command, track=track, say=say)
     return out
 
 

@@ -1,5 +1,7 @@
 """Prompt sets of the demo that its models never read: ``old`` is the kind of text of the base, ``new`` the tasks.
 
+And some of what they did read, for a repair.
+
 Rows are questions with their answers, as people have them in files of their own. No tensors.
 """
 
@@ -13,6 +15,8 @@ from fisherkit.methods.demo.tasks import task_conversations
 
 ROWS = 60
 """Conversations kept from the training of either model."""
+LEARNT_ROWS = 200
+"""Conversations of the training of either model that are written out."""
 
 
 def learnt_corpus(corpus: Corpus, rows: int = ROWS) -> Corpus:
@@ -39,7 +43,23 @@ def write_sets(folder: Path, seed: int = 0, rows: int = ROWS) -> dict[str, Path]
     """
     corpus = read_corpus()
     old = [turns for at, turns in enumerate(corpus.conversations) if _is_held_out(corpus, at, rows)]
-    sets: Mapping[str, Sequence[Conversation]] = {"old": old, "new": task_conversations(rows, seed)}
+    return _written(folder, {"old": old, "new": task_conversations(rows, seed)})
+
+
+def write_learnt(folder: Path, seed: int = 0, rows: int = LEARNT_ROWS) -> dict[str, Path]:
+    """Write rows that the models were trained on as ``learnt-old.jsonl`` and ``learnt-new.jsonl``.
+
+    Args: as of write_sets.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    old = learnt_corpus(read_corpus()).conversations
+    every = max(1, len(old) // rows)
+    return _written(folder, {"learnt-old": old[::every][:rows], "learnt-new": learnt_tasks(rows, seed)})
+
+
+def _written(folder: Path, sets: Mapping[str, Sequence[Conversation]]) -> dict[str, Path]:
     paths = {name: folder / f"{name}.jsonl" for name in sets}
     for name, conversations in sets.items():
         write_text(paths[name], "".join(map(_row, conversations)))
