@@ -1,7 +1,10 @@
 """Time of the solves of ``merge --regmean`` for a layer of an 8B model's shape, and bytes of the files to publish.
 
-    python benchmarks/regmean.py            # whole covariances of 4096 channels, a sketch of 1024 of the 14336
-    python benchmarks/regmean.py --rank 512 # factors of 512 of all of them, as `extract --rank 512` writes them
+    OPENBLAS_NUM_THREADS=1 python benchmarks/regmean.py            # whole, a sketch of 1024 of the 14336 channels
+    OPENBLAS_NUM_THREADS=1 python benchmarks/regmean.py --rank 512 # factors, as `extract --rank 512` writes them
+
+Times are the process's CPU seconds, which do not depend on what else runs: with one thread, what one core of its own
+would take. ``--share`` solves a part of each matrix's rows and scales up.
 
 The layer is that of Llama 3.1 8B: queries [4096, 4096], keys and values [1024, 4096] on one input, the output
 projection on another, gate and up [14336, 4096] on a third, down [4096, 14336] on a fourth. Covariances are of random
@@ -62,13 +65,13 @@ def _options() -> argparse.Namespace:
 def _input(name: str, size: int, rank: int | None, share: float) -> list[float]:
     """Seconds of a decomposition, and of each matrix that reads this input, scaled up from a share of its rows."""
     old, new = _moment(size, rank, 0), _moment(size, rank, 1)
-    started = time.perf_counter()
+    started = time.process_time()
     solver = decompose([(1.0, new)], old, DAMPING)
-    seconds = [time.perf_counter() - started]
+    seconds = [time.process_time() - started]
     for rows in WEIGHTS[name]:
         few = max(1, round(rows * share))
         pair = _pair(few, size)
-        started = time.perf_counter()
+        started = time.process_time()
         change_rows(
             pair,
             [],
@@ -77,7 +80,7 @@ def _input(name: str, size: int, rank: int | None, share: float) -> list[float]:
             scale=1.0,
             change=lambda deltas, _: solver.solve(deltas, 1.0).delta,
         )
-        seconds.append((time.perf_counter() - started) * rows / few)
+        seconds.append((time.process_time() - started) * rows / few)
     return seconds
 
 

@@ -41,6 +41,11 @@ PULL: Arm = ("pull", "0.2@2")
 EWC: Arm = ("ewc", "0.3")
 REPLAY: Arm = ("replay", "1")
 ONWARD: Arm = ("shield-onward", "0.2@2")
+WISE_FT: Arm = ("wise-ft", "0.3")
+REGMEAN: Arm = ("regmean", "1")
+WITH_TEXT: Arm = ("regmean-text", "1")
+WEIGHED: Arm = ("fisher-merge", "3")
+AFTER_SHIELD: Arm = ("shield+regmean", "1")
 _NOTHING = 0.02
 """General that is no measure of anything."""
 _LEARNS = 0.25
@@ -165,9 +170,14 @@ def _fapm_against(metric: str) -> Callable[[Results], tuple[bool, str]]:
     return test
 
 
-def _fapm_interpolation(results: Results) -> tuple[bool, str]:
-    gain = results.gain(FAPM, against="wise-ft")
-    return _above(gain.gain), f"one task: General at equal new {_points(gain.gain)} against Wise-FT"
+def _over_interpolation(arm: Arm) -> Callable[[Results], tuple[bool, str]]:
+    """Above the curve of interpolations between base and fine-tune."""
+
+    def test(results: Results) -> tuple[bool, str]:
+        gain = results.gain(arm, against="wise-ft")
+        return _above(gain.gain), f"one task: General at equal new {_points(gain.gain)} against Wise-FT"
+
+    return test
 
 
 def _below_shield(theirs: Arm) -> Callable[[Results], tuple[bool, str]]:
@@ -234,7 +244,7 @@ CLAIMS: Sequence[Claim] = (
     Claim("90 % pruned, 0.25 % is forgotten and 99.67 % of the task kept", _FAPM_PAPER, (FAPM, PLAIN), _fapm_keeps),
     Claim("FAPM is better than magnitude", _FAPM_PAPER, (FAPM, ("magnitude", "0.9")), _fapm_against("magnitude")),
     Claim("FAPM is better than random pruning", _FAPM_PAPER, (FAPM, ("random", "0.9")), _fapm_against("random")),
-    Claim("FAPM is better than interpolation", "control", (FAPM, ("wise-ft", "0.3")), _fapm_interpolation),
+    Claim("FAPM is better than interpolation", "control", (FAPM, WISE_FT), _over_interpolation(FAPM)),
     Claim("FAPM is better than a lower learning rate", "control", (FAPM, PLAIN), _at_match(FAPM)),
     Claim("FAPM on LoRA is better than a lower learning rate", _FAPM_PAPER, (LORA_FAPM,), _at_match(LORA_FAPM)),
     Claim("FAPM after FGGM adds to it", "question", (BOTH, FGGM), _better(BOTH, FGGM)),
@@ -243,6 +253,24 @@ CLAIMS: Sequence[Claim] = (
     Claim("The weights' SVD is a defence", "OPLoRA", (WEIGHT, PLAIN), _at_match(WEIGHT)),
     Claim("The activations' directions are a defence", "GPM", (ACTIVATION, PLAIN), _at_match(ACTIVATION)),
     Claim("They protect better than the Fisher's SVD", "trials", (ACTIVATION, CARD), _better(ACTIVATION, CARD)),
+    Claim(
+        "RegMean of base and fine-tune is better than interpolation",
+        "ours",
+        (REGMEAN, WISE_FT),
+        _over_interpolation(REGMEAN),
+    ),
+    Claim(
+        "So it is with plain text among the old prompts", "ours", (WITH_TEXT, WISE_FT), _over_interpolation(WITH_TEXT)
+    ),
+    Claim(
+        "Fisher merging of base and fine-tune is better than interpolation",
+        "ours",
+        (WEIGHED, WISE_FT),
+        _over_interpolation(WEIGHED),
+    ),
+    Claim("RegMean is better than a lower learning rate", "ours", (REGMEAN, PLAIN), _at_match(REGMEAN)),
+    Claim("RegMean is better than FAPM", "ours", (REGMEAN, FAPM), _better(REGMEAN, FAPM)),
+    Claim("RegMean after the shield adds to it", "question", (AFTER_SHIELD, SHIELD), _better(AFTER_SHIELD, SHIELD)),
     Claim("The shield is better than a lower learning rate", "ours", (SHIELD, PLAIN), _at_match(SHIELD)),
     Claim("The shield is better than hard projection", "ours", (SHIELD, ACTIVATION), _below_shield(ACTIVATION)),
     Claim("The shield is better than a pull without directions", "ours", (SHIELD, PULL), _below_shield(PULL)),

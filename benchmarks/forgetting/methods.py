@@ -24,7 +24,7 @@ from benchmarks.forgetting.model import Course
 from benchmarks.forgetting.tasks import Item
 from benchmarks.forgetting.text import Tokens
 from benchmarks.forgetting.world import World, write_prompts
-from fisherkit import MaskOptions
+from fisherkit import ExtractOptions, MaskOptions, MergeOptions
 from fisherkit.training import MIGU, constrain
 
 Watch = Callable[[Optimizer], object]
@@ -252,6 +252,23 @@ def shield_mask(world: World, pull: str) -> Path:
     return world.mask(f"shield-{pull}", MaskOptions(preset="shield", pull=float(pull)))
 
 
+def _regmean_onward(stage: Stage, setting: str) -> None:
+    """After every task, the solve over base and all fine-tunes so far is where the next task starts."""
+    _train(stage)
+    place = stage.folder.parent / f"tune-{stage.number}"
+    save(stage.model, stage.world, place)
+    prompts, new = write_prompts(place / "new.jsonl", stage.items), place.with_suffix(".safetensors")
+    options = ExtractOptions(statistics="inputs", limit=stage.world.size.probes, device=stage.world.size.device)
+    fisherkit.extract(place, prompts, new, options)
+    tunes = stage.kept.setdefault("tunes", [])
+    tunes.append((str(place), new))
+    chosen = MergeOptions(
+        regmean=(stage.world.old_inputs(text=False), tunes[0][1]), also=tuple(tunes[1:]), old_weight=float(setting)
+    )
+    fisherkit.merge(stage.world.base, tunes[0][0], stage.folder / "merged", chosen)
+    stage.model = models.load(stage.folder / "merged", stage.world.size.device)
+
+
 # LoRA: one adapter for all tasks, so that what is learnt is one low-rank delta in the end.
 
 _LORA_RATE = 4.0
@@ -312,6 +329,7 @@ LEARN: Mapping[str, Callable[[Stage, str], None]] = {
     "pull": _pull,
     "pull-fisher": _pull_fisher,
     "replay": _replay,
+    "regmean-onward": _regmean_onward,
     "lora": _lora,
     "lora+activation": _lora_activation,
     "lora+shield": _lora_shield,

@@ -6,9 +6,48 @@ from pathlib import Path
 
 import fisherkit
 from benchmarks.forgetting.methods import shield_mask
-from benchmarks.forgetting.world import World
-from fisherkit import FapmOptions, MergeOptions
+from benchmarks.forgetting.tasks import Item
+from benchmarks.forgetting.world import World, write_prompts
+from fisherkit import ExtractOptions, FapmOptions, MergeOptions
 from fisherkit.options import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A fine-tune of which a part is to be kept.
+
+    Attributes:
+        world: what all runs share.
+        tuned: folder of the fine-tune, a model or an adapter.
+        items: training items of the tasks that it learnt.
+        seed: of the run.
+        folder: for what a method writes; empty.
+    """
+
+    world: World
+    tuned: Path
+    items: list[Item]
+    seed: int
+    folder: Path
+
+    def inputs(self) -> Path:
+        """Covariances of what goes into the layers on the new items; of the base where the fine-tune is an adapter."""
+        model = self.world.base if (self.tuned / "adapter_config.json").exists() else self.tuned
+        return new_inputs(self.world, model, self.items, self.folder / "new.safetensors")
+
+    def fisher(self) -> Path:
+        """Return the fine-tune's own Fisher on the new items."""
+        prompts, out = write_prompts(self.folder / "new.jsonl", self.items), self.folder / "fisher.safetensors"
+        fisherkit.extract(self.tuned, prompts, out, self.world.extract_options())
+        return out
+
+
+def new_inputs(world: World, model: Path, items: list[Item], out: Path) -> Path:
+    """Measure the covariances of what goes into a model's layers on items of new tasks."""
+    prompts = write_prompts(out.with_suffix(".jsonl"), items)
+    options = ExtractOptions(statistics="inputs", limit=world.size.probes, batch_tokens=4096, device=world.size.device)
+    fisherkit.extract(model, prompts, out, options)
+    return out
 
 
 @dataclass(frozen=True)
@@ -16,20 +55,34 @@ class PostHoc:
     """A way to keep part of a fine-tune.
 
     Attributes:
-        how: a metric of fapm, whose setting is the sparsity; or options of merge, made from world and setting.
+        how: a metric of fapm, whose setting is the sparsity; or options of merge, made from fine-tune and setting.
         of: method and setting of the fine-tune; controls are of plain fine-tuning at its full rate.
     """
 
-    how: Metric | Callable[[World, str], MergeOptions]
+    how: Metric | Callable[[Finished, str], MergeOptions]
     of: tuple[str, str] = ("plain", "1")
 
 
-def _interpolated(world: World, setting: str) -> MergeOptions:
+def _interpolated(run: Finished, setting: str) -> MergeOptions:
     return MergeOptions(alpha=float(setting))
 
 
-def _shielded(world: World, setting: str) -> MergeOptions:
-    return MergeOptions(subspace=shield_mask(world, setting))
+def _shielded(run: Finished, setting: str) -> MergeOptions:
+    return MergeOptions(subspace=shield_mask(run.world, setting))
+
+
+def _regmean(run: Finished, setting: str) -> MergeOptions:
+    """Solve with the covariances of old and new inputs; the setting is the weight of the old ones."""
+    return MergeOptions(regmean=(run.world.old_inputs(text=False), run.inputs()), old_weight=float(setting))
+
+
+def _regmean_text(run: Finished, setting: str) -> MergeOptions:
+    """Solve with plain text among the old prompts."""
+    return MergeOptions(regmean=(run.world.old_inputs(text=True), run.inputs()), old_weight=float(setting))
+
+
+def _fisher(run: Finished, setting: str) -> MergeOptions:
+    return MergeOptions(fisher=(run.world.fisher, run.fisher()), old_weight=float(setting))
 
 
 POSTHOC: Mapping[str, PostHoc] = {
@@ -40,6 +93,11 @@ POSTHOC: Mapping[str, PostHoc] = {
     "dare": PostHoc("dare"),
     "wise-ft": PostHoc(_interpolated),
     "shield-merge": PostHoc(_shielded),
+    "regmean": PostHoc(_regmean),
+    "regmean-text": PostHoc(_regmean_text),
+    "fisher-merge": PostHoc(_fisher),
+    "lora+regmean": PostHoc(_regmean, ("lora", "0.25")),
+    "shield+regmean": PostHoc(_regmean, ("shield", "0.2@2")),
     "shield+fapm": PostHoc("fapm", ("shield", "0.2@2")),
     "fggm+fapm": PostHoc("fapm", ("fggm", "input-tensor-0.3")),
     "lora+fapm": PostHoc("fapm", ("lora", "0.25")),
@@ -48,10 +106,10 @@ POSTHOC: Mapping[str, PostHoc] = {
 """By name."""
 
 
-def keep_part(world: World, method: str, setting: str, tuned: Path, out: Path, seed: int) -> None:
+def keep_part(run: Finished, method: str, setting: str, out: Path) -> None:
     """Write a checkpoint with the part that the method keeps."""
-    how = POSTHOC[method].how
+    how, base = POSTHOC[method].how, run.world.base
     if callable(how):
-        fisherkit.merge(world.base, tuned, out, how(world, setting))
+        fisherkit.merge(base, run.tuned, out, how(run, setting))
     else:
-        fisherkit.fapm(world.base, tuned, out, FapmOptions(metric=how, sparsity=float(setting), seed=seed))
+        fisherkit.fapm(base, run.tuned, out, FapmOptions(metric=how, sparsity=float(setting), seed=run.seed))

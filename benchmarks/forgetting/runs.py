@@ -7,6 +7,7 @@ come after those fine-tunes, whose folders are kept for them (and made again if 
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from benchmarks.forgetting import model as models
 from benchmarks.forgetting import tasks
 from benchmarks.forgetting.measures import Line
 from benchmarks.forgetting.methods import LEARN, Stage, save
-from benchmarks.forgetting.posthoc import POSTHOC, keep_part
+from benchmarks.forgetting.posthoc import POSTHOC, Finished, keep_part
 from benchmarks.forgetting.sizes import Size
 from benchmarks.forgetting.world import World
 
@@ -156,8 +157,12 @@ def _do_posthoc(world: World, run: Run) -> dict[int, Line]:
     stages = {}
     with tempfile.TemporaryDirectory(prefix="fisherkit-forgetting-") as scratch:
         for stage, folder in folders.items():
-            out = Path(scratch, str(stage))
-            keep_part(world, run.method, run.setting, folder, out, run.seed)
+            out, own = Path(scratch, str(stage)), Path(scratch, f"{stage}-files")
+            own.mkdir()
+            items = [item for name in names[:stage] for item in world.new_items(name, run.seed, "train")]
+            random.Random(f"posthoc {run.seed}").shuffle(items)  # a Fisher and covariances are of the first ones
+            tuned = Finished(world=world, tuned=folder, items=items, seed=run.seed, folder=own)
+            keep_part(tuned, run.method, run.setting, out)
             stages[stage] = _measure(world, models.load(out, world.size.device), run, names[:stage])
     return stages
 

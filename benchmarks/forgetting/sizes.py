@@ -80,6 +80,11 @@ _QUICK: Plan = {
     "relative": ("0.9",),
     "dare": ("0.9",),
     "wise-ft": ("0.3", "0.6"),
+    "regmean": ("0.1", "0.3", "1", "3", "10"),
+    "regmean-text": ("0.3", "1", "3"),
+    "fisher-merge": ("0.3", "3"),
+    "shield+regmean": ("1",),
+    "regmean-onward": ("1",),
     "fggm+fapm": ("0.9",),
 }
 
@@ -111,6 +116,12 @@ _FULL: Plan = {
     "relative": ("0.5", "0.9"),
     "dare": ("0.5", "0.9"),
     "wise-ft": ("0.1", "0.3", "0.5", "0.7"),
+    "regmean": ("0.1", "0.3", "1", "3", "10"),
+    "regmean-text": ("0.1", "0.3", "1", "3", "10"),
+    "fisher-merge": ("0.1", "0.3", "1", "3", "10"),
+    "lora+regmean": ("0.3", "1", "3"),
+    "shield+regmean": ("0.3", "1", "3"),
+    "regmean-onward": ("1",),
     "shield-merge": ("0.1", "0.3", "1"),
     "shield+fapm": ("0.5", "0.9"),
     "fggm+fapm": ("0.8", "0.9", "0.95"),
@@ -135,6 +146,9 @@ _SEQUENCES: Plan = {
     "magnitude": ("0.9",),
     "random": ("0.9",),
     "wise-ft": ("0.3",),
+    "regmean": ("1",),
+    "regmean-text": ("1",),
+    "regmean-onward": ("1",),
     "fggm+fapm": ("0.9",),
 }
 _FIVE = ("cipher", "order", "stack", "unit", "table")

@@ -82,6 +82,11 @@ class Chat:
         answers = self._ids([f"{answer}{self.after}" for _, answer in items])
         return [(question + answer, len(question)) for question, answer in zip(asked, answers, strict=True)]
 
+    def text(self, item: tuple[str, str]) -> str:
+        """Write a question with its answer as the model reads it."""
+        question, answer = item
+        return f"{self.before}{question}{self.between}{answer}{self.after}"
+
     def windows(self, text: str, size: int) -> list[Tokens]:
         """Plain text in pieces of ``size`` tokens; all but the first token of each count."""
         (ids,) = self._ids([text])

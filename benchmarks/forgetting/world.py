@@ -119,6 +119,22 @@ class World:
         options = self.extract_options(statistics="activations")
         fisherkit.extract(self.base, prompts, folder / "fisher.safetensors", options)
 
+    def old_inputs(self, *, text: bool) -> Path:
+        """Measure what goes into the base's layers on its own tasks' items, with windows of plain text among them."""
+
+        def make(folder: Path) -> None:
+            items = list(tasks.takes_turns(tasks.BASE, "train", self.size.probes, "probes"))
+            texts = self._pieces()[self.size.windows :][: self.size.probes // 4] if text else []
+            rows = [self.chat.text(item) for item in items] + texts
+            prompts = folder / "prompts.jsonl"
+            prompts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+            options = ExtractOptions(
+                statistics="inputs", limit=0, chat_template="off", batch_tokens=4096, device=self.size.device
+            )
+            fisherkit.extract(self.base, prompts, folder / "old.safetensors", options)
+
+        return self._made("inputs-text" if text else "inputs", make) / "old.safetensors"
+
     def extract_options(self, **changes: Any) -> ExtractOptions:
         """Return the options with which every Fisher here is measured."""
         return ExtractOptions(
