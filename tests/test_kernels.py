@@ -26,7 +26,7 @@ def test_squares_are_per_sample_whatever_the_tiles(
     inputs = [random(t, shape[1], seed=t, dtype=dtype) for t in (5, 1, 12)]
     grads = [random(t, shape[0], seed=50 + t, dtype=dtype) for t in (5, 1, 12)]
     found = torch.full(shape, 2.0)
-    kernels.add_squared_linear_grads_(found, inputs, grads, tile=tile, square_rows=2)
+    kernels.add_squared_tiles_(found, inputs, grads, tile=tile, square_rows=2)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.double(), 2.0 + oracle(inputs, grads), rtol=tolerance, atol=tolerance)
 
@@ -77,16 +77,16 @@ def test_squares_of_a_gradient_that_is_not_contiguous() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_is_over_counted_tokens_predicted_by_the_logits_before_them(reduction: str) -> None:
     logits, labels = random(6, 11), torch.tensor([3, 1, 4, 1, 5, 9])
-    counts = torch.tensor([False, True, False, True, True, False])
+    counted = torch.tensor([1, 3, 4])
     each = [-F.log_softmax(logits[t - 1].double(), 0)[labels[t]] for t in (1, 3, 4)]
     expected = sum(each) / (3 if reduction == "mean" else 1)
-    assert sample_loss(logits, labels, counts, reduction).item() == pytest.approx(float(expected), rel=1e-6)
+    assert sample_loss(logits, labels, counted, reduction).item() == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_loss_is_float32_even_of_bfloat16_logits() -> None:
     logits = random(3, 5, dtype=torch.bfloat16)
-    counts = torch.tensor([False, True, True])
-    assert sample_loss(logits, torch.tensor([0, 1, 2]), counts, "mean").dtype == torch.float32
+    counted = torch.tensor([1, 2])
+    assert sample_loss(logits, torch.tensor([0, 1, 2]), counted, "mean").dtype == torch.float32
 
 
 def test_sampled_labels_follow_the_models_distribution() -> None:

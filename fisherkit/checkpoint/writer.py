@@ -159,6 +159,11 @@ class StreamedWriter:
             view = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
             _write_all(self._files.descriptor(slot.file), view.data, slot.offset + at)
 
+    def dtype_of(self, name: str) -> "torch.dtype":
+        """Return the type that a tensor is stored in."""
+        dtype: torch.dtype = self._slot(name).spec.torch_dtype
+        return dtype
+
     @property
     def staged(self) -> Path:
         """Place of the output until ``finish`` renames it; what a folder should hold besides shards is put there."""

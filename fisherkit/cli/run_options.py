@@ -50,7 +50,7 @@ DType = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=MACHINE)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, xpu, mps.", rich_help_panel=MACHINE)]
 Engine = Annotated[
     choices.Engine,
     typer.Option(help="stream: group by group; resident: the whole model in memory.", rich_help_panel=MACHINE),

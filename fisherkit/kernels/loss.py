@@ -7,18 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherkit.kernels.devices import wide_device
 
-def sample_loss(logits: Tensor, labels: Tensor, counts: Tensor, reduction: str) -> Tensor:
+
+def sample_loss(logits: Tensor, labels: Tensor, counted: Tensor, reduction: str) -> Tensor:
     """Return the negative log-likelihood of the counted tokens, float32 whatever the logits are.
 
     Args:
         logits: [T, V], any float dtype.
         labels: [T] token ids.
-        counts: [T] bool, True where the token counts; the first never does.
+        counted: [K] numbers of the tokens that count, 1 and more. As flags they would have to be looked for, and a
+            device waited for.
         reduction: ``mean`` over the counted tokens, or ``sum``.
     """
-    at = counts[1:].nonzero().squeeze(1)
-    return F.cross_entropy(logits[at].float(), labels[1:][at], reduction=reduction)
+    before = logits.index_select(0, counted - 1)
+    return F.cross_entropy(before.float(), labels.index_select(0, counted), reduction=reduction)
 
 
 @torch.no_grad()
@@ -34,12 +37,12 @@ def sample_labels(logits: Tensor, labels: Tensor, seed: int) -> Tensor:
         seed: of the sample.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(labels) - 1, 1, generator=generator, dtype=torch.float64).to(logits.device)
+    wide = wide_device(logits.device)
+    uniform = torch.rand(len(labels) - 1, 1, generator=generator, dtype=torch.float64).to(wide, non_blocking=True)
     drawn = labels.clone()
     for start in range(0, len(labels) - 1, 64):  # float64 of a few rows at a time: vocabularies are large
         rows = slice(start, min(start + 64, len(labels) - 1))
-        cumulative = logits[rows].double().softmax(-1).cumsum(-1)
-        drawn[rows.start + 1 : rows.stop + 1] = (
-            torch.searchsorted(cumulative, uniform[rows]).squeeze(1).clamp_max(logits.shape[-1] - 1)
-        )
+        cumulative = logits[rows].to(wide).double().softmax(-1).cumsum(-1)
+        found = torch.searchsorted(cumulative, uniform[rows]).squeeze(1).clamp_max(logits.shape[-1] - 1)
+        drawn[rows.start + 1 : rows.stop + 1] = found.to(logits.device)
     return drawn

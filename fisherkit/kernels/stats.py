@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherkit.kernels.devices import wide_device
 from fisherkit.kernels.histogram import BINS, BINS_PER_OCTAVE, MANTISSA_SHIFT, Histogram
 
 __all__ = ["BINS_PER_OCTAVE", "Histogram", "TensorStats", "tensor_stats"]
@@ -62,14 +63,16 @@ def tensor_stats(tensor: Tensor) -> TensorStats:
 
     What does not fit a float32 counts as not finite. Of complex entries the absolute values are taken.
     """
-    counts = torch.zeros(_PATTERNS, dtype=torch.int64, device=tensor.device)
-    sums = torch.zeros(_PATTERNS, dtype=torch.float64, device=tensor.device)
-    others = torch.zeros(3, dtype=torch.float64, device=tensor.device)  # zeros, negative, max
+    device = wide_device(tensor.device)
+    counts = torch.zeros(_PATTERNS, dtype=torch.int64, device=device)
+    sums = torch.zeros(_PATTERNS, dtype=torch.float64, device=device)
+    others = torch.zeros(3, dtype=torch.float64, device=device)  # zeros, negative, max
     flat, step = tensor.detach().reshape(-1), _BLOCK.get(tensor.device.type, _BLOCK_ON_DEVICE)
     for start in range(0, flat.numel(), step):
-        block = flat[start : start + step]
+        block = flat[start : start + step].to(device)
         _add_block_(counts, sums, others, (block.abs() if block.is_complex() else block).float())
-    zeros, negative, largest = others.tolist()
+    counts, sums = counts.cpu(), sums.cpu()
+    zeros, negative, largest = others.cpu().tolist()
     return TensorStats(
         numel=tensor.numel(),
         sum=float(sums[:BINS].sum()),

@@ -7,6 +7,8 @@ float64. A caller bounds R * V: a few tensors of that size are made.
 import torch
 from torch import Tensor
 
+from fisherkit.kernels.devices import wide_device
+
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return -log p of each label [R] in nats, float64, and whether it is the most likely token [R].
@@ -18,7 +20,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: [R] token ids.
     """
     log_p = torch.log_softmax(logits.float(), -1)
-    losses = -log_p.gather(1, labels[:, None]).squeeze(1).double()
+    losses = -log_p.gather(1, labels[:, None]).squeeze(1).to(wide_device(logits.device)).double()
     return losses, logits.argmax(-1) == labels
 
 
@@ -38,5 +40,5 @@ def divergence(first: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     terms = p.mul_(log_p.sub_(log_q))
     # A token that both rule out by -inf adds nothing, and rounding alone can make the sum negative.
-    found = terms.nansum(-1, dtype=torch.float64).clamp_min_(0.0)
+    found = terms.to(wide_device(terms.device)).nansum(-1, dtype=torch.float64).clamp_min_(0.0)
     return found, first[:, :common].argmax(-1) == other[:, :common].argmax(-1)

@@ -54,7 +54,7 @@ def check_pull(pull: float) -> None:
 def check_device(device: str) -> None:
     """Check that a device is called as torch calls it, or auto."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", device):
-        raise OptionError(f"--device takes auto, cpu, cuda or cuda:N, not {device!r}")
+        raise OptionError(f"--device takes auto, cpu, cuda, cuda:N, xpu or mps, not {device!r}")
 
 
 def check_patterns(option: str, patterns: tuple[str, ...]) -> None:

@@ -64,7 +64,7 @@ class RunOptions(PromptOptions):
         dtype: what the model computes in; ``auto`` is the checkpoint's own, or float32 on a CPU that is far faster in
             that; ``bf16`` is short for ``bfloat16``, and so on (the long name after construction). Sums are always
             taken in float32 or more.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``, ``mps``.
         engine: ``stream`` (block by block), ``resident`` (whole model), or ``auto``.
         resume: continue what a killed run left in ``<out>.partial/``.
         force: replace an existing output.

@@ -27,6 +27,7 @@ from fisherkit.kernels.covariance import (
     packed,
     random_signs,
 )
+from fisherkit.kernels.devices import has_float64, wide_device
 
 
 class Accumulator:
@@ -43,7 +44,7 @@ class Accumulator:
         self.rows = 0
         self._signs = signs
         self._sum = torch.zeros(covariance.sum_shape, device=device)
-        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+        self._squares = torch.zeros((), dtype=_widest(device), device=device)
 
     def add(self, rows: Tensor) -> None:
         """Add rows [R, size] of any float dtype."""
@@ -52,7 +53,7 @@ class Accumulator:
             add_second_moment_(self._sum, rows)
         else:
             add_sketch_(self._sum, rows, self._signs)
-            self._squares += torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+            self._squares += torch.linalg.vector_norm(rows, dtype=self._squares.dtype).square()
 
     def finish(self) -> tuple[Tensor, dict[str, Any]]:
         """Return the mean's upper triangle, or its factor [size, rank], and its figures: tokens, trace, energy.
@@ -63,7 +64,7 @@ class Accumulator:
         Raises:
             FisherkitError: the sum overflows float32.
         """
-        mean = self._sum.div_(max(self.rows, 1))
+        mean = self._sum.div_(max(self.rows, 1)).to(wide_device(self._sum.device))
         if not bool(mean.sum(dtype=torch.float64).isfinite()):
             raise FisherkitError(
                 f"{self.covariance.name}: the second moment is not finite in float32; try --dtype float32, or bfloat16"
@@ -76,13 +77,17 @@ class Accumulator:
             factor = leading_factor(complete_(mean), rank)
         else:
             trace = float(self._squares) / max(self.rows, 1)
-            factor = factor_of(mean, self._signs)[:, :rank]
+            factor = factor_of(mean, self._signs.to(mean.device))[:, :rank]
         length = float(torch.linalg.vector_norm(factor, dtype=torch.float64))
         figures = {"tokens": self.rows, "trace": trace, "energy": min(1.0, length**2 / trace) if trace else 1.0}
         if self.covariance.code == "BF16":
             lost = torch.linalg.vector_norm(factor - factor.bfloat16().float(), dtype=torch.float64)
             figures["rounding"] = float(lost) / length if length else 0.0
         return factor, figures
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 class CovarianceHooks:

@@ -1,11 +1,15 @@
 """Destination of finished Fisher values: the output file, with statistics for the sidecar kept on the way."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
+from fisherkit.engine.model.copies import HostCopy, to_host
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
@@ -16,6 +20,8 @@ TOPS = (0.01, 0.1, 0.3)
 
 class FisherSink:
     """Writes means of squared gradients under checkpoint names; statistics are of the values before rounding.
+
+    Values on a device are rounded there, and written by another thread when they have arrived.
 
     Args:
         skeleton: the model; it knows the checkpoint names of a parameter's values.
@@ -28,6 +34,14 @@ class FisherSink:
         self._wanted = {tensor.name: tensor for tensor in tensors}
         self.figures: dict[str, dict[str, Any]] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._behind = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink")  # which begins with the first use
+        self._coming: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._behind.shutdown(wait=True, cancel_futures=True)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the ``state`` of an earlier process."""
@@ -37,6 +51,7 @@ class FisherSink:
 
     def reset(self) -> None:
         """Forget all values: another engine starts over and overwrites what is in the file."""
+        self._settle()
         self.figures, self._histograms = {}, {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -58,6 +73,7 @@ class FisherSink:
 
     def sync(self) -> None:
         """Wait until everything added before the call is on the disk."""
+        self._settle()
         self._writer.sync()
 
     def histogram(self) -> Histogram:
@@ -73,9 +89,20 @@ class FisherSink:
                 f"{name}: {stats.nonfinite:,} squared gradients overflow float32; try --reduction mean, "
                 "a shorter --max-length, or --dtype float32"
             )
-        self._writer.write(name, value.to("cpu"))
+        if value.device.type == "cpu":
+            self._writer.write(name, value)
+        else:
+            stored = value.to(self._writer.dtype_of(name))  # rounded there: half the way to go
+            self._coming.append(self._behind.submit(self._write, name, to_host([stored])))
         self.figures[name] = figures_of(stats, tuple(value.shape))
         self._histograms[name] = stats.histogram
+
+    def _settle(self) -> None:
+        for written in [self._coming.popleft() for _ in range(len(self._coming))]:
+            written.result()
+
+    def _write(self, name: str, copy: HostCopy) -> None:
+        self._writer.write(name, copy.wait()[0])
 
 
 def figures_of(stats: TensorStats, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -11,9 +11,13 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def available_bytes(device: torch.device) -> int:
     """Return the bytes that can still be taken: on the device, or on the host within its cgroup and its ulimit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(_machine(), _cgroup(), _ulimit())
+    if device.type in ("cuda", "xpu"):
+        free: int = torch.get_device_module(device).mem_get_info(device)[0]
+        return free
+    host = min(_machine(), _cgroup(), _ulimit())
+    if device.type == "mps":  # its memory is the host's, of which it may take a part
+        return min(host, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return host
 
 
 def used_bytes(device: torch.device) -> int:
@@ -21,8 +25,11 @@ def used_bytes(device: torch.device) -> int:
 
     Pages of files that are mapped, such as weights, are not its own: the system takes them back when it likes.
     """
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    if device.type in ("cuda", "xpu"):
+        held: int = torch.get_device_module(device).memory_allocated(device)
+        return held
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
     try:
         lines = Path("/proc/self/status").read_text("ascii").splitlines()
     except OSError:  # not Linux

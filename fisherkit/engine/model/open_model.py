@@ -8,6 +8,7 @@ from fisherkit.engine.model.build import build_skeleton
 from fisherkit.engine.model.checks import check_all_taken, check_counts, folder_of
 from fisherkit.engine.model.compute_dtype import choose_compute_dtype, shape_to_come
 from fisherkit.engine.model.config import choose_dtype, read_config
+from fisherkit.engine.model.device import check_dtype
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, FisherkitError, first_line
 from fisherkit.options import RunOptions
@@ -35,6 +36,7 @@ def open_skeleton(
 
     Raises:
         CheckpointError: the config cannot be read, makes no model, or belongs to another checkpoint.
+        OptionError: the device does not compute in the dtype.
         UnsupportedModelError: no causal language model that can be run.
     """
     check_counts(source)
@@ -46,6 +48,7 @@ def open_skeleton(
             dtype, line = choose_compute_dtype(dtype, device, shape_to_come(config.get_text_config(), tokens))
             if line is not None:
                 say(line)
+        check_dtype(dtype, device)
         skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
     except FisherkitError:
         raise

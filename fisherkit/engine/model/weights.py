@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.tensor_source import TensorSource
+from fisherkit.engine.model.copies import Sender, Sent
 from fisherkit.engine.model.memory import give_back
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError
@@ -17,8 +18,9 @@ from fisherkit.errors import CheckpointError
 class Weights:
     """One group of blocks holds its weights at a time; the next one's are read while it computes.
 
-    The page cache is what keeps weights in host memory between the sweeps, as far as they fit. ``keep`` leaves them
-    on the device instead, for accelerators that have room for the whole model.
+    A device with streams has the next one's sent to it meanwhile. The page cache is what keeps weights in host memory
+    between the sweeps, as far as they fit. ``keep`` leaves them on the device instead, for accelerators that have room
+    for the whole model.
 
     Args:
         skeleton: the model that they are put into.
@@ -34,8 +36,9 @@ class Weights:
         self._keep = keep
         self._checked: set[str] = set()
         self._held: set[int] = set()
+        self._sender = Sender(device)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        self._ahead: tuple[tuple[int, ...], Future[dict[str, Tensor]]] | None = None
+        self._ahead: tuple[tuple[int, ...], Future[Sent]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +90,7 @@ class Weights:
         """Start to read the weights of these blocks, which will be entered next."""
         group = tuple(blocks)
         if not self._held.issuperset(group) and (self._ahead is None or self._ahead[0] != group):
-            self._ahead = group, self._pool.submit(self._read, self._skeleton.block_tensors(group))
+            self._ahead = group, self._pool.submit(self._fetch, group)
 
     def leave(self, blocks: Sequence[int]) -> None:
         """Drop the weights of these blocks, unless all weights stay on the device."""
@@ -111,9 +114,13 @@ class Weights:
 
     def _take(self, group: tuple[int, ...]) -> dict[str, Tensor]:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == group:
-            return ahead[1].result()
-        return self._read(self._skeleton.block_tensors(group))
+        if ahead is None or ahead[0] != group:
+            ahead = group, self._pool.submit(self._fetch, group)  # behind what is being read: one sends at a time
+        return ahead[1].result().receive()
+
+    def _fetch(self, group: tuple[int, ...]) -> Sent:
+        """Read a group, and begin to send it where the device takes it beside its computing."""
+        return self._sender.send(self._read(self._skeleton.block_tensors(group)))
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Read tensors, and look for NaN, Inf and complex weights in each the first time.

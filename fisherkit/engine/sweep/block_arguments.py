@@ -45,7 +45,7 @@ class Arguments:
         needed = record.needs(blocks)
         tensors: list[Any] = [None] * (max(needed, default=-1) + 1)
         for place in needed:
-            tensors[place] = self._spool.get(f"{number}.{place}")[0][0].to(self._feed.device)
+            tensors[place] = self._spool.get(f"{number}.{place}", self._feed.device)[0][0]
         return Record(record.calls, tensors, record.mappings, record.live)
 
     def close(self) -> None:

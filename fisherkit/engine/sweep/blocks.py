@@ -40,9 +40,9 @@ class Boundary:
         return tensors, places
 
     @classmethod
-    def unpack(cls, tensors: Sequence[Tensor], places: Sequence[Sequence[Any]], device: torch.device) -> "Boundary":
-        """Rebuild on ``device`` what pack() made."""
-        row = iter(tensor.to(device) for tensor in tensors)
+    def unpack(cls, tensors: Sequence[Tensor], places: Sequence[Sequence[Any]]) -> "Boundary":
+        """Rebuild what pack() made."""
+        row = iter(tensors)
         boundary = cls(next(row))
         for kind, number, key, count in places:
             value = tuple(next(row) for _ in range(count))

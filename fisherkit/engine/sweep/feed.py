@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherkit.engine.model.copies import send_small
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.prompts.dataset import Sample
 
@@ -18,7 +19,7 @@ def prefix_types(ids: Tensor, starts: Sequence[int]) -> Tensor:
 
     So do models that read pictures and a prompt as one prefix (PaliGemma): without types they take all for prefix.
     """
-    return (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]).long().to(ids.device)
+    return (torch.arange(ids.shape[1], device=ids.device) >= send_small(starts, ids.device)[:, None]).long()
 
 
 @dataclass(kw_only=True)
@@ -46,7 +47,7 @@ class Feed:
         """
         rows = [self.samples[number].ids for number in batch]
         longest = max(map(len, rows))
-        return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=self.device)
+        return send_small([[*row, *[row[-1]] * (longest - len(row))] for row in rows], self.device)
 
     def inputs(self, batch: Sequence[int]) -> Inputs:
         """Return the arguments that the model is called with for a batch, on the device."""

@@ -12,10 +12,10 @@ from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.covariance.writer import CovarianceWriter
+from fisherkit.engine.model.copies import send_small
 from fisherkit.engine.model.plan import Plan, replays_of
 from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.spool import Budget
-from fisherkit.errors import FisherkitError
 from fisherkit.kernels.loss import sample_labels, sample_loss
 from fisherkit.progress import Track
 
@@ -69,22 +69,14 @@ class Job(Feed):
         return Reader(self.skeleton.index)
 
     def loss(self, number: int, logits: Tensor) -> Tensor:
-        """Return the loss l_n of a sample from its logits [T, V]; labels are the data's, or drawn from the model.
-
-        Raises:
-            FisherkitError: the loss is not finite.
-        """
+        """Return the loss l_n of a sample from its logits [T, V]; labels are the data's, or drawn from the model."""
         sample = self.samples[number]
-        labels = torch.tensor(sample.ids, device=logits.device)
+        counted = [place for place, counts in enumerate(sample.counts) if counts and place]
+        both = send_small([*sample.ids, *counted], logits.device)
+        labels, places = both[: len(sample.ids)], both[len(sample.ids) :]
         if self.labels == "sampled":
             labels = sample_labels(logits.detach(), labels, (self.seed * 1_000_003 + sample.row) % 2**63)
-        loss = sample_loss(logits, labels, torch.tensor(sample.counts, device=logits.device), self.reduction)
-        if not torch.isfinite(loss):
-            raise FisherkitError(
-                f"row {sample.row}: the loss is {loss.item()}; the model overflows in {self.skeleton.dtype}, "
-                "try --dtype float32 (or bfloat16 instead of float16)"
-            )
-        return loss
+        return sample_loss(logits, labels, places, self.reduction)
 
     def accumulators(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return float32 zeros for each of these parameters, in one piece of memory."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherkit.engine.model.copies import send_small
 from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.recorder import BlockCallRecorder
 from fisherkit.engine.sweep.spool import Spool
@@ -51,14 +52,14 @@ class LastRows:
         lengths = self._feed.lengths(batch)
         if hidden.ndim == 3 and hidden.shape[:2] == (len(batch), max(lengths)):
             for row, number in enumerate(batch):
-                self._put(number, "hidden", hidden[row, places(self._feed.samples[number])])
+                self._put(number, "hidden", self._counted(number, hidden[row]))
         else:
             (number,) = batch
             self._put(number, "whole", hidden)
 
     def keep_logits(self, number: int, logits: Tensor) -> None:
         """Keep the logits [T, V] of a sample."""
-        self._put(number, "logits", logits[places(self._feed.samples[number])])
+        self._put(number, "logits", self._counted(number, logits))
 
     def finish(self) -> None:
         """Put everything on the disk, for a run that goes on."""
@@ -81,12 +82,15 @@ class LastRows:
 
     def _rows(self, number: int) -> tuple[Kind, Tensor]:
         """Return hidden states or logits [n, .] of a sample's tokens, on the device."""
-        (rows,), kind = self._spool.get(str(number))
-        rows = rows.to(self._feed.device)
+        (rows,), kind = self._spool.get(str(number), self._feed.device)
         if kind != "whole":
             return kind, rows
         logits = self._recorder.logits(self._feed.inputs([number]), final=rows)[0]
-        return kind, logits[places(self._feed.samples[number])]
+        return kind, self._counted(number, logits)
+
+    def _counted(self, number: int, rows: Tensor) -> Tensor:
+        """Return those rows [n, .] of a sample's [T, .] from which the tokens that count are predicted."""
+        return rows.index_select(0, send_small(places(self._feed.samples[number]), rows.device))
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of hidden states [R, H], laid out as samples of a length that the model takes."""

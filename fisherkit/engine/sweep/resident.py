@@ -11,6 +11,7 @@ from fisherkit.engine.model.weights import Weights
 from fisherkit.engine.sweep.causality import check_causality
 from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.losses import Losses
 from fisherkit.errors import UnsupportedModelError, first_line
 
 
@@ -64,7 +65,7 @@ def probe_shared_inputs(job: Job) -> None:
 
 def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -> None:
     sums = job.accumulators(job.plan.names(group))
-    losses = []
+    losses = Losses(job)
     with trainable(job.skeleton.model, sums) as parameters, job.gathering(group) as gather:
         for sample in range(len(job.samples)):
             if gather is not None:
@@ -77,12 +78,13 @@ def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -
                     f"{type(job.skeleton.model).__name__}: autograd finds no way from the loss to {next(iter(sums))}; "
                     "it differentiates its blocks by itself, and only with all of its weights at once"
                 )
-            losses.append(loss.item())
+            losses.add(sample, loss)
             loss.backward()  # type: ignore[no-untyped-call]
             add_squared_parameters_(sums, parameters)
             if gather is not None:
                 gather.finish()
             job.track("resident", number * len(job.samples) + sample + 1, count * len(job.samples))
+    mean = losses.mean()
     job.deliver(group, sums, gather)
     job.sync()
-    job.work.commit(resident=number + 1, loss=sum(losses) / len(losses), **job.state())
+    job.work.commit(resident=number + 1, loss=mean, **job.state())

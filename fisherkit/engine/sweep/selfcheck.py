@@ -123,7 +123,7 @@ def _probe(job: Job) -> Inputs:
 
 
 def _loss(job: Job, logits: Tensor, ids: Tensor) -> Tensor:
-    return sample_loss(logits[0], ids[0], torch.ones_like(ids[0], dtype=torch.bool), job.reduction)
+    return sample_loss(logits[0], ids[0], torch.arange(1, ids.shape[1], device=ids.device), job.reduction)
 
 
 def _always(gradient: Boundary) -> Callable[[Boundary], Boundary]:

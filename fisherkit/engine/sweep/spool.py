@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.atomic import disk_errors
+from fisherkit.engine.model.copies import HostCopy, host_bytes, host_memory, to_device, to_host
 from fisherkit.errors import ResumeError
+
+MOST_COMING = 4
+"""Entries that may be on their way to the disk before another is taken."""
 
 
 class Spool:
@@ -25,8 +31,11 @@ class Spool:
         self.path = path
         self._budget = budget
         self._kept: dict[str, list[Tensor]] = {}
+        self._taken = 0  # bytes of the budget
         self._index: dict[str, dict[str, Any]] = {}
         self._file: io.BufferedIOBase | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spool")  # which begins with the first use
+        self._coming: deque[Future[None]] = deque()
 
     @classmethod
     def reopen(cls, path: Path, budget: "Budget") -> "Spool":
@@ -39,31 +48,32 @@ class Spool:
         return spool
 
     def put(self, name: str, tensors: Sequence[Tensor], note: Any = None) -> None:
-        """Append tensors; ``note`` (JSON) comes back with them."""
-        tensors = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
-        with disk_errors(self.path):
-            if self._file is None:
-                self._file = self.path.open("wb")
-            entries = []
-            for tensor in tensors:
-                entries.append([str(tensor.dtype).removeprefix("torch."), list(tensor.shape), self._file.tell()])
-                self._file.write(_bytes(tensor))
-        self._index[name] = {"tensors": entries, "note": note}
-        if self._budget.take(sum(tensor.nbytes for tensor in tensors)):
-            self._kept[name] = tensors
+        """Append tensors; ``note`` (JSON) comes back with them. Those of a device are waited for on another thread."""
+        copy = to_host(tensors)
+        if copy.arrived is None:
+            self._write(name, copy, note)
+            return
+        while len(self._coming) >= MOST_COMING:
+            self._coming.popleft().result()
+        self._coming.append(self._writer.submit(self._write, name, copy, note))
 
-    def get(self, name: str) -> tuple[list[Tensor], Any]:
-        """Return fresh copies of the tensors, on the CPU, and their note."""
+    def get(self, name: str, device: torch.device) -> tuple[list[Tensor], Any]:
+        """Return fresh copies of the tensors, on ``device``, and their note."""
+        self._settle()
         entry = self._index[name]
         if name in self._kept:
-            return [tensor.clone() for tensor in self._kept[name]], entry["note"]
+            kept = self._kept[name]
+            copies = [tensor.clone() if device.type == "cpu" else to_device(tensor, device) for tensor in kept]
+            return copies, entry["note"]
         if self._file is not None:
             self._file.flush()
         with self.path.open("rb") as file:
-            return [_read(file, *place) for place in entry["tensors"]], entry["note"]
+            read = [_read(file, dtype, shape, start, device) for dtype, shape, start in entry["tensors"]]
+        return [to_device(tensor, device) for tensor in read], entry["note"]
 
     def finish(self) -> None:
         """Put everything on the disk, so that another process can reopen the spool."""
+        self._settle()
         with disk_errors(self.path):
             if self._file is not None:
                 self._file.flush()
@@ -77,6 +87,7 @@ class Spool:
 
     def close(self) -> None:
         """Let go of the file; what was not finished does not count."""
+        self._writer.shutdown(wait=True, cancel_futures=True)
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk has been reported already
                 self._file.close()
@@ -85,10 +96,31 @@ class Spool:
     def remove(self) -> None:
         """Give back memory and disk."""
         self.close()
-        self._budget.give(sum(tensor.nbytes for tensors in self._kept.values() for tensor in tensors))
+        self._budget.give(self._taken)
+        self._taken = 0
         self._kept.clear()
         self.path.unlink(missing_ok=True)
         self.path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _settle(self) -> None:
+        """Wait until all that was put is written."""
+        while self._coming:
+            self._coming.popleft().result()
+
+    def _write(self, name: str, copy: HostCopy, note: Any) -> None:
+        tensors = copy.wait()
+        with disk_errors(self.path):
+            if self._file is None:
+                self._file = self.path.open("wb")
+            entries = []
+            for tensor in tensors:
+                entries.append([str(tensor.dtype).removeprefix("torch."), list(tensor.shape), self._file.tell()])
+                self._file.write(_bytes(tensor))
+        self._index[name] = {"tensors": entries, "note": note}
+        nbytes = sum(host_bytes(tensor, copy.device) for tensor in tensors)
+        if self._budget.take(nbytes):
+            self._taken += nbytes
+            self._kept[name] = tensors
 
 
 class Budget:
@@ -113,8 +145,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _read(file: io.BufferedReader, dtype: str, shape: list[int], start: int) -> Tensor:
-    tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+def _read(file: io.BufferedReader, dtype: str, shape: list[int], start: int, device: torch.device) -> Tensor:
+    tensor = host_memory(shape, getattr(torch, dtype), device)
     if tensor.numel():
         file.seek(start)
         view = tensor.reshape(-1).view(torch.uint8).numpy()

@@ -22,6 +22,7 @@ from fisherkit.engine.model.weights import Weights
 from fisherkit.engine.sweep.block_arguments import Arguments
 from fisherkit.engine.sweep.blocks import Boundary, differentiate_blocks, run_blocks
 from fisherkit.engine.sweep.job import Job
+from fisherkit.engine.sweep.losses import Losses
 from fisherkit.engine.sweep.recorder import BlockCallRecorder
 from fisherkit.engine.sweep.selfcheck import check_replay
 from fisherkit.engine.sweep.spool import Spool
@@ -60,7 +61,7 @@ class Sweep:
         spool = Spool(job.work.folder / "arguments.bin", job.budget)
         self.arguments = Arguments(job, self.recorder, spool, job.plan.names([None]))
         self.has_outer = bool(job.plan.names([None]))
-        self.losses: list[float] = []
+        self.losses = Losses(job)
         self.replays = self.replayed = 0  # of groups in all, of batches so far
         self.spools: dict[str, Spool] = {}
         self.disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
@@ -153,7 +154,7 @@ class Sweep:
         job, group = self.job, self.groups[number]
         self.weights.enter(group, self._next(number - 1) if number > lowest else ())
         passed = self._spool(f"gradient-{number}", fresh=True)
-        replays = job.replays(group)
+        replays, loss = job.replays(group), dict[str, float]()
         for turn, names in enumerate(replays):
             sums, is_last = job.accumulators(names), turn == len(replays) - 1
             gathering = job.gathering(group) if turn == 0 else nullcontext()
@@ -171,10 +172,11 @@ class Sweep:
                     job.track("backward", self.replayed, self.replays * len(job.batches))
             if is_last:
                 self.weights.leave(group)
+            if number == self.top and turn == 0:
+                loss["loss"] = self.losses.mean()
             job.deliver(group, sums, gather)
         passed.finish()
         spent = [f"gradient-{number + 1}"] if number < self.top or len(replays) > 1 else []
-        loss = {"loss": sum(self.losses) / len(self.losses)} if number == self.top else {}
         self._commit([*spent, f"boundary-{number}"], backward=number, **loss)
 
     def _next(self, number: int) -> Sequence[int]:
@@ -228,7 +230,7 @@ class Sweep:
         with torch.enable_grad():
             loss = self.job.loss(sample, self.recorder.logits(self.job.inputs([sample]), final=final)[0])
             (gradient,) = torch.autograd.grad(loss, final)
-        self.losses.append(loss.item())
+        self.losses.add(sample, loss)
         return gradient
 
     def _outer(self) -> None:
@@ -262,7 +264,7 @@ class Sweep:
         return self.spools[name]
 
     def _load(self, name: str, batch: int) -> Boundary:
-        return Boundary.unpack(*self._spool(name).get(str(batch)), self.job.device)
+        return Boundary.unpack(*self._spool(name).get(str(batch), self.job.device))
 
     def _commit(self, spent: list[str], **progress: Any) -> None:
         """Note progress once the Fisher values are on the disk, while the next group computes; then drop ``spent``."""

@@ -123,7 +123,7 @@ class StreamedWalk:
             self._entering = Spool.reopen(self._path("boundary", at), self._budget)
         leaving = self._leaving(at)
         for batch, members in enumerate(job.feed.batches):
-            entering = Boundary.unpack(*self._entering.get(str(batch)), job.feed.device)
+            entering = Boundary.unpack(*self._entering.get(str(batch), job.feed.device))
             boundary = run_blocks(job.feed.skeleton, group, self._arguments.get(batch, group), entering)
             if leaving is None:
                 self.rows.keep(members, boundary.hidden)

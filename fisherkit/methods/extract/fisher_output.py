@@ -58,8 +58,11 @@ class FisherOutput:
     def fill(self, prepared: Prepared, work: Work, track: Track, say: Say, *, run: str, started: float) -> None:
         """Measure, and bring every file into the staging folder; arguments as of Output.fill."""
         paths = self._paths
-        with self._open_writer(prepared, work) as writer, self._open_covariances(prepared, work) as covariances:
-            sink = FisherSink(prepared.skeleton, writer, prepared.plan.tensors)
+        with (
+            self._open_writer(prepared, work) as writer,
+            self._open_covariances(prepared, work) as covariances,
+            FisherSink(prepared.skeleton, writer, prepared.plan.tensors) as sink,
+        ):
             if "sink" in work.progress:
                 sink.restore(work.progress["sink"])
             run_engine(prepared, work, sink, covariances, track, say)

@@ -80,7 +80,7 @@ class CovarianceDirections:
     def __init__(self, file: CovarianceFile, made_from: MaskInputs, options: MaskOptions) -> None:
         self._file, self._inputs, self._options = file, made_from, options
         self._sides = _SIDES[options.stored_side]
-        self._device = choose_device(options.device)
+        self._device = choose_device(options.device, float64=True)
         self._uses: Counter[str] = Counter()
         self._found: dict[str, Directions] = {}
 

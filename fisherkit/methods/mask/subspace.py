@@ -97,7 +97,7 @@ class _Basis:
     def __init__(self, made_from: MaskInputs, options: MaskOptions) -> None:
         self._inputs = made_from
         self._kind = options.basis or "fisher"
-        self.device = choose_device(options.device)
+        self.device = choose_device(options.device, float64=True)
 
     @property
     def is_fisher(self) -> bool:
