@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SIDES = ("stream", "recipe", "loop")
 WITH = "stream with activations"
@@ -196,13 +197,13 @@ def _side(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def _script(model_path: Path, prompts: Path, out: Path, tokens: int, group: int) -> None:
+def _script(model_path: Path, prompts: Path, out: Path, tokens: int, group: int, device: Any = "cpu") -> None:
     """Script as people write it themselves, with the square taken per sample."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").to(device).eval()
     texts = [json.loads(line)["text"] for line in prompts.read_text().splitlines()]
     fisher = {}
     layers = model.model.layers
@@ -212,18 +213,18 @@ def _script(model_path: Path, prompts: Path, out: Path, tokens: int, group: int)
         targets = {
             f"model.layers.{n}.{name}": p for n in numbered for name, p in layers[n].named_parameters() if p.ndim == 2
         }
-        sums = {name: torch.zeros(p.shape) for name, p in targets.items()}
+        sums = {name: torch.zeros(p.shape, device=device) for name, p in targets.items()}
         for parameter in targets.values():
             parameter.requires_grad_(True)
         for text in texts:
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens).input_ids
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens).input_ids.to(device)
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             for name, parameter in targets.items():
                 sums[name] += parameter.grad.float() ** 2
                 parameter.grad = None
         for name, parameter in targets.items():
             parameter.requires_grad_(False)
-            fisher[name] = sums[name] / len(texts)
+            fisher[name] = (sums[name] / len(texts)).cpu()
     torch.save(fisher, out)
 
 
