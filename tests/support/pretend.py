@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import fisherkit.methods.extract.measure  # noqa: F401 - what it imports is patched below, and must be there by then
+import fisherkit.methods.extract.measure  # what these import is patched below, and must be there by then
+import fisherkit.methods.score.run  # noqa: F401
 from fisherkit.engine.model import copies, device, memory
 
 DEVICE = torch.device("lazy:0")
@@ -256,3 +257,17 @@ def watching(*, lacking: Sequence[torch.dtype] = ()) -> Iterator[Traffic]:
         yield _watched[-1]
     finally:
         _watched.pop()
+
+
+def move(model: torch.nn.Module) -> torch.nn.Module:
+    """Put a model's parameters and buffers on the device; those that share memory still do."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made = torch.nn.Parameter(to_pretend(parameter), parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), made)  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = to_pretend(buffer)
+    return model
