@@ -76,7 +76,7 @@ def test_activations_are_those_of_the_cpu(checkpoint: Checkpoint, prompts: Path,
 def test_no_replay_of_a_batch_waits_for_the_device(
     checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replay = sweep._Sweep._replay
+    replay = sweep.Sweep._replay
 
     def watched(self: Any, number: int, *args: Any, **kwargs: Any) -> Any:
         if number == self.top:  # transformers looks at the positions for every head
@@ -88,7 +88,7 @@ def test_no_replay_of_a_batch_waits_for_the_device(
             torch.cuda.set_sync_debug_mode("default")
 
     extract(checkpoint("llama"), prompts, tmp_path / "warm.pt", "cuda")  # kernels are chosen, memory is pinned
-    monkeypatch.setattr(sweep._Sweep, "_replay", watched)
+    monkeypatch.setattr(sweep.Sweep, "_replay", watched)
     extract(checkpoint("llama"), prompts, tmp_path / "a.pt", "cuda")
 
 

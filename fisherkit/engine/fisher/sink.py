@@ -6,16 +6,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
-from fisherkit.engine.model.copies import HostCopy, to_host
+from fisherkit.engine.model.copies import HostCopy, host_bytes, to_host
+from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
 
 TOPS = (0.01, 0.1, 0.3)
 """Fractions of the largest entries whose share of the sum (mass) is noted per tensor."""
+_PART_OF_MEMORY = 8  # of the host's that is free, for values on their way from a device to the file
 
 
 class FisherSink:
@@ -35,7 +38,8 @@ class FisherSink:
         self.figures: dict[str, dict[str, Any]] = {}
         self._histograms: dict[str, Histogram] = {}
         self._behind = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink")  # which begins with the first use
-        self._coming: deque[Future[None]] = deque()
+        self._coming: deque[tuple[Future[None], int]] = deque()
+        self._most_coming = available_bytes(torch.device("cpu")) // _PART_OF_MEMORY
 
     def __enter__(self) -> Self:
         return self
@@ -92,13 +96,22 @@ class FisherSink:
         if value.device.type == "cpu":
             self._writer.write(name, value)
         else:
-            stored = value.to(self._writer.dtype_of(name))  # rounded there: half the way to go
-            self._coming.append(self._behind.submit(self._write, name, to_host([stored])))
+            self._send(name, value.to(self._writer.dtype_of(name)))  # rounded there: half the way to go
         self.figures[name] = figures_of(stats, tuple(value.shape))
         self._histograms[name] = stats.histogram
 
+    def _send(self, name: str, value: Tensor) -> None:
+        """Let a value go to the host and to the file, once there is room for it among those on their way."""
+        nbytes = host_bytes(value, value.device)
+        while (ahead := self._on_their_way()) and nbytes + sum(size for _, size in ahead) > self._most_coming:
+            ahead[0][0].result()
+        self._coming.append((self._behind.submit(self._write, name, to_host([value])), nbytes))
+
+    def _on_their_way(self) -> list[tuple[Future[None], int]]:
+        return [(written, size) for written, size in list(self._coming) if not written.done()]
+
     def _settle(self) -> None:
-        for written in [self._coming.popleft() for _ in range(len(self._coming))]:
+        for written, _ in [self._coming.popleft() for _ in range(len(self._coming))]:
             written.result()
 
     def _write(self, name: str, copy: HostCopy) -> None:

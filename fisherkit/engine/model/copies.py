@@ -86,19 +86,21 @@ def to_host(tensors: Sequence[Tensor]) -> HostCopy:
 
 @dataclass(frozen=True)
 class Sent:
-    """Tensors on their way to the device, in one piece of memory; ``receive`` them before anything reads them."""
+    """Tensors on their way to the device, in a few pieces of memory; ``receive`` them before anything reads them."""
 
     tensors: dict[str, Tensor]
-    memory: Tensor | None = None
+    memory: tuple[Tensor, ...] = ()
     arrived: Any = None
 
     def receive(self) -> dict[str, Tensor]:
         """Let what the device computes from now on wait for them; the host does not."""
-        if self.memory is not None:
-            computing = stream_module(self.memory.device).current_stream(self.memory.device)
+        if self.memory:
+            device = self.memory[0].device
+            computing = stream_module(device).current_stream(device)
             computing.wait_event(self.arrived)
-            # Made on another stream: freed, it may be given away there while this one still reads it.
-            self.memory.record_stream(computing)
+            for piece in self.memory:
+                # Made on another stream: freed, it may be given away there while this one still reads it.
+                piece.record_stream(computing)
         return self.tensors
 
 
@@ -120,23 +122,33 @@ class Sender:
         self._pieces: list[tuple[Tensor, Any]] = []
 
     def send(self, tensors: Mapping[str, Tensor]) -> Sent:
-        """Begin to send CPU tensors; they may be dropped once this returns."""
+        """Begin to send CPU tensors; they may be dropped once this returns.
+
+        Those that share a piece of memory on the host share one on the device: they come and go together there, too.
+        """
         if self._streams is None:
             return Sent(dict(tensors))
         self._pieces = self._pieces or [
             (host_memory((self._size,), torch.uint8, self._device), self._streams.Event()) for _ in range(2)
         ]
-        starts = [0, *accumulate(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors.values())]
-        sent = {}
+        pieces: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            pieces.setdefault(tensor.untyped_storage().data_ptr(), {})[name] = tensor
+        sent: dict[str, Tensor] = {}
         with self._streams.stream(self._stream):
-            memory = torch.empty(starts[-1], dtype=torch.uint8, device=self._device)
-            for (name, tensor), start in zip(tensors.items(), starts, strict=False):
-                piece = memory[start : start + tensor.nbytes]
-                self._copy(piece, tensor.contiguous().reshape(-1).view(torch.uint8))
-                sent[name] = piece.view(tensor.dtype).view(tensor.shape)
+            memory = [self._send_piece(together, sent) for together in pieces.values()]
             arrived = self._streams.Event()
             arrived.record(self._stream)
-        return Sent(sent, memory, arrived)
+        return Sent(sent, tuple(memory), arrived)
+
+    def _send_piece(self, tensors: Mapping[str, Tensor], sent: dict[str, Tensor]) -> Tensor:
+        starts = [0, *accumulate(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors.values())]
+        memory = torch.empty(starts[-1], dtype=torch.uint8, device=self._device)
+        for (name, tensor), start in zip(tensors.items(), starts, strict=False):
+            piece = memory[start : start + tensor.nbytes]
+            self._copy(piece, tensor.contiguous().reshape(-1).view(torch.uint8))
+            sent[name] = piece.view(tensor.dtype).view(tensor.shape)
+        return memory
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         for start in range(0, len(source), self._size):

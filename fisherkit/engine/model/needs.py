@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fisherkit.checkpoint.dtypes import DTYPES
+from fisherkit.engine.model.copies import STAGING_BYTES
 from fisherkit.engine.model.linear_layers import find_linear_layers
 from fisherkit.engine.model.plan import Plan, replays_of
 from fisherkit.engine.model.skeleton import Skeleton
@@ -114,8 +115,20 @@ class Estimate:
         copied = 4 * max(one.measured for one in (*self._blocks, self._around))  # to the host, to be written
         vocabulary = self._skeleton.model.get_input_embeddings().weight.shape[0]
         host = BASE_BYTES + _VOCABULARY_BYTES * vocabulary + _TOKEN_BYTES * self.load.tokens
-        host += 0 if self._on_host else max(loading, self._around.stored) + ahead + copied
+        host += 0 if self._on_host else max(loading, self._around.stored) + ahead + copied + 2 * STAGING_BYTES
         return Needs(host=host + (device if self._on_host else 0), device=device)
+
+    def resident_bytes(self, plan: Plan) -> int:
+        """Return the peak memory of the device where the whole model is kept, one sample at a time going through it."""
+        blocks = [*self._blocks, self._around]
+        groups = [[self._blocks[block] for block in group] for group in plan.groups] + [[self._around]]
+        gathered = [sum(self.load.covariances.get(block, 0) for block in (*group, None)) for group in plan.groups] + [0]
+        sums = max(
+            (4 + self._size) * sum(block.measured for block in group) + extra
+            for group, extra in zip(groups, gathered, strict=True)
+        )
+        kept = self._size * sum(block.kept for block in blocks) * self.load.longest
+        return sum(block.held for block in blocks) + sums + kept + self._head()
 
     def stored_bytes(self, blocks: Sequence[int | None]) -> int:
         """Return the bytes that some blocks (None: what is around them) have in the checkpoint."""
@@ -135,9 +148,9 @@ class Estimate:
             for sums in self._sums(plan, group):
                 head = self._head() if number == len(plan.groups) - 1 else 0
                 replayed = self._size * sum(block.kept for block in blocks) * self.load.batch_tokens
-                yield outside + held + self._ahead(plan, number) + sums + replayed + head
+                yield outside + held + self._read_ahead(plan, number) + sums + replayed + head
                 fused = 4 * max(block.fused for block in blocks)
-                yield outside + self._ahead(plan, number) + min(sums, 4 * sum(b.measured for b in blocks)) + fused
+                yield outside + self._read_ahead(plan, number) + min(sums, 4 * sum(b.measured for b in blocks)) + fused
         outer = (4 + 2 * self._size) * self._around.measured
         yield outside + self._head() + outer
 
@@ -155,14 +168,14 @@ class Estimate:
             )
 
     def _read_ahead(self, plan: Plan, number: int) -> int:
-        """Return the bytes of the group that is read while a group computes: the one after it, or before it."""
+        """Return the bytes of the group that is read while a group computes: the one after it, or before it.
+
+        An accelerator has them sent meanwhile, so that it takes them, too.
+        """
         if not plan.read_ahead:
             return 0
         beside = [plan.groups[at] for at in (number - 1, number + 1) if 0 <= at < len(plan.groups)]
         return max((sum(self._blocks[block].stored for block in group) for group in beside), default=0)
-
-    def _ahead(self, plan: Plan, number: int) -> int:
-        return self._read_ahead(plan, number) if self._on_host else 0
 
     def _head(self) -> int:
         """Return the bytes of one sample's logits, their softmax in float32, and the gradients of both."""

@@ -32,7 +32,7 @@ def open_skeleton(
         options: the dtype to compute in, and whether code that ships with the model may run.
         device: to compute on.
         say: told where another dtype than the checkpoint's is computed in.
-        probe: whether ``auto`` looks how fast the device is; what another machine's is, nothing here tells.
+        probe: whether ``auto`` looks how fast the device is, and any dtype if it is there; what another machine's is, nothing here tells.
 
     Raises:
         CheckpointError: the config cannot be read, makes no model, or belongs to another checkpoint.
@@ -48,7 +48,8 @@ def open_skeleton(
             dtype, line = choose_compute_dtype(dtype, device, shape_to_come(config.get_text_config(), tokens))
             if line is not None:
                 say(line)
-        check_dtype(dtype, device)
+        if probe:
+            check_dtype(dtype, device)
         skeleton = build_skeleton(config, index, dtype, trust_remote_code=options.trust_remote_code)
     except FisherkitError:
         raise

@@ -19,7 +19,9 @@ def why_resident(skeleton: Skeleton) -> str | None:
     return f"its blocks lie in {len(skeleton.lists)} lists" if len(skeleton.lists) > 1 else None
 
 
-def check_resident(name: str, skeleton: Skeleton, device: torch.device, engine: Engine, reason: str) -> None:
+def check_resident(
+    name: str, skeleton: Skeleton, device: torch.device, engine: Engine, reason: str, *, needed: int = 0
+) -> None:
     """Refuse to keep a model in memory where that was not wanted, or where it does not fit.
 
     Args:
@@ -28,6 +30,7 @@ def check_resident(name: str, skeleton: Skeleton, device: torch.device, engine: 
         device: that it would be kept on.
         engine: that was asked for.
         reason: why it cannot be streamed.
+        needed: bytes with all that is kept beside the weights; the weights' own if that is more.
 
     Raises:
         UnsupportedModelError: see above.
@@ -39,6 +42,11 @@ def check_resident(name: str, skeleton: Skeleton, device: torch.device, engine: 
         raise UnsupportedModelError(
             f"{name}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "
             f"{room / 1e9:.1f} GB of memory"
+        )
+    if needed > room:
+        raise UnsupportedModelError(
+            f"{name}: cannot be streamed ({reason}), and its weights with sums, gradients and activations need "
+            f"{needed / 1e9:.1f} of the {room / 1e9:.1f} GB of memory; a smaller --group-size or --max-length helps"
         )
 
 

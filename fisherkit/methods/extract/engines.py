@@ -154,6 +154,9 @@ def _resident_mode(prepared: Prepared, reason: str, say: Say) -> Mode:
     Raises:
         UnsupportedModelError: it is not possible either, or not wanted.
     """
-    check_resident(prepared.source.id, prepared.skeleton, prepared.device, prepared.options.engine, reason)
+    needed = prepared.fit.estimate.resident_bytes(prepared.plan)
+    check_resident(
+        prepared.source.id, prepared.skeleton, prepared.device, prepared.options.engine, reason, needed=needed
+    )
     say(f"the whole model is kept in memory: {reason}")
     return {"engine": "resident", "reason": reason, "singles": True}
