@@ -32,7 +32,8 @@ def open_skeleton(
         options: the dtype to compute in, and whether code that ships with the model may run.
         device: to compute on.
         say: told where another dtype than the checkpoint's is computed in.
-        probe: whether ``auto`` looks how fast the device is, and any dtype if it is there; what another machine's is, nothing here tells.
+        probe: whether the device is tried: if it computes in the dtype, and for ``auto`` how fast; what another
+            machine's does, nothing here tells.
 
     Raises:
         CheckpointError: the config cannot be read, makes no model, or belongs to another checkpoint.
