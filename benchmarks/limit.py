@@ -1,6 +1,7 @@
-"""extract on a checkpoint larger than the memory it may use: 5 GB of bf16 weights within 3 GB, enforced by the kernel.
+"""A checkpoint larger than the memory that may be used: 5 GB of bf16 weights within 3 GB, enforced by the kernel.
 
-    python benchmarks/limit.py --memory 3GB
+    python benchmarks/limit.py --memory 3GB                   extract
+    python benchmarks/limit.py --memory 3GB --command score   score
 
 The limit is a memory cgroup (v2 or v1; needs root), in which files that the kernel can drop don't count against us but
 everything that we hold does; without the right to make one it is RLIMIT_DATA, which counts all private memory.
@@ -30,6 +31,7 @@ def main() -> None:
     """Make the checkpoint, run the command under the limit, say what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", default="3GB")
+    parser.add_argument("--command", choices=("extract", "score"), default="extract")
     parser.add_argument("--blocks", type=int, default=48)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=16)
@@ -48,14 +50,18 @@ def main() -> None:
     )
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     prompts = checkpoints.prompts(folder / "prompts.jsonl", samples=options.samples, tokens=64)
-    command = [sys.executable, "-m", "fisherkit", "extract", str(model), str(prompts), "-o", str(folder / "limit.pt")]
+    out = folder / ("limit.pt" if options.command == "extract" else "limit.jsonl")
+    outputs = [str(prompts), "-o", str(out)]
+    if options.command == "score":
+        outputs = ["--prompts", str(prompts), "--samples", str(out)]
+    command = [sys.executable, "-m", "fisherkit", options.command, str(model), *outputs]
     command += ["--group-size", "2", "--max-length", "64", "--force", "-q"]
     print(f"{name}: {size / 1e9:.2f} GB of weights, {options.samples} samples of 64 tokens, --group-size 2")
     started = time.monotonic()
     how, peak = _run_limited(command, limit)
     print(
         f"finished in {time.monotonic() - started:.0f} s under {how} of {limit / 1e9:.1f} GB; "
-        f"peak resident {peak / 1e9:.2f} GB; wrote {(folder / 'limit.pt').stat().st_size / 1e9:.2f} GB"
+        f"peak resident {peak / 1e9:.2f} GB; wrote {out.stat().st_size / 1e9:.2f} GB"
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -282,6 +283,17 @@ def test_a_row_says_what_the_prompt_was(checkpoint: Checkpoint, tmp_path: Path) 
     assert row["prompt"].strip().endswith("Name three rivers:")
     assert row["answer"].strip() == "Ebro, Tagus"
     assert (row["set"], row["row"], row["difference"]) == ("set", 1, None)
+
+
+def test_the_page_of_formats_has_every_key_of_a_sample(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = page.partition("## Samples of score\n")[2].partition("\n## ")[0]
+    columns = " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))
+    documented = set(re.findall(r"`(\w+)`", columns))
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"prompt": "One and one is", "choices": ["two", "three"], "answer": 0}) + "\n")
+    fisherkit.score(checkpoint("llama"), path, ScoreOptions(choices="choices"), samples=tmp_path / "s.jsonl")
+    assert documented == {*read_samples(tmp_path / "s.jsonl")[0]}
 
 
 def test_damaged_samples_name_the_line(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:

@@ -232,6 +232,30 @@ def test_other_tokenizers_are_refused_by_name_and_compared_by_bytes(
         assert found.bits_per_byte == pytest.approx(bits / text_bytes(folder, prompts))
 
 
+def test_windows_of_two_tokenizers_are_not_compared(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base, other, path = checkpoint("llama"), another_tokenizer(checkpoint, tmp_path / "other"), tmp_path / "text.txt"
+    path.write_text(TEXT)
+    with pytest.raises(OptionError, match="windows of two tokenizers hold other text"):
+        fisherkit.score([base, other], path, ScoreOptions(by_bytes=True, window=8))
+    same = tiny.save("llama", tmp_path / "same")
+    report = fisherkit.score([base, same], {"text": path}, ScoreOptions(by_bytes=True, window=8))
+    assert report.checkpoints[1].sets["text"].change.difference == 0
+
+
+def test_bytes_are_compared_on_rows_that_both_can_use(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A row whose answer one of the two cuts off is left out for both."""
+    base, other = checkpoint("llama"), another_tokenizer(checkpoint, tmp_path / "other")
+    prompt = "Good morning to you all, what is the capital?"
+    lengths = [len(load_tokenizer(folder)(prompt).input_ids) for folder in (base, other)]
+    assert lengths[0] != lengths[1]
+    rows = write(
+        tmp_path / "rows.jsonl", {"prompt": "Yes", "completion": " no"}, {"prompt": prompt, "completion": " Rome."}
+    )
+    options = ScoreOptions(by_bytes=True, max_length=min(lengths) + 1)
+    report = fisherkit.score([base, other], {"set": rows}, options)
+    assert [one.sets["set"].samples for one in report.checkpoints] == [1, 1]
+
+
 def text_bytes(folder: Path, prompts: Path) -> int:
     """Bytes of all prompts but for what their first tokens stand for."""
     tokenizer = load_tokenizer(folder)

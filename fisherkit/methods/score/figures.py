@@ -169,7 +169,7 @@ def _change(own: SetFigures, first: SetFigures, measure: Measure) -> Change:
     )
 
 
-def choice_score(own: ScoredSet, start: int, figures: SampleFigures) -> Choices | None:
+def choice_score(own: ScoredSet, start: int, figures: SampleFigures, rows: frozenset[int]) -> Choices | None:
     """Return how many questions are answered right; None for a set without any.
 
     The choice of lowest loss is taken, or of lowest loss by character; the first of equals. So do acc and acc_norm of
@@ -179,16 +179,18 @@ def choice_score(own: ScoredSet, start: int, figures: SampleFigures) -> Choices 
         own: the set, in the checkpoint's tokens.
         start: number of its first sample among those of all sets.
         figures: of all sets.
+        rows: that every checkpoint has a sample of.
     """
-    if not own.questions:
+    questions = [question for question in own.questions if question.row in rows]
+    if not questions:
         return None
     plain, normed = [], []
-    for question in own.questions:
+    for question in questions:
         losses = figures.loss[[start + number for number in question.samples]]
         plain.append(int(np.argmin(losses)) == question.right)
         normed.append(int(np.argmin(losses / np.maximum(question.lengths, 1))) == question.right)
     accuracy, ci95 = share(plain)
     accuracy_norm, norm_ci95 = share(normed)
     return Choices(
-        questions=len(own.questions), accuracy=accuracy, ci95=ci95, accuracy_norm=accuracy_norm, norm_ci95=norm_ci95
+        questions=len(questions), accuracy=accuracy, ci95=ci95, accuracy_norm=accuracy_norm, norm_ci95=norm_ci95
     )

@@ -142,6 +142,8 @@ def _sets(
     for candidate, tokenizer in zip(candidates[1:], tokenizers[1:], strict=True):
         if hash_tokenizer(tokenizer) != hashed:
             if options.by_bytes:
+                if any(one.prompts.report.kind == "windows" for one in sets[0]):
+                    raise OptionError("--by-bytes: windows of two tokenizers hold other text; leave --window out")
                 sets.append(load_sets(prompts, tokenizer, options, lambda line: None))
                 continue
             _check_alike(candidates[0], candidate, sets[0], load_alike(prompts, tokenizer, template, options))

@@ -28,7 +28,7 @@ from fisherkit.engine.sweep.feed import Feed
 from fisherkit.engine.sweep.forward import ForwardSweep
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.engine.sweep.walks import ForwardJob
-from fisherkit.errors import FisherkitError, ResumeError
+from fisherkit.errors import FisherkitError, PromptError, ResumeError
 from fisherkit.methods.score.candidates import Candidate
 from fisherkit.methods.score.figures import SCHEMA, SampleFigures, choice_score, figures_of_set, set_score
 from fisherkit.methods.score.prepare import Model, Prepared, prepare
@@ -262,11 +262,11 @@ def _report(prepared: Prepared, figures: Sequence[SampleFigures], modes: Sequenc
     for number, (model, own) in enumerate(zip(prepared.models, figures, strict=True)):
         sets, start = {}, 0
         for place, one in enumerate(model.sets):
-            rows = common_rows(prepared, place)
+            rows = _common_rows(prepared, place)
             first_start = sum(len(before.samples) for before in prepared.models[0].sets[:place])
             first = figures_of_set(prepared.models[0].sets[place], first_start, figures[0], rows) if number else None
             found = figures_of_set(one, start, own, rows)
-            sets[one.name] = set_score(found, first, measure, choice_score(one, start, own))
+            sets[one.name] = set_score(found, first, measure, choice_score(one, start, own, rows))
             start += len(one.samples)
         checkpoints.append(CheckpointScore(name=model.candidate.name, sets=sets, engine=modes[number]["engine"]))
     return ScoreReport(
@@ -277,16 +277,17 @@ def _report(prepared: Prepared, figures: Sequence[SampleFigures], modes: Sequenc
     )
 
 
-def common_rows(prepared: Prepared, place: int) -> frozenset[int]:
+def _common_rows(prepared: Prepared, place: int) -> frozenset[int]:
     """Return the rows of a set that every checkpoint has a sample of.
 
     Raises:
-        CheckpointError: there is none.
+        PromptError: there is none.
     """
-    rows = [
-        {own.samples[number].row for number in own.scored} for own in (model.sets[place] for model in prepared.models)
-    ]
-    return frozenset(set.intersection(*rows))
+    sets = [model.sets[place] for model in prepared.models]
+    rows = frozenset.intersection(*(frozenset(one.samples[at].row for at in one.scored) for one in sets))
+    if not rows:
+        raise PromptError(f"{sets[0].name}: no row is left that every checkpoint could use; raise --max-length")
+    return rows
 
 
 def _read(report: Any) -> dict[str, Any]:
