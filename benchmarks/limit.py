@@ -80,7 +80,7 @@ def _run_limited(command: list[str], limit: int) -> tuple[str, int]:
 def _wait(command: list[str], enter: Callable[[], object]) -> None:
     done = subprocess.run(command, preexec_fn=enter, check=False)
     if done.returncode:
-        sys.exit(f"extract ended with {done.returncode}")
+        sys.exit(f"the command ended with {done.returncode}")
 
 
 def _cgroup(limit: int) -> Path | None:
