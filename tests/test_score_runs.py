@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from kills import Killed, killed_after
+from peft_adapters import LINEAR, train
 from terminals import in_a_terminal
 from typer.testing import CliRunner
 
@@ -116,6 +117,18 @@ def test_a_run_that_was_killed_while_it_wrote_ends_as_it_would_have(
         fisherkit.score(checkpoint("llama"), prompts, ScoreOptions(resume=True), samples=out, beside=beside)
 
 
+def test_what_a_killed_run_might_replace_its_successor_may(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.jsonl"
+    out.write_text("older")
+    with pytest.raises(Killed):
+        score([checkpoint("llama")], prompts, out, killed_after(1), force=True)
+    assert out.read_text() == "older"
+    score([checkpoint("llama")], prompts, out, resume=True)
+    assert is_samples(out)
+
+
 def test_a_run_without_outputs_leaves_nothing(
     checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +152,9 @@ def test_outputs_are_refused_before_any_work(checkpoint: Checkpoint, prompts: Pa
     with pytest.raises(OutputError, match="is an input of this run"):
         fisherkit.score(folder, copied, ScoreOptions(force=True), samples=copied)
     assert copied.read_bytes() == prompts.read_bytes()
+    adapter = train(folder, tmp_path / "adapter", target_modules=LINEAR)
+    with pytest.raises(OutputError, match="is an input of this run, lies inside of one"):
+        fisherkit.score([folder, adapter], prompts, samples=adapter / "s.jsonl")
 
 
 # Memory

@@ -127,6 +127,13 @@ SCENARIOS = (
         ("s.jsonl", "p.svg"),
         reader=("inspect", "s.jsonl"),
     ),
+    Scenario(
+        "score-over-older",
+        ("score", "{base}", "--prompts", "{prompts}", "--samples", "s.jsonl", *_SMALL),
+        ("s.jsonl",),
+        older=("score", "{tuned}", "--prompts", "{prompts}", "--samples", "s.jsonl"),
+        reader=("inspect", "s.jsonl"),
+    ),
     Scenario("export", ("export", "{mask}", "--to", "axolotl", "-o", "a.yaml"), ("a.yaml",), resumes=False),
     Scenario("inspect-page", ("inspect", "{fisher}", "-o", "page.html"), ("page.html",), resumes=False),
 )

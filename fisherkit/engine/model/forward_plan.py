@@ -29,7 +29,7 @@ def forward_bytes(
     group = max(sum(blocks[block] for block in group) for group in blocks_in_groups(count, group_size)) * size
     widest = max(block_activations(block) for block in skeleton.blocks) * size * max(batch_tokens, longest)
     outer = sum(parameter.numel() for parameter in skeleton.parameters(None).values()) * size
-    ahead = group if on_host and count > group_size else 0
+    ahead = group if count > group_size or others else 0
     sweep = outer + group + ahead + widest
     losses = outer * (2 if others else 1) + _LOGITS_BYTES
     return max(sweep, losses) + (BASE_BYTES if on_host else 0)

@@ -27,11 +27,13 @@ class Candidate:
         name: of its row in the table.
         source: where config.json and tokenizer are.
         tensors: gives its weights; whoever opened it closes it.
+        part: the adapter or sparse delta that is put on these; None where there is none.
     """
 
     name: str
     source: ModelSource
     tensors: TensorSource
+    part: ModelSource | None = None
 
 
 @contextmanager
@@ -87,4 +89,4 @@ def _on_base(name: str, base: str, stack: ExitStack, say: Say) -> Candidate:
     merged = stack.enter_context(open_tuned(base, name))
     for note in merged.pair.tuned.notes:
         say(f"{name}: {note}")
-    return Candidate(name, merged.pair.base_source, ComputedReader(merged))
+    return Candidate(name, merged.pair.base_source, ComputedReader(merged), merged.pair.tuned_source)

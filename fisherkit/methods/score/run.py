@@ -52,6 +52,7 @@ PROGRESS = table(
         "visits": whole(),
         "figures": named(SCHEMA),
         "publishing": flag,
+        "may_replace": flag,
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""
@@ -91,17 +92,19 @@ def score_candidates(
         work = targets[0].with_name(f"{targets[0].name}.partial")
     if options.resume and work is not None and (read_progress(work, PROGRESS) or {}).get(MAY_REPLACE):
         options = replace(options, force=True)  # the killed run was allowed to
-    if not (options.resume and work is not None and _is_publishing(work)):
-        _check_free(samples, targets, options)
+    may_replace = options.force or (options.resume and work is not None and _may_replace(work))
+    _check_free(samples, targets, force=may_replace)
     prepared = prepare(candidates, prompts, options, say)
     _check_apart([*targets, *([work] if work is not None else [])], prepared, prompts)
     with _open_work(work, prepared, say) as opened:
+        if may_replace and not opened.progress.get("may_replace"):
+            opened.commit(may_replace=True)  # also for a run that goes on with this one
         figures = _measure(prepared, opened, track, say)
         report = _report(prepared, figures, opened.progress["modes"])
         contents = {samples: samples_bytes(sample_rows(prepared, figures))} if samples is not None else {}
         contents |= {path: make(report) for path, make in beside.items()}
         if not opened.progress.get("publishing"):
-            _check_free(samples, targets, options)  # again: hours may have passed
+            _check_free(samples, targets, force=may_replace)  # again: hours may have passed
             opened.commit(publishing=True)
         for path, content in contents.items():
             write_bytes(path, content)
@@ -109,18 +112,18 @@ def score_candidates(
     return report
 
 
-def _is_publishing(work: Path) -> bool:
-    """Return whether a killed run has begun to write its outputs, so that what lies at their names is its own."""
+def _may_replace(work: Path) -> bool:
+    """Return whether a killed run was allowed to replace what lies at its outputs' names, or put it there itself."""
     left = read_progress(work, PROGRESS)
-    return left.get("publishing", False) if left is not None else is_remains(work)
+    return any(left.get(key, False) for key in ("publishing", "may_replace")) if left is not None else is_remains(work)
 
 
-def _check_free(samples: Path | None, targets: Sequence[Path], options: ScoreOptions) -> None:
+def _check_free(samples: Path | None, targets: Sequence[Path], *, force: bool) -> None:
     """Refuse outputs that are there already, or could not be written."""
     if samples is not None:
         check_samples(samples)
     for path in targets:
-        check_file(path, force=options.force)
+        check_file(path, force=force)
 
 
 def _check_apart(written: Sequence[Path], prepared: Prepared, prompts: Mapping[str, PromptSource]) -> None:
@@ -128,6 +131,7 @@ def _check_apart(written: Sequence[Path], prepared: Prepared, prompts: Mapping[s
     inputs = [path for source in prompts.values() for path in input_files(source)]
     for model in prepared.models:
         inputs += model_files(model.candidate.source, model.candidate.tensors.index)
+        inputs += [model.candidate.part.path] if model.candidate.part is not None else []
     check_separate(written, inputs)
 
 
