@@ -1,5 +1,6 @@
 """Picture of ``score`` as PNG, through matplotlib: the same panels, labels and front as in SVG."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ALONE = "#1b1f24"
+_LINE = 105  # characters above the picture that fit its width
 
 
 def score_png(report: ScoreReport, more: Sequence[str] = ()) -> bytes:
@@ -24,20 +26,26 @@ def score_png(report: ScoreReport, more: Sequence[str] = ()) -> bytes:
     """
     panels = score_view.panels(report)
     heights = [6.2 if panel.y_label else 1.1 + 0.33 * len(panel.points) for panel in panels]
-    lines = score_view.sentences(report, more)
-    figure = new_figure(9.2, sum(heights) + 0.4 + 0.2 * len(lines), score_view.headline(report), lines)
+    sentences = [score_view.headline(report), *score_view.sentences(report, more)]
+    headline, *lines = (_plain(line) for sentence in sentences for line in textwrap.wrap(sentence, _LINE))
+    figure = new_figure(9.2, sum(heights) + 0.4 + 0.2 * len(lines), headline, lines)
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
     for at, panel in enumerate(panels):
         axes = figure.add_subplot(grid[at])
         axes.grid(alpha=0.3)
-        axes.set(xlim=panel.x_range, xlabel=panel.x_label)
+        axes.set(xlim=panel.x_range, xlabel=_plain(panel.x_label))
         axes.set_xticks(score_view.ticks(*panel.x_range))
         (_plane if panel.y_label else _rows)(axes, panel)
     return encoded(figure)
 
 
+def _plain(text: str) -> str:
+    """Return words that matplotlib takes for no formula."""
+    return formatting.printable(text).replace("$", r"\$")
+
+
 def _plane(axes: "Axes", panel: Panel) -> None:
-    axes.set(ylim=panel.y_range, ylabel=panel.y_label)
+    axes.set(ylim=panel.y_range, ylabel=_plain(panel.y_label))
     axes.set_yticks(score_view.ticks(*panel.y_range))
     if panel.steps:
         axes.plot(*zip(*panel.steps, strict=True), color=CUT, linewidth=1.5, zorder=2)
@@ -65,7 +73,7 @@ def _plane(axes: "Axes", panel: Panel) -> None:
 def _rows(axes: "Axes", panel: Panel) -> None:
     for at, point in enumerate(panel.points):
         _draw(axes, point, float(at), 0.0)
-    axes.set_yticks(range(len(panel.points)), [formatting.printable(point.name) for point in panel.points], fontsize=8)
+    axes.set_yticks(range(len(panel.points)), [_plain(point.name) for point in panel.points], fontsize=8)
     axes.set_ylim(len(panel.points) - 0.5, -0.5)
 
 
