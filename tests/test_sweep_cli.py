@@ -8,10 +8,11 @@ from typing import Any
 import pairs
 import pytest
 import tiny
+import torch
 from pairs import Pair, cli, one_line, worked
 
 import fisherkit
-from fisherkit.cli import console
+from fisherkit.cli import console, sweep
 from fisherkit.methods.score.report import ScoreReport
 from fisherkit.methods.score.score import score
 from fisherkit.options import FapmOptions, MergeOptions, ScoreOptions
@@ -97,9 +98,30 @@ def test_an_adapters_points_are_scored_as_they_would_be_written(
     assert figures(json.loads(worked(done))) == scored(written, sets)
 
 
+@pytest.mark.parametrize("architecture", ["llama-tied", "qwen3-moe", "gpt2", "gemma4-e2b", "gemma4-31b"])
+def test_models_of_every_layout_are_scored_as_they_would_be_written(
+    architecture: str, sets: dict[str, Path], asked: list[str], tmp_path: Path
+) -> None:
+    both = pairs.make(tmp_path, architecture, torch.float32)
+    found = figures(json.loads(worked(cli("fapm", *both, "--sweep", "0.4", "--scope", "global", *asked, "--json"))))
+    fisherkit.fapm(*both, tmp_path / "out", FapmOptions(sparsity=0.4, scope="global"))
+    assert found == scored({"BASE": both[0], "FT": both[1], "fapm 0.4": tmp_path / "out"}, sets)
+
+
+def test_a_group_that_does_not_fit_is_lowered_and_said(
+    pair: Pair, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("fapm", *pair, "--sweep", "0.3,0.6", *asked, "--json")
+    wanted = figures(json.loads(worked(cli(*words))))
+    monkeypatch.setattr(sweep, "room_for_points", lambda: 30_000)
+    done = cli(*words)
+    assert "group size lowered from 8 to 1: what the points keep of more would not fit the memory" in done.stderr
+    assert figures(json.loads(worked(done))) == wanted
+
+
 def test_the_point_that_is_advised_is_written(pair: Pair, asked: list[str], tmp_path: Path) -> None:
-    sweep = ("--sweep", "0.2,0.5,0.8", "--budget", "old:+100")
-    done = cli("fapm", *pair, tmp_path / "out", *sweep, *asked, "--sparse", tmp_path / "d.safetensors")
+    words = ("--sweep", "0.2,0.5,0.8", "--budget", "old:+100")
+    done = cli("fapm", *pair, tmp_path / "out", *words, *asked, "--sparse", tmp_path / "d.safetensors")
     worked(done)
     line = next(line for line in done.stderr.splitlines() if line.startswith("advice: "))
     sparsity = float(line.split(":")[1].split()[1])
