@@ -102,6 +102,13 @@ def test_layer_scale(checkpoint: Callable[[str], Path], rows: Path, monkeypatch:
     assert (rows / "out" / "model" / "config.json").is_file()
 
 
+def test_repair(checkpoint: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = pairs.fine_tune(checkpoint("llama"), rows / "tuned")
+    run(monkeypatch, "repair.py", checkpoint("llama"), tuned, "old.jsonl", "new.jsonl", "out")
+    for strength in ("0.3", "1", "3"):
+        assert (rows / "out" / f"repaired-{strength}" / "config.json").is_file()
+
+
 def test_fggm_tasks(
     checkpoint: Callable[[str], Path],
     rows: Path,

@@ -71,6 +71,13 @@ SCENARIOS = (
         outputs=("fisher.pt", *_FISHER, "fisher.activations.safetensors", "fisher.activations.json"),
         reader=("inspect", "fisher.pt"),
     ),
+    _extract(
+        "extract-inputs",
+        "i.safetensors",
+        "--statistics",
+        "inputs",
+        outputs=("i.safetensors", "i.json"),
+    ),
     Scenario(
         "combine",
         ("combine", "{part-1}", "{part-2}", "-o", "fisher.pt"),
@@ -122,6 +129,11 @@ SCENARIOS = (
         "merge-shards", ("merge", "{base}", "{tuned}", "out", "--alpha", "0.5", "--max-shard-size", "30KB"), ("out",)
     ),
     Scenario(
+        "merge-solved",
+        ("merge", "{base}", "{tuned}", "out", "--regmean", "{old}", "{new}", "--lora-rank", "2", "--figure", "f.svg"),
+        ("out", "f.svg"),
+    ),
+    Scenario(
         "score",
         ("score", "{base}", "{tuned}", "--prompts", "{prompts}", "--samples", "s.jsonl", "-o", "p.svg", *_SMALL),
         ("s.jsonl", "p.svg"),
@@ -147,6 +159,8 @@ def make_inputs(folder: Path) -> dict[str, str]:
     for name, file, words in (
         ("fisher", "given.pt", ("extract", base, prompts)),
         ("mask", "given-mask.safetensors", ("mask", "given.pt", "--preset", "fggm")),
+        ("old", "old.safetensors", ("extract", base, prompts, "--statistics", "inputs")),
+        ("new", "new.safetensors", ("extract", tuned, prompts, "--statistics", "inputs")),
         ("part-1", "part-1.safetensors", ("extract", base, prompts, "--shard", "1/2")),
         ("part-2", "part-2.safetensors", ("extract", base, prompts, "--shard", "2/2")),
     ):
