@@ -73,7 +73,8 @@ class Source:
 
 _NOT_INSPECTED = {
     "fisherkit.delta/": "a sparse delta, which has no summary; `fisherkit merge BASE DELTA OUT` applies it",
-    "fisherkit.activations/": "activation statistics, which have no summary; `mask --basis activation` and `merge --regmean` read them",
+    "fisherkit.activations/": "activation statistics, which have no summary; "
+    "`mask --basis activation` and `merge --regmean` read them",
 }
 
 
