@@ -1,5 +1,6 @@
 """On a device of its own, extract gives what it gives on the CPU, and hardly ever waits for the device."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from kills import Killed, killed_after
 from torch import Tensor
 
 import fisherkit
-from fisherkit.engine.model import copies
-from fisherkit.errors import OptionError
+from fisherkit.engine.fisher.sink import FisherSink
+from fisherkit.engine.model import copies, residence
+from fisherkit.engine.model.residence import check_resident, weight_bytes
+from fisherkit.errors import OptionError, UnsupportedModelError
 from fisherkit.kernels import devices
 from fisherkit.kernels import fisher as kernels
-from fisherkit.methods.extract.prepare import Prepared
+from fisherkit.methods.extract.prepare import Prepared, prepare
 from fisherkit.options import ExtractOptions
 
 Checkpoint = Callable[[str], Path]
@@ -93,6 +96,17 @@ def test_activations_on_a_device_are_those_on_the_cpu(
         square, other = (one if one.ndim == 1 else one @ one.T for one in (found[name], value))  # or a whole triangle
         torch.testing.assert_close(square, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), msg=name)
     assert_close(torch.load(tmp_path / "found.pt"), torch.load(tmp_path / "wanted.pt"))
+
+
+@pytest.mark.parametrize("engine", ["auto", "resident"])
+def test_inputs_on_a_device_are_those_on_the_cpu(
+    engine: Any, checkpoint: Checkpoint, prompts: Path, tmp_path: Path, device: torch.device
+) -> None:
+    for name in ("auto", "cpu"):
+        options = ExtractOptions(statistics="inputs", group_size=1, batch_tokens=40, engine=engine, device=name)
+        fisherkit.extract(checkpoint("qwen3-moe"), prompts, tmp_path / f"{name}.safetensors", options)
+    found, wanted = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("auto", "cpu"))
+    assert_close(found, wanted)
 
 
 def test_a_run_on_a_device_is_resumed_to_the_same_bits(
@@ -221,6 +235,48 @@ def test_a_stream_copies_when_an_event_is_waited_for(device: torch.device) -> No
     assert target.tolist() != [1.0] * 3
     pretend_streams.current_stream().wait_event(event)
     assert target.tolist() == [1.0] * 3
+
+
+# Memory
+
+
+def test_the_plan_counts_what_is_sent_ahead(checkpoint: Checkpoint, prompts: Path, device: torch.device) -> None:
+    options = ExtractOptions(group_size=1)
+    found = prepare(str(checkpoint("llama")), prompts, options, lambda line: None).fit
+    less = dataclasses.replace(found.plan, read_ahead=False)
+    with_, without = (found.estimate.needs(plan).device for plan in (found.plan, less))
+    assert with_ - without == found.estimate.stored_bytes(found.plan.groups[0])
+
+
+def test_a_model_that_is_kept_whole_needs_room_for_sums_and_activations(
+    checkpoint: Checkpoint, prompts: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prepare(str(checkpoint("llama")), prompts, ExtractOptions(), lambda line: None)
+    skeleton, plan, weights = found.skeleton, found.plan, weight_bytes(found.skeleton)
+    needed = found.fit.estimate.resident_bytes(plan)
+    assert needed > weights + (4 + 4) * plan.parameters  # sums, and the gradients of one sample
+    monkeypatch.setattr(residence, "available_bytes", lambda device: needed)
+    check_resident("m", skeleton, device, "auto", "it is odd", needed=needed)
+    monkeypatch.setattr(residence, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(UnsupportedModelError, match="weights with sums, gradients and activations need"):
+        check_resident("m", skeleton, device, "auto", "it is odd", needed=needed)
+
+
+def test_values_on_their_way_to_the_file_are_bounded(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = []
+    send = FisherSink._send
+
+    def watched(sink: FisherSink, name: str, value: Tensor) -> None:
+        sink._most_coming = 20_000
+        send(sink, name, value)
+        most.append(sum(size for _, size in sink._on_their_way()))
+
+    monkeypatch.setattr(FisherSink, "_send", watched)
+    extract(checkpoint("llama"), prompts, tmp_path / "a.pt")
+    assert len(most) == 3 * 7
+    assert max(most) <= 20_000
 
 
 # Refused

@@ -71,13 +71,13 @@ def against_scripts(shape: Shape, device: torch.device, folder: Path) -> list[tu
 def large_blocks(shape: Shape, device: torch.device, folder: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     """Return a row for a run with one block at a time, and lines on how it grows to 60 blocks and on its copies."""
     model, prompts = _make(shape, folder)
-    out, started = folder / "a.pt", time.perf_counter()
+    rate, out, started = _rate(device), folder / "a.pt", time.perf_counter()
     planned = _planned(model, prompts, shape, device, 1)
     row = _row(
         "extract, group size 1",
         lambda: _streamed(model, prompts, out, shape, device, 1),
         shape,
-        _rate(device),
+        rate,
         device,
         planned,
     )

@@ -114,4 +114,7 @@ def _head_dim(config: Any) -> int | None:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    if device.type in ("cuda", "xpu"):
+        name: str = torch.get_device_module(device).get_device_name(device)
+        return name
+    return str(device)
