@@ -21,9 +21,9 @@ from torch import Tensor
 import fisherkit
 from fisherkit import CombineOptions, ExtractOptions
 from fisherkit.errors import CheckpointError, FisherkitError, OptionError, PromptError
+from fisherkit.kernels.deal import deal
 from fisherkit.methods.combine import fisher_sum
 from fisherkit.options.part import Part, parse_part
-from fisherkit.prompts.part import deal
 
 Checkpoint = Callable[[str], Path]
 COMMON: dict[str, Any] = {"group_size": 2, "batch_tokens": 40, "targets": "all"}

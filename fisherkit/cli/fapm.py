@@ -24,7 +24,7 @@ from fisherkit.cli.run_options import (
     TrustRemoteCode,
     run_options,
 )
-from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Seed, ShardSize, Skip, Tuned
+from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Seed, Shard, ShardSize, Skip, Tuned
 from fisherkit.cli.sweep import BudgetText, Controls, Prompts, Samples
 from fisherkit.errors import OptionError
 from fisherkit.options import FapmOptions, Metric, parse_shares
@@ -54,6 +54,7 @@ def fapm(
     nan: Nan = "refuse",
     seed: Seed = 0,
     resume: Resume = False,
+    shard: Shard = None,
     max_shard_size: ShardSize = None,
     sparse: Annotated[
         Path | None,
@@ -111,6 +112,7 @@ def fapm(
                 max_shard_size=max_shard_size,
                 resume=resume,
                 force=force,
+                shard=shard,
             ),
         )
         shares = parse_shares("sweep", sweep) if sweep is not None else None
@@ -168,7 +170,7 @@ def fapm(
                 track=track,
                 say=say,
             )
-            console.say_kept(made.totals, selects=options.selects, quiet=quiet)
+            console.say_kept(made.totals, selects=options.selects, quiet=quiet or bool(made.missing))
             shared.show_made(made, out or sparse or report or figure, as_json=as_json)
 
     written = out or sparse or report or figure

@@ -22,7 +22,7 @@ from fisherkit.cli.run_options import (
     TrustRemoteCode,
     run_options,
 )
-from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, ShardSize, Skip, Tuned
+from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Shard, ShardSize, Skip, Tuned
 from fisherkit.cli.sweep import BudgetText, Controls, Prompts, Samples
 from fisherkit.errors import OptionError
 from fisherkit.options import MergeOptions, Side
@@ -139,6 +139,7 @@ def merge(
     rest: Rest = "tuned",
     nan: Nan = "refuse",
     resume: Resume = False,
+    shard: Shard = None,
     max_shard_size: ShardSize = None,
     report: Report = None,
     figure: Annotated[
@@ -190,6 +191,7 @@ def merge(
                 max_shard_size=max_shard_size,
                 resume=resume,
                 force=force,
+                shard=shard,
             ),
         )
         strengths = {"power": power, "floor": floor, "alpha": alpha, "old_weight": old_weight}
@@ -241,7 +243,7 @@ def merge(
             track=console.tracker("merge", quiet=quiet),
             say=sayer(quiet),
         )
-        console.say_kept(made.totals, selects=False, quiet=quiet)
+        console.say_kept(made.totals, selects=False, quiet=quiet or bool(made.missing))
         shared.show_made(made, target, as_json=as_json)
 
     hint = sweeps.hint((out, None), samples, figure, report) if prompts else shared.hint(out)

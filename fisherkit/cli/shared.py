@@ -11,6 +11,7 @@ import typer
 from fisherkit.cli.app import MACHINE, OUTPUT
 from fisherkit.options import merge as choices
 from fisherkit.options import parse_bytes
+from fisherkit.options.part import parse_part
 
 WHICH = "Which tensors"
 
@@ -38,6 +39,16 @@ ShardSize = Annotated[
 Report = Annotated[Path | None, typer.Option(help="Write figures per tensor, .json.", rich_help_panel=OUTPUT)]
 
 
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Write one of N shares of OUT's files, such as 3/16; the last process puts OUT together.",
+        rich_help_panel=MACHINE,
+    ),
+]
+
+
 def pair_options(
     *,
     only: list[str] | None,
@@ -47,6 +58,7 @@ def pair_options(
     max_shard_size: str | None,
     resume: bool,
     force: bool,
+    shard: str | None,
 ) -> dict[str, Any]:
     """Return what both commands take as keywords of PairOptions, from which their own options derive."""
     return {
@@ -57,11 +69,16 @@ def pair_options(
         "shard_bytes": parse_bytes("max-shard-size", max_shard_size) if max_shard_size is not None else None,
         "resume": resume,
         "force": force,
+        "shard": parse_part("shard", shard) if shard is not None else None,
     }
 
 
 class _Made(Protocol):
     """A report of what was made."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Shares of the output that other processes have still to write."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -75,7 +92,9 @@ def report_beside(report: Path | None) -> dict[Path, Callable[[_Made], bytes]]:
 
 
 def show_made(made: _Made, path: Path | None, *, as_json: bool) -> None:
-    """Print the path of what was made on stdout, or the whole report as JSON."""
+    """Print the path of what was made on stdout, or the whole report as JSON; nothing while shares are missing."""
+    if made.missing and not as_json:
+        return
     typer.echo(json.dumps(made.as_json(), indent=1) if as_json else str(path))
 
 
@@ -86,4 +105,6 @@ def hint(out: Path | None) -> str:
 
 def typed() -> list[str]:
     """Return the command line for the model card: as it was typed, but for what makes no other output of it."""
-    return ["fisherkit", *(word for word in sys.argv[1:] if word not in ("--resume", "--force"))]
+    words = sys.argv[1:]
+    kept = [word for word, before in zip(words, ["", *words], strict=False) if "--shard" not in (word, before)]
+    return ["fisherkit", *(word for word in kept if word not in ("--resume", "--force") and "--shard=" not in word)]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fisherkit.errors import OptionError
 from fisherkit.options.checks import as_paths, at_least, check_patterns, check_share, exact_share, one_of
+from fisherkit.options.part import Part, check_part
 
 Metric = Literal["fapm", "relative", "magnitude", "random", "wise-ft", "dare", "della"]
 Scope = Literal["tensor", "layer", "global"]
@@ -29,6 +30,8 @@ class PairOptions:
         shard_bytes: largest shard; None for shards like BASE's.
         force: replace an existing output of fisherkit's.
         resume: go on with what a killed run left in ``<out>.partial/``.
+        shard: write one of several shares of the output's files, (3, 16) being the third of sixteen; the last one puts
+            the output together. None writes all of it.
     """
 
     only: tuple[str, ...] = ()
@@ -39,8 +42,11 @@ class PairOptions:
     shard_bytes: int | None = None
     force: bool = False
     resume: bool = False
+    shard: Part | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.shard is not None:
+            object.__setattr__(self, "shard", check_part("shard", self.shard))
         check_patterns("only", self.only)
         check_patterns("skip", self.skip)
         one_of("rest", self.rest, Rest)

@@ -23,6 +23,8 @@ from fisherkit.pairs.pair import Pair
 
 BESIDE, DELTA = "beside", "delta"
 """Folders of the work folder for finished files beside the checkpoint, and for a finished delta."""
+COMPLETE = "complete"
+"""Key of the progress of a share of the output (see pairs.shares): all of its files are written."""
 FINISHED = "finished"
 """Key of the progress: names of everything that was finished, by their places in the work folder."""
 
@@ -46,6 +48,7 @@ PROGRESS = table(
         "delta": table({"bytes": whole(), "tensors": listed(listed(anything, 3))}),
         "files": listed(text()),
         FINISHED: listed(text()),
+        COMPLETE: flag,
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""

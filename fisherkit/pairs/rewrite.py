@@ -110,9 +110,9 @@ class Rewrite:
             self._delta.add(name, changed.entries)
         self.rows[name] = changed.row
         if time.monotonic() - self._committed > _COMMIT_SECONDS:
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
         """Sync what is written, and then note that it is."""
         if self._writer is not None:
             self._writer.sync()
@@ -134,7 +134,7 @@ class Rewrite:
             OutputError: the disk is full.
         """
         if FINISHED not in self._work.progress:
-            self._commit()
+            self.commit()
             self._files = list(self._writer.seal()) if self._writer is not None else []
             if self._delta is not None and self._targets.delta is not None:
                 self._delta.stage(self._work.folder / DELTA, self._targets.delta, about)
@@ -187,7 +187,8 @@ def rewriting(
         try:
             with ExitStack() as stack:
                 is_open = FINISHED not in work.progress  # else everything is finished, and only to be renamed
-                writer = stack.enter_context(_open_writer(tensors, targets, work, shard_bytes)) if is_open else None
+                shards = plan_shards(tensors.checkpoints.base.index, shard_bytes)
+                writer = stack.enter_context(open_writer(tensors, targets, work, shards)) if is_open else None
                 delta = stack.enter_context(_open_delta(targets, work)) if is_open else None
                 rewrite = Rewrite(tensors, targets, work, writer, delta, force=force)
                 yield rewrite
@@ -207,18 +208,25 @@ def _refuse_damaged(work: Work, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _open_writer(
-    tensors: Tensors, targets: Targets, work: Work, shard_bytes: int | None
+def open_writer(
+    tensors: Tensors, targets: Targets, work: Work, shards: Sequence[tuple[str, Sequence[str]]]
 ) -> Iterator[StreamedWriter | None]:
+    """Lay out files of the checkpoint in the work folder, or those that a killed run has laid out.
+
+    Args:
+        tensors: give types and shapes.
+        targets: of the run; no writer where there is no checkpoint.
+        work: the work folder.
+        shards: names of the files, if they are to lie in a folder, and of the tensors in each.
+    """
     out, rows = targets.checkpoint, work.progress.get("rows")
     if out is None:
         yield None
         return
-    index = tensors.checkpoints.base.index
-    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in index.tensors.values()]
-    shards = plan_shards(index, shard_bytes) if is_folder(out) else None
+    infos = [tensors.info(name) for _, names in shards for name in names]
+    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in infos]
     make = StreamedWriter.reopen if rows else StreamedWriter.create
-    with make(out, specs, work=work.staging, shards=shards) as writer:
+    with make(out, specs, work=work.staging, shards=shards if is_folder(out) else None) as writer:
         writer.mark_written(rows or ())
         yield writer
 

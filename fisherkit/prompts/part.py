@@ -1,11 +1,10 @@
 """One of several parts of a prompt set, dealt out so that all of them take about as long."""
 
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fisherkit.errors import PromptError
+from fisherkit.kernels.deal import deal
 from fisherkit.options.part import Part
 from fisherkit.prompts.dataset import PromptSet
 from fisherkit.prompts.report import hash_samples, ranges
@@ -28,28 +27,6 @@ class PartOfSet:
     def as_json(self) -> dict[str, Any]:
         """Return it as a sidecar notes it."""
         return {"number": self.part.number, "of": self.part.of, "sha256": self.sha256, "samples": self.samples}
-
-
-def deal(lengths: Sequence[int], of: int) -> list[list[int]]:
-    """Deal samples out to ``of`` parts of about as many tokens each; the same samples give the same parts everywhere.
-
-    The longest sample that is left goes to the part with the fewest tokens, of equal ones to the first: at the end
-    no part has more than another by more than its last sample.
-
-    Args:
-        lengths: tokens of each sample.
-        of: number of parts.
-
-    Returns:
-        For each part the indices of its samples, ascending; empty where there are more parts than samples.
-    """
-    parts: list[list[int]] = [[] for _ in range(of)]
-    loads = [(0, number) for number in range(of)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, number = loads[0]
-        parts[number].append(index)
-        heapq.heapreplace(loads, (load + lengths[index], number))
-    return [sorted(part) for part in parts]
 
 
 def take_part(prompts: PromptSet, part: Part) -> tuple[PromptSet, PartOfSet]:

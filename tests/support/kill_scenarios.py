@@ -124,6 +124,13 @@ SCENARIOS = (
         ("out",),
         older=("fapm", "{base}", "{tuned}", "out", "--sparsity", "0.5"),
     ),
+    Scenario(
+        "fapm-last-share",
+        ("fapm", "{base}", "{tuned}", "out", "--shard", "2/2"),
+        ("out",),
+        older=("fapm", "{base}", "{tuned}", "out", "--shard", "1/2"),
+        reader=("inspect", "out"),
+    ),
     Scenario("merge", ("merge", "{base}", "{tuned}", "out", "--alpha", "0.5", "--report", "r.json"), ("out", "r.json")),
     Scenario(
         "merge-shards", ("merge", "{base}", "{tuned}", "out", "--alpha", "0.5", "--max-shard-size", "30KB"), ("out",)

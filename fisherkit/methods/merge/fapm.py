@@ -14,9 +14,10 @@ from typing import Any
 from fisherkit.errors import OptionError
 from fisherkit.kernels.density import DensityMap
 from fisherkit.methods.merge.fapm_prune import Pruner, change_tensor, kept_share, make_pruners, recall_samples
-from fisherkit.methods.merge.fapm_report import FapmReport, facts, make_report
+from fisherkit.methods.merge.fapm_report import FapmReport, facts, make_report, unfinished_report
 from fisherkit.methods.merge.output import fingerprint, provenance, say_warnings, write_side_files
 from fisherkit.methods.merge.pair_run import Request, open_run
+from fisherkit.methods.merge.shares import check_share, write_share
 from fisherkit.options import FapmOptions
 from fisherkit.pairs.outputs import Targets, check_targets
 from fisherkit.pairs.rewrite import rewriting
@@ -51,7 +52,8 @@ def fapm(
         say: gets remarks for people.
 
     Returns:
-        The report; with nothing to write that is all that is made.
+        The report; with nothing to write that is all that is made. Of a share (``options.shard``) while others are
+        missing: ``missing`` names them, and only its own tensors are told of.
 
     Raises:
         CheckpointError: the two cannot be read, do not belong together, or are identical.
@@ -63,6 +65,8 @@ def fapm(
     out, sparse = (None if path is None else Path(path) for path in (out, sparse))
     if sparse is not None:
         check_sparse(sparse, options)
+    if options.shard is not None:
+        check_share(options, sparse=sparse is not None)
     is_written = out is not None or sparse is not None or bool(beside)
     targets = Targets(checkpoint=out, delta=sparse, beside=tuple(beside)) if is_written else None
     with open_run(Request("fapm", str(base), str(tuned), targets, options, command, track, say)) as run:
@@ -81,6 +85,8 @@ def fapm(
         density_map = DensityMap(options.metric) if figure else None
         if targets is None:
             report = _only_report(pruner, density_map)
+        elif options.shard is not None:
+            report = _write_share(pruner, targets, marks, density_map, beside)
         else:
             report = _write(pruner, targets, marks, density_map, beside)
         say_warnings(report.warnings, say)
@@ -142,6 +148,20 @@ def _write(
         report = replace(report, files=rewrite.seal(_about_delta(pruner, report)))
         rewrite.publish({path: make(report) for path, make in beside.items()})
     return report
+
+
+def _write_share(
+    pruner: Pruner,
+    targets: Targets,
+    marks: Mapping[str, str],
+    density_map: DensityMap | None,
+    beside: Mapping[Path, Callable[[FapmReport], bytes]],
+) -> FapmReport:
+    run, options = pruner.run, pruner.options
+    share = write_share(run, targets, options, marks, lambda name: change_tensor(pruner, name, None))
+    if share.missing:
+        return unfinished_report(run, options, pruner.share, share.rows, share.missing)
+    return _write(replace(pruner, options=replace(options, resume=True)), targets, marks, density_map, beside)
 
 
 def _names_to_change(pruner: Pruner, targets: Targets) -> list[str]:

@@ -1,7 +1,7 @@
 """Report of ``fapm``: rows per tensor, their sums, and the table of the model card."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class FapmReport:
         warnings: what a person should know.
         provenance: checkpoints, options, versions.
         map: densities of |d| against |W| for the figure, where it was asked for.
+        missing: shares of the output that other processes have still to write; the output is not there before.
     """
 
     path: Path | None
@@ -44,6 +45,7 @@ class FapmReport:
     warnings: tuple[str, ...]
     provenance: Mapping[str, Any]
     map: DensityMap | None = None
+    missing: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return what ``--report`` and ``--json`` write."""
@@ -57,6 +59,7 @@ class FapmReport:
             "tensors": dict(self.tensors),
             "rules": dict(self.rules),
             "warnings": list(self.warnings),
+            **({"missing": list(self.missing)} if self.missing else {}),
         }
 
 
@@ -85,6 +88,24 @@ def make_report(
             f"{run.request.tuned}: is identical to BASE in all {len(rows)} tensors that take part; there is nothing to "
             "prune"
         )
+    return _report(run, options, share, rows, density_map)
+
+
+def unfinished_report(
+    run: Run, options: FapmOptions, share: Fraction, rows: Mapping[str, TensorRow], missing: tuple[str, ...]
+) -> FapmReport:
+    """Return the report of one share of an output, of which others are missing; arguments as of make_report."""
+    own = {name: row for name, row in rows.items() if row}
+    return replace(_report(run, options, share, own, None), path=None, missing=missing)
+
+
+def _report(
+    run: Run,
+    options: FapmOptions,
+    share: Fraction,
+    rows: Mapping[str, TensorRow],
+    density_map: DensityMap | None,
+) -> FapmReport:
     return FapmReport(
         path=run.request.targets.checkpoint if run.request.targets is not None else None,
         files=(),

@@ -8,6 +8,7 @@ layer, the gentler), ``alpha``. None of them given, it is the interpolation ``(1
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fisherkit.methods.merge.output import (
     write_side_files,
 )
 from fisherkit.methods.merge.pair_run import Request, Run, load_pair, open_run, refuse_bad_values, untouched
+from fisherkit.methods.merge.shares import check_share, write_share
 from fisherkit.methods.merge.solved import open_lora, solve_line, solve_tensor, solve_totals, unsolved
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.blend import blend
@@ -48,6 +50,7 @@ class MergeReport:
         rules: what happened to the tensors that did not.
         warnings: what a person should know.
         provenance: checkpoints, options, versions.
+        missing: shares of the output that other processes have still to write; the output is not there before.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class MergeReport:
     rules: Mapping[str, Any]
     warnings: tuple[str, ...]
     provenance: Mapping[str, Any]
+    missing: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return what ``--report`` and ``--json`` write."""
@@ -68,6 +72,7 @@ class MergeReport:
             "tensors": dict(self.tensors),
             "rules": dict(self.rules),
             "warnings": list(self.warnings),
+            **({"missing": list(self.missing)} if self.missing else {}),
         }
 
 
@@ -101,6 +106,8 @@ def merge(
         ResumeError: the work folder belongs to another run.
     """
     options, out, beside = options or MergeOptions(), Path(out), beside or {}
+    if options.shard is not None:
+        check_share(options)
     given = inputs_of(options)
     targets = Targets(checkpoint=out, beside=tuple(beside))
     request = Request("merge", str(base), str(tuned), targets, options, command, track, say)
@@ -112,12 +119,17 @@ def merge(
             "also": inputs.solver.tunes.fingerprints if inputs.solver is not None else [],
             "names": run.chosen.names,
         }
-        names = list(run.checkpoints.base.index.tensors)
+        names, marks = list(run.checkpoints.base.index.tensors), fingerprint(run.checkpoints, settings)
+        if options.shard is not None:
+            share = write_share(run, targets, options, marks, partial(merge_tensor, run, options, inputs))
+            if share.missing:
+                return replace(_report(run, options, out, inputs, share.rows), missing=share.missing)
+            options = replace(options, resume=True)
         with rewriting(
             run.tensors,
             targets,
             names,
-            fingerprint=fingerprint(run.checkpoints, settings),
+            fingerprint=marks,
             shard_bytes=options.shard_bytes,
             resume=options.resume,
             force=options.force,
@@ -210,6 +222,13 @@ def _make_report(
         raise CheckpointError(
             f"{run.request.tuned}: is identical to BASE where it takes part; there is nothing to merge"
         )
+    return _report(run, options, out, inputs, rows)
+
+
+def _report(
+    run: Run, options: MergeOptions, out: Path, inputs: MergeInputs, rows: Mapping[str, TensorRow]
+) -> MergeReport:
+    rows = {name: row for name, row in rows.items() if row}
     return MergeReport(
         path=out,
         files=(),

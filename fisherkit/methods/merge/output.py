@@ -32,7 +32,7 @@ def provenance(request: Request, checkpoints: Pair) -> dict[str, Any]:
         request: what was asked for.
         checkpoints: BASE and FT.
     """
-    options = {key: value for key, value in asdict(request.options).items() if key not in ("force", "resume")}
+    options = {key: value for key, value in asdict(request.options).items() if key not in ("force", "resume", "shard")}
     return {
         "format": f"fisherkit.{request.method}/1",
         "base": {"id": public_id(checkpoints.base_source), "revision": checkpoints.base_source.revision},

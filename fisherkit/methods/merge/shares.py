@@ -1,0 +1,82 @@
+"""One share of a checkpoint that several processes of ``fapm`` or ``merge`` write; see pairs.shares."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from fisherkit.errors import OptionError, counted, some_names
+from fisherkit.methods.merge.pair_run import Run
+from fisherkit.options import FapmOptions, MergeOptions, PairOptions
+from fisherkit.options.part import Part
+from fisherkit.pairs.outputs import Targets, check_targets
+from fisherkit.pairs.rewrite import Changed, TensorRow
+from fisherkit.pairs.shares import files_of_share, put_together, writing_share
+
+
+class Share(NamedTuple):
+    """What became of a share.
+
+    Attributes:
+        rows: of its tensors.
+        missing: shares that are not complete; none once the files of all are where a run goes on with them.
+    """
+
+    rows: Mapping[str, TensorRow]
+    missing: tuple[str, ...]
+
+
+def check_share(options: PairOptions, *, sparse: bool = False) -> None:
+    """Refuse options under which a share would need to know what becomes of the others.
+
+    Args:
+        options: of the command, with a shard.
+        sparse: a sparse delta is asked for.
+
+    Raises:
+        OptionError: see above.
+    """
+    if sparse:
+        raise OptionError("--shard writes files of a checkpoint; --sparse goes without it")
+    if isinstance(options, FapmOptions) and options.selects and options.scope != "tensor":
+        raise OptionError(
+            f"--shard goes with --scope tensor: a quota for a whole {options.scope} is not known to one process alone"
+        )
+    if isinstance(options, MergeOptions) and options.lora_rank is not None:
+        raise OptionError("--lora-rank makes an adapter of all tensors; it goes without --shard")
+
+
+def write_share(
+    run: Run,
+    targets: Targets,
+    options: PairOptions,
+    marks: Mapping[str, str],
+    change: Callable[[str], Changed],
+) -> Share:
+    """Write a share, and put all of them together if it was the last.
+
+    Args:
+        run: BASE and FT.
+        targets: of the whole output.
+        options: name the share.
+        marks: fingerprint of the run.
+        change: from a name to the tensor as it is to be written.
+
+    Raises:
+        CheckpointError: what ``change`` raises.
+        OutputError: the output exists already, the disk is full, or another process makes this share.
+        ResumeError: what is there belongs to another run.
+    """
+    assert options.shard is not None
+    part, rows = Part(*options.shard), {}
+    check_targets(targets, marks, force=options.force, resume=True)
+    files = files_of_share(run.tensors, options.shard_bytes, part)
+    if files:
+        names = [name for _, own in files for name in own]
+        with writing_share(run.tensors, targets, part, files, marks, resume=options.resume) as rewrite:
+            if rewrite is not None:
+                rewrite.write_all(names, change, run.request.track)
+                rows = dict(rewrite.rows)
+    missing = put_together(run.tensors, targets, part.of, marks, options.shard_bytes, force=options.force)
+    if missing:
+        done = f"share {part} is written" if files else f"share {part} has no file to write"
+        run.request.say(f"{done}; {counted(len(missing), 'share')} missing: {some_names(missing, 8)}")
+    return Share(rows, tuple(missing))
