@@ -88,6 +88,18 @@ def test_what_a_share_cannot_know_is_refused(pair: Pair, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_shares_without_a_file_wait_for_nobody_and_hinder_nobody(pair: Pair, tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "out"
+    for number in (9, 1, 2, 3, 8):
+        report = fapm(*pair, out, FapmOptions(shard=(number, 9)), say=said.append)
+        assert bool(report.missing) == (number in (9, 1, 2))
+    assert said[0] == "share 9/9 has no file to write; 3 shares missing: 1/9, 2/9, 3/9"
+    assert said[-1] == f"share 8/9 has no file to write, and {out} is there"
+    fapm(*pair, tmp_path / "whole")
+    assert pairs.files(out) == pairs.files(tmp_path / "whole")
+
+
 def test_an_output_that_is_there_is_refused_before_a_share_is_written(pair: Pair, tmp_path: Path) -> None:
     shutil.copytree(pair[0], tmp_path / "out")
     done = fisherkit("fapm", *pair, "out", "--shard", "1/2", cwd=tmp_path)

@@ -120,6 +120,12 @@ def put_together(
     return []
 
 
+def is_put_in_place(targets: Targets, of: int) -> bool:
+    """Return whether the output is there, and no share of it is."""
+    shares = any(_folder(targets, Part(number, of)).exists() for number in range(1, of + 1))
+    return os.path.lexists(targets.main) and not targets.work_folder.exists() and not shares
+
+
 def _folder(targets: Targets, part: Part) -> Path:
     out = targets.checkpoint
     if out is None:

@@ -159,7 +159,7 @@ def _write_share(
 ) -> FapmReport:
     run, options = pruner.run, pruner.options
     share = write_share(run, targets, options, marks, lambda name: change_tensor(pruner, name, None))
-    if share.missing:
+    if not share.is_last:
         return unfinished_report(run, options, pruner.share, share.rows, share.missing)
     return _write(replace(pruner, options=replace(options, resume=True)), targets, marks, density_map, beside)
 

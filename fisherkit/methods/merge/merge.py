@@ -122,7 +122,7 @@ def merge(
         names, marks = list(run.checkpoints.base.index.tensors), fingerprint(run.checkpoints, settings)
         if options.shard is not None:
             share = write_share(run, targets, options, marks, partial(merge_tensor, run, options, inputs))
-            if share.missing:
+            if not share.is_last:
                 return replace(_report(run, options, out, inputs, share.rows), missing=share.missing)
             options = replace(options, resume=True)
         with rewriting(

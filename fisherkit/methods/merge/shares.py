@@ -9,7 +9,7 @@ from fisherkit.options import FapmOptions, MergeOptions, PairOptions
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import Targets, check_targets
 from fisherkit.pairs.rewrite import Changed, TensorRow
-from fisherkit.pairs.shares import files_of_share, put_together, writing_share
+from fisherkit.pairs.shares import files_of_share, is_put_in_place, put_together, writing_share
 
 
 class Share(NamedTuple):
@@ -17,11 +17,13 @@ class Share(NamedTuple):
 
     Attributes:
         rows: of its tensors.
-        missing: shares that are not complete; none once the files of all are where a run goes on with them.
+        missing: shares that are not complete.
+        is_last: the files of all shares are where a run goes on with them, and this process does.
     """
 
     rows: Mapping[str, TensorRow]
     missing: tuple[str, ...]
+    is_last: bool
 
 
 def check_share(options: PairOptions, *, sparse: bool = False) -> None:
@@ -67,8 +69,11 @@ def write_share(
     """
     assert options.shard is not None
     part, rows = Part(*options.shard), {}
-    check_targets(targets, marks, force=options.force, resume=True)
     files = files_of_share(run.tensors, options.shard_bytes, part)
+    if not files and is_put_in_place(targets, part.of):  # by the others, who needed no help
+        run.request.say(f"share {part} has no file to write, and {targets.main} is there")
+        return Share({}, (), is_last=False)
+    check_targets(targets, marks, force=options.force, resume=True)
     if files:
         names = [name for _, own in files for name in own]
         with writing_share(run.tensors, targets, part, files, marks, resume=options.resume) as rewrite:
@@ -79,4 +84,4 @@ def write_share(
     if missing:
         done = f"share {part} is written" if files else f"share {part} has no file to write"
         run.request.say(f"{done}; {counted(len(missing), 'share')} missing: {some_names(missing, 8)}")
-    return Share(rows, tuple(missing))
+    return Share(rows, tuple(missing), is_last=not missing)
