@@ -79,7 +79,7 @@ def fapm(
         }
         del settings["density"]  # says the same
         marks = fingerprint(run.checkpoints, settings)
-        if targets is not None:
+        if targets is not None and options.shard is None:
             check_targets(targets, marks, force=options.force, resume=options.resume)  # before everything is read
         pruner = make_pruners(run, options, [share], write=out is not None, list_kept=sparse is not None)[0]
         density_map = DensityMap(options.metric) if figure else None
