@@ -177,6 +177,7 @@ def test_a_killed_sweep_goes_on_to_the_same_outputs(
         assert figures(json.loads((tmp_path / "out.json").read_text())) == wanted
         assert pairs.same_checkpoint(tmp_path / "out", tmp_path / "alone")
         assert not list(tmp_path.glob("*.partial"))
+        assert "exists already" in one_line(cli(*killed, "--resume"))  # at once: there is nothing to go on with
         shutil.rmtree(tmp_path / "out")
         (tmp_path / "out.json").unlink()
 

@@ -155,9 +155,15 @@ def check(sweep: Sweep, inputs: Sequence[str]) -> None:
         check_figure(sweep.picture, force=force)
     for path in sweep.outputs:
         if path is not None:
-            check_target(path, force=force)
+            check_target(path, force=sweep.options.force or (force and _is_under_way(sweep)))
     written = [path for path in (sweep.figures, sweep.picture, sweep.samples) if path is not None]
     check_apart(written, [Path(one) for one in inputs], sweep.outputs[0])
+
+
+def _is_under_way(sweep: Sweep) -> bool:
+    """Return whether a killed run was writing the outputs: some may be in place already, and are its own."""
+    targets = sweep.targets()
+    return targets is not None and targets.work_folder.exists()
 
 
 def score_points(points: "Points", names: Sequence[str], sweep: Sweep, track: Track, say: Say) -> "ScoreReport":
