@@ -9,7 +9,7 @@ import score_reports
 
 from fisherkit.errors import OptionError
 from fisherkit.kernels.front import front
-from fisherkit.methods.score.advice import advise, check_budgets
+from fisherkit.methods.score.advice import advise, check_budgets, front_of
 from fisherkit.options.budget import Budget, parse_budget
 
 SETS = ("old", "new")
@@ -76,6 +76,19 @@ def test_the_best_point_within_the_budget_is_advised() -> None:
         assert found.chosen == name, most
         assert (name or "no point stays within") in found.line
         assert f"old:+{most:g}" in found.line
+
+
+def test_the_front_of_a_report_is_over_all_of_its_sets() -> None:
+    found = front_of(score_reports.sweep(losses=LOSSES))
+    assert found == ["BASE", "fapm 0.9", "fapm 0.5", "fapm 0.1", "FT"]
+    three = score_reports.report(
+        {
+            "a": {"old": (2.0, 0), "code": (1.0, 0), "new": (3.0, 0)},
+            "b": {"old": (2.1, 0), "code": (1.1, 0), "new": (3.0, 0)},
+            "c": {"old": (2.1, 0), "code": (0.9, 0), "new": (3.1, 0)},
+        }
+    )
+    assert front_of(three) == ["a", "c"]
 
 
 def test_the_figures_of_the_advice_are_those_of_the_report() -> None:

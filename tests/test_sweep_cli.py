@@ -149,6 +149,7 @@ def test_pictures_and_figures_are_made_of_the_sweep(pair: Pair, asked: list[str]
     table = worked(cli("merge", *pair, "--alpha", "0.2,0.5", *beside, *asked))
     whole = json.loads((tmp_path / "s.json").read_text())
     assert whole["advice"]["line"] in (tmp_path / "s.html").read_text()
+    assert set(whole["front"]) <= {"BASE", "FT", "alpha 0.2", "alpha 0.5"}
     names = [one["name"] for one in whole["checkpoints"]]
     assert names == ["BASE", "FT", "alpha 0.2", "alpha 0.5"]
     assert all(name in table for name in names)

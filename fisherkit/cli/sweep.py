@@ -228,11 +228,12 @@ def conclude(
         say: for people.
     """
     from fisherkit.checkpoint.atomic import write_json
-    from fisherkit.methods.score.advice import advise
+    from fisherkit.methods.score.advice import advise, front_of
     from fisherkit.render import files
 
     advice = advise(report, sweep.budgets, points, controls, TUNED)
-    whole = {**report.as_json(), "advice": {"chosen": advice.chosen, "line": advice.line}}
+    best = front_of(report)
+    whole = {**report.as_json(), "front": best, "advice": {"chosen": advice.chosen, "line": advice.line}}
     if sweep.figures is not None:
         write_json(sweep.figures, whole)
     if sweep.picture is not None:
@@ -241,6 +242,7 @@ def conclude(
         typer.echo(json.dumps(whole, indent=1, allow_nan=False))
     else:
         console.show_score(report)
+    say(f"front: {', '.join(best)}; no other is better on one set and as good on the others")
     say(f"advice: {advice.line}")
     return advice
 

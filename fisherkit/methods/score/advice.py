@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fisherkit.errors import OptionError
+from fisherkit.kernels.front import front
 from fisherkit.methods.score.report import CheckpointScore, ScoreReport
 from fisherkit.options.budget import Budget
 
@@ -48,6 +49,12 @@ def check_budgets(budgets: Sequence[Budget], sets: Sequence[str]) -> tuple[Budge
     if set(bound) == set(sets):
         raise OptionError("a sweep is judged by at least two prompt sets: --prompts old=FILE --prompts new=FILE")
     return tuple(budgets)
+
+
+def front_of(report: ScoreReport) -> list[str]:
+    """Return the names of the checkpoints that no other beats on all sets, in the order of the first set's losses."""
+    places = [[one.sets[name].loss for name in report.sets] for one in report.checkpoints]
+    return [report.checkpoints[at].name for at in front(places)]
 
 
 def advise(
