@@ -29,11 +29,13 @@ class FineTunes:
     def __init__(self, stack: ExitStack, run: Run, given: Sequence[str]) -> None:
         self._run = run
         self._pairs: list[Pair] = []
+        self._names: list[frozenset[str]] = []
         self._buffers = [BufferPool() for _ in given]
         for one in given:
             pair = stack.enter_context(open_pair(run.request.base, one))
             self._check(pair, one)
             self._pairs.append(pair)
+            self._names.append(frozenset(pair.tuned.names))
 
     @property
     def fingerprints(self) -> list[str]:
@@ -48,8 +50,8 @@ class FineTunes:
             base: [n] its values, not changed yet.
         """
         found: list[tuple[Stored, str] | None] = []
-        for pair, buffers in zip(self._pairs, self._buffers, strict=True):
-            if name in pair.tuned.names:
+        for pair, names, buffers in zip(self._pairs, self._names, self._buffers, strict=True):
+            if name in names:
                 values = pair.tuned.load(name, base, self._run.tensors.pool, buffers)
                 found.append((values, pair.tuned.code(name)))
             else:

@@ -7,6 +7,7 @@ those of the new task. Weights that share their inputs share a decomposition.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class RegMean:
         self._files = tuple(map(str, (old, new, *(one for _, one in options.also))))
         self.keep_factors: Callable[[str, Doubles, Doubles], None] | None = None
 
-    @property
+    @cached_property
     def covered(self) -> frozenset[str]:
         """BASE's tensors that are solved for."""
         return frozenset(self._keys)
