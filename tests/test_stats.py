@@ -170,3 +170,23 @@ def test_a_tower_with_more_tensors_is_not_the_text_model() -> None:
 def test_gpt2_names_have_layers() -> None:
     assert locate("h.11.attn.c_attn.weight", "h") == Location(11, "h.11", "attn.c_attn")
     assert locate("0.weight", "") == Location(None, "0", "0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [65_535, 65_536, 1 << 20, (1 << 20) + 77])
+def test_numbers_of_16_bits_are_counted_as_float32_ones_are(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    bits = torch.randint(-(1 << 15), 1 << 15, (size,), generator=generator, dtype=torch.int32)
+    tensor = bits.to(torch.int16).view(dtype)
+    found, wanted = tensor_stats(tensor), tensor_stats(tensor.float())
+    for name in ("numel", "max", "zeros", "negative", "nonfinite"):
+        assert getattr(found, name) == getattr(wanted, name), name
+    assert found.sum == pytest.approx(wanted.sum, rel=1e-13)
+    counted, summed = ([row[:2] for row in one.histogram.bins] for one in (found, wanted))
+    assert counted == summed
+    for one, other in zip(found.histogram.bins, wanted.histogram.bins, strict=True):
+        assert one[2] == pytest.approx(other[2], rel=1e-13)
+
+
+def test_16_bit_numbers_of_which_none_is_finite_have_no_largest() -> None:
+    assert tensor_stats(torch.full((1 << 17,), float("nan"), dtype=torch.bfloat16)).max == 0.0

@@ -1,9 +1,13 @@
-"""A few threads that share the blocks of one tensor. numpy lets go of the interpreter inside of its loops."""
+"""Threads that share the blocks of one tensor, or take whole tensors side by side.
+
+numpy lets go of the interpreter inside of its loops.
+"""
 
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -13,8 +17,9 @@ from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.floats import Stored
 from fisherkit.kernels.prune_scores import BLOCK, Scratch
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
-_MOST = 8  # more cores than the memory can feed
+_MOST = 16  # more cores than the memory can feed
 _TRANSFER = 8 << 20  # bytes read per call of a thread
 
 
@@ -36,6 +41,35 @@ class BlockPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._executor.shutdown(cancel_futures=True)
 
+    def side_by_side(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yield ``function(item)`` in order, of items that are taken by one thread each, which shares nothing.
+
+        What a thread maps meanwhile it does itself. At most two items per thread are under way.
+
+        Args:
+            function: called by the threads.
+            items: asked for one by one, shortly before their turn.
+        """
+        under_way: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                under_way.append(self._executor.submit(self._alone, function, item))
+                if len(under_way) >= 2 * self.threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+            wait(under_way)
+
+    def _alone(self, function: Callable[[Item], Result], item: Item) -> Result:
+        self._local.is_alone = True
+        try:
+            return function(item)
+        finally:
+            self._local.is_alone = False
+
     @property
     def scratch(self) -> Scratch:
         """Memory of the calling thread."""
@@ -52,8 +86,8 @@ class BlockPool:
             step: entries of a block.
         """
         starts = block_starts(count, step)
-        if len(starts) == 1:
-            return [function(0, count)]
+        if len(starts) == 1 or getattr(self._local, "is_alone", False):
+            return [function(start, min(start + step, count)) for start in starts]
         return list(self._executor.map(lambda start: function(start, min(start + step, count)), starts))
 
     def read(self, reader: ArrayReader, name: str, out: Stored) -> None:

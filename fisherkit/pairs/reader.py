@@ -1,4 +1,7 @@
-"""Both checkpoints, tensor after tensor, in two buffers: what is read next is fetched by the system meanwhile."""
+"""Both checkpoints, tensor after tensor, in two buffers: what is read next is fetched by the system meanwhile.
+
+Threads that take whole tensors side by side have buffers of their own.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,12 +19,13 @@ from fisherkit.pairs.parallel import BlockPool, BufferPool
 
 AHEAD_BYTES = 256 << 20
 """How much of the files to come the system is asked for."""
+_SIDE_BY_SIDE_BYTES = 32 << 20
 _DOUBLE_BUFFERED_BYTES = 64 << 20
 """Tensors up to this size have two buffers to be in, so that one is written while the next one is computed."""
 
 
 class Tensors:
-    """Reads what a pair of checkpoints holds; one tensor is valid at a time.
+    """Reads what a pair of checkpoints holds; one tensor is valid at a time, in each thread.
 
     Attributes:
         checkpoints: BASE and FT.
@@ -33,9 +37,8 @@ class Tensors:
         self.checkpoints = checkpoints
         self.pool = pool
         self.in_use = threading.Lock()
-        self._buffers = BufferPool()
+        self._local = threading.local()
         self._means: dict[str, float] = {}  # of tensors that are finite throughout, and may be loaded again
-        self._turn = 0  # which of the two buffers of the base is being filled
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fisherkit-ahead")
         self._tuned = frozenset(checkpoints.tuned.names)
 
@@ -44,6 +47,22 @@ class Tensors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ahead.shutdown(cancel_futures=True)
+
+    @property
+    def _buffers(self) -> BufferPool:
+        """Memory of the calling thread."""
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = BufferPool()
+        return self._local.buffers  # type: ignore[no-any-return]
+
+    @property
+    def _turn(self) -> int:
+        """Which of the calling thread's two buffers of the base is being filled."""
+        return getattr(self._local, "turn", 0)
+
+    def is_small(self, name: str) -> bool:
+        """Return whether a tensor is small enough for each thread to hold one."""
+        return self.info(name).nbytes <= _SIDE_BY_SIDE_BYTES
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says of the base's tensor."""
@@ -85,7 +104,7 @@ class Tensors:
         """
         if not self._buffers.holds(f"base {self._turn}", data):
             return False
-        self._turn ^= 1
+        self._local.turn = self._turn ^ 1
         return True
 
     def load(

@@ -1,15 +1,16 @@
-"""Tensors of a pair computed one after the other and written as they are, with resume, in constant memory."""
+"""Tensors of a pair computed and written, each as soon as it is done, with resume, in constant memory."""
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisherkit.artefacts.sparse_delta import sidecar_of
 from fisherkit.artefacts.sparse_writer import Entries, SparseWriter
-from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.target import is_folder
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
@@ -17,6 +18,7 @@ from fisherkit.errors import CheckpointError, OptionError, ResumeError
 from fisherkit.floats import Stored
 from fisherkit.pairs.outputs import DELTA, FINISHED, Targets, check_targets, open_work, publish_all
 from fisherkit.pairs.reader import Tensors
+from fisherkit.pairs.shards import plan_shards
 from fisherkit.progress import Track
 
 TensorRow = dict[str, Any]
@@ -66,39 +68,65 @@ class Rewrite:
         self._force = force
         self._files: list[str] = work.progress.get("files", [])  # names of the checkpoint's, once it is complete
         self._committed = time.monotonic()
+        self._lock = threading.Lock()  # around the rows, which several threads add to
+        self._commits = threading.Lock()  # one after the other
 
     @property
     def folder(self) -> Path | None:
         """Folder that will be renamed, for what is to lie beside the weights; None if there is none, or no more."""
         return self._writer.staged if self._writer is not None and is_folder(self._targets.main) else None
 
-    def write_all(self, names: Sequence[str], change: Callable[[str], Changed], track: Track) -> None:
+    def write_all(
+        self, names: Sequence[str], change: Callable[[str], Changed], track: Track, *, in_order: bool = False
+    ) -> None:
         """Compute and write every tensor that is not done yet.
 
-        One is written, and from time to time synced, while the next one is computed.
+        Small tensors are taken side by side, by a thread each, which reads, computes and writes. Threads share a large
+        one; and so they do with every tensor where the order counts.
 
         Args:
             names: the tensors, in BASE's order.
-            change: from a name to the tensor as it is to be written.
+            change: from a name to the tensor as it is to be written; called by several threads unless ``in_order``.
             track: progress in bytes.
+            in_order: what becomes of a tensor depends on those before it, or one takes much more memory than it has.
         """
         stage = "writing" if self._writer is not None else "pruning"
         total = sum(self._tensors.info(name).nbytes for name in names)
-        done = sum(self._tensors.info(name).nbytes for name in self.rows)
+        left = [name for name in names if name not in self.rows]
+        done = total - sum(self._tensors.info(name).nbytes for name in left)
+        is_small = {name: self._tensors.is_small(name) and not in_order and self._delta is None for name in left}
+        walk = self._tensors.walk(left)  # one, so that what the system reads ahead crosses from one kind to the other
+        for together, run in groupby(left, is_small.__getitem__):
+            stretch = islice(walk, len(list(run)))
+            for name in self._side_by_side(stretch, change) if together else self._one_by_one(stretch, change):
+                done += self._tensors.info(name).nbytes
+                track(stage, done, total)
+        self.rows = {name: self.rows[name] for name in names}
+        track(stage, total, total)
+
+    def _side_by_side(self, names: Iterable[str], change: Callable[[str], Changed]) -> Iterator[str]:
+        """Compute and write tensors by a thread each; yield their names."""
+
+        def one(name: str) -> str:
+            self._store(name, change(name))
+            return name
+
+        yield from self._tensors.pool.side_by_side(one, names)
+
+    def _one_by_one(self, names: Iterable[str], change: Callable[[str], Changed]) -> Iterator[str]:
+        """Compute one tensor while the one before it is written; yield their names."""
         with ThreadPoolExecutor(1, thread_name_prefix="fisherkit-write") as behind:
             writing: Future[None] | None = None
-            for name in self._tensors.walk([name for name in names if name not in self.rows]):
-                track(stage, done, total)
+            for name in names:
                 changed = change(name)
                 if writing is not None:
                     writing.result()
                 writing = behind.submit(self._store, name, changed)
                 if not self._tensors.double_buffer(changed.data):  # the next tensor is read over this one
                     writing.result()
-                done += changed.data.nbytes
+                yield name
             if writing is not None:
                 writing.result()
-        track(stage, total, total)
 
     def _store(self, name: str, changed: Changed) -> None:
         if self._writer is not None:
@@ -108,17 +136,23 @@ class Rewrite:
             self._writer.mark_written([name])
         if self._delta is not None and changed.entries is not None:
             self._delta.add(name, changed.entries)
-        self.rows[name] = changed.row
-        if time.monotonic() - self._committed > _COMMIT_SECONDS:
+        with self._lock:
+            self.rows[name] = changed.row
+            is_due = time.monotonic() - self._committed > _COMMIT_SECONDS
+            if is_due:
+                self._committed = time.monotonic()
+        if is_due:
             self.commit()
 
     def commit(self) -> None:
         """Sync what is written, and then note that it is."""
-        if self._writer is not None:
-            self._writer.sync()
-        state = {"delta": self._delta.sync()} if self._delta is not None else {}
-        self._work.commit(rows=self.rows, **state)
-        self._committed = time.monotonic()
+        with self._commits:
+            with self._lock:
+                rows = dict(self.rows)  # what is added from now on may miss the sync
+            if self._writer is not None:
+                self._writer.sync()
+            state = {"delta": self._delta.sync()} if self._delta is not None else {}
+            self._work.commit(rows=rows, **state)
 
     def seal(self, about: Mapping[str, Any]) -> tuple[Path, ...]:
         """Complete checkpoint and delta where they are made.
@@ -238,39 +272,3 @@ def _open_delta(targets: Targets, work: Work) -> Iterator[SparseWriter | None]:
         return
     with closing(SparseWriter(work.folder, work.progress.get("delta"))) as delta:
         yield delta
-
-
-def plan_shards(index: CheckpointIndex, shard_bytes: int | None) -> list[tuple[str, Sequence[str]]]:
-    """Divide an output into files: as the base is divided, under transformers' names, or by size.
-
-    Args:
-        index: BASE.
-        shard_bytes: largest file, unless a single tensor is larger; None for the base's own division.
-
-    Returns:
-        File names, and the names of the tensors in each.
-    """
-    groups: list[list[str]] = []
-    if shard_bytes is None:
-        of = {file: [info.name for info in index.tensors.values() if info.file == file] for file in index.files}
-        groups = [names for names in of.values() if names]
-    else:
-        room = 0
-        for info in index.tensors.values():
-            if not groups or info.nbytes > room:
-                groups.append([])
-                room = shard_bytes
-            groups[-1].append(info.name)
-            room -= info.nbytes
-    if len(groups) == 1:
-        return [("model.safetensors", groups[0])]
-    return [(f"model-{n:05d}-of-{len(groups):05d}.safetensors", names) for n, names in enumerate(groups, start=1)]
-
-
-def refuse_unwritable(index: CheckpointIndex) -> None:
-    """Raise CheckpointError for tensors of a type that cannot be written back."""
-    for info in index.tensors.values():
-        try:
-            TensorSpec(info.name, info.dtype, info.shape)
-        except ValueError as error:
-            raise CheckpointError(f"{info.file}: {error}") from None

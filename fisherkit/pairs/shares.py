@@ -20,7 +20,8 @@ from fisherkit.kernels.deal import deal
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import COMPLETE, PROGRESS, Targets
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import Rewrite, open_writer, plan_shards
+from fisherkit.pairs.rewrite import Rewrite, open_writer
+from fisherkit.pairs.shards import plan_shards
 
 Files = Sequence[tuple[str, Sequence[str]]]
 """Names of files, and of the tensors in each."""

@@ -141,7 +141,10 @@ def _write(
             pruner.shared.recall(rewrite.rows)
         if density_map is not None:
             recall_samples(pruner, rewrite.rows, density_map)
-        rewrite.write_all(names, lambda name: change_tensor(pruner, name, density_map), run.request.track)
+        in_order = pruner.shared is not None or density_map is not None or run.checkpoints.tuned.kind == "adapter"
+        rewrite.write_all(
+            names, lambda name: change_tensor(pruner, name, density_map), run.request.track, in_order=in_order
+        )
         report = make_report(run, options, pruner.share, rewrite.rows, density_map)
         if rewrite.folder is not None:
             write_side_files(rewrite.folder, run, report.as_json(), facts(report.as_json()))

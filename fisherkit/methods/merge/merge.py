@@ -135,7 +135,8 @@ def merge(
             force=options.force,
         ) as rewrite:
             lora = open_lora(run, options, inputs.solver, rewrite)
-            rewrite.write_all(names, lambda name: merge_tensor(run, options, inputs, name), track)
+            in_order = bool(inputs.subspaces) or inputs.solver is not None or run.checkpoints.tuned.kind == "adapter"
+            rewrite.write_all(names, lambda name: merge_tensor(run, options, inputs, name), track, in_order=in_order)
             report = _make_report(run, options, out, inputs, rewrite.rows)
             if lora is not None and rewrite.folder is not None:
                 lora.finish(rewrite.folder, rewrite.rows, public_id(run.checkpoints.base_source))

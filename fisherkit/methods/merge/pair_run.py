@@ -19,7 +19,8 @@ from fisherkit.pairs.pair import Pair, open_pair
 from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.prune import flipped_signs
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import TensorRow, refuse_unwritable
+from fisherkit.pairs.rewrite import TensorRow
+from fisherkit.pairs.shards import refuse_unwritable
 from fisherkit.pairs.virtual import take_tuned
 from fisherkit.progress import Say, Track
 

@@ -1,0 +1,70 @@
+"""Tensors that threads take side by side come out as one after the other; errors and order are the same."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pairs
+import pytest
+
+import fisherkit
+from fisherkit.options import FapmOptions, MergeOptions
+from fisherkit.pairs import parallel, reader
+from fisherkit.pairs.parallel import BlockPool
+
+
+def test_items_come_back_in_order_and_what_a_thread_maps_it_does_itself() -> None:
+    with BlockPool(3) as pool:
+
+        def one(item: int) -> tuple[int, set[int]]:
+            return item, set(pool.map(lambda start, stop: threading.get_ident(), 10, 1)) - {threading.get_ident()}
+
+        assert list(pool.side_by_side(one, iter(range(50)))) == [(item, set()) for item in range(50)]
+        assert len(pool.map(lambda start, stop: start, 10, 1)) == 10
+
+
+def test_no_more_items_are_asked_for_than_are_under_way() -> None:
+    asked: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            asked.append(item)
+            yield item
+
+    with BlockPool(2) as pool:
+        for done, _ in enumerate(pool.side_by_side(lambda item: item, items())):
+            assert len(asked) <= done + 4
+
+
+def test_the_first_error_in_order_is_the_one_that_is_raised() -> None:
+    second_failed = threading.Event()
+
+    def fail(item: int) -> None:
+        if item == 2:
+            second_failed.wait(5)
+            raise ValueError("first")
+        if item == 3:
+            second_failed.set()
+            raise ValueError("second")
+
+    with BlockPool(2) as pool, pytest.raises(ValueError, match="first"):
+        list(pool.side_by_side(fail, range(10)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("method", ["fapm", "merge"])
+def test_the_number_of_threads_and_who_shares_what_do_not_matter(
+    method: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pairs.make(tmp_path)
+    run = {
+        "fapm": lambda out: fisherkit.fapm(base, tuned, out, FapmOptions(sparsity=0.7)),
+        "merge": lambda out: fisherkit.merge(base, tuned, out, MergeOptions(alpha=0.5)),
+    }[method]
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda process: set(range(threads)))
+    one = run(tmp_path / "side-by-side")
+    monkeypatch.setattr(reader, "_SIDE_BY_SIDE_BYTES", -1)
+    other = run(tmp_path / "shared")
+    assert list(one.tensors) == list(other.tensors)
+    for file in sorted((tmp_path / "shared").glob("*.safetensors")):
+        assert (tmp_path / "side-by-side" / file.name).read_bytes() == file.read_bytes()
