@@ -5,9 +5,9 @@
     python benchmarks/limit.py --size 24GB --memory 3GB     eight times the memory, through every command
     python benchmarks/limit.py --size 2GB --memory 1GB      the same, small, to try it out
 
-With --size the checkpoint goes through ``extract``, ``mask --preset fggm``, ``fapm``, ``merge`` and ``score``, which take
-turns on the disk: what no later command reads is deleted. It takes three times the size, and the two samples that are read
-show memory and disk, not a useful Fisher.
+With --size the checkpoint goes through ``extract``, ``mask --preset fggm``, ``fapm``, ``merge`` and ``score``, which
+take turns on the disk: what no later command reads is deleted. It takes three times the size, and the two samples that
+are read show memory and disk, not a useful Fisher.
 
 The limit is a memory cgroup (v2 or v1; needs root), in which files that the kernel can drop don't count against us but
 everything that we hold does; without the right to make one it is RLIMIT_DATA, which counts all private memory.
