@@ -97,6 +97,19 @@ def test_several_fine_tunes_in_any_order(wide: Pair, tmp_path: Path) -> None:
             np.testing.assert_allclose(one[name], mixed / (f + g + old[name]), rtol=0, atol=1e-7)
 
 
+def test_fine_tunes_count_by_their_weights(wide: Pair, tmp_path: Path) -> None:
+    other = pairs.fine_tune(wide[0], tmp_path / "other", seed=7)
+    paths = [tmp_path / f"{name}.safetensors" for name in ("new", "second")]
+    new, second = (fisher_file(path, wide[0], seed) for seed, path in enumerate(paths))
+    words = ("--fisher", "none", paths[0], "--also", other, paths[1], "--weights", "1,3")
+    worked(cli("merge", *wide, tmp_path / "out", *words))
+    theirs, others, got = (doubles(path) for path in (wide[1], other, tmp_path / "out"))
+    for name in new:
+        f, g = damped(new, name), damped(second, name)
+        wanted = (f * theirs[name] + 3 * g * others[name]) / (f + 3 * g)
+        np.testing.assert_allclose(got[name], wanted, rtol=0, atol=1e-7)
+
+
 def test_fishers_of_zeros_leave_the_fine_tune(wide: Pair, tmp_path: Path) -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in pairs.tensors(wide[0]).items()}
     path = tmp_path / "zeros.safetensors"

@@ -19,6 +19,7 @@ from pairs import Pair, cli, one_line, worked
 from transformers import AutoModelForCausalLM
 
 import fisherkit
+from fisherkit.errors import OptionError
 from fisherkit.methods.merge import regmean
 from fisherkit.methods.merge.points import open_merge_points
 from fisherkit.options import ExtractOptions, MergeOptions
@@ -182,6 +183,32 @@ def test_several_fine_tunes_in_any_order(wide: Pair, tmp_path: Path) -> None:
         np.testing.assert_allclose(three[name], wanted, rtol=0, atol=1e-6)
         all_of_them = (mixed + ours[name] @ c_old[name]) @ np.linalg.inv(grams[0] + grams[1] + c_old[name])
         np.testing.assert_allclose(one[name], all_of_them, rtol=0, atol=1e-6)
+
+
+def test_fine_tunes_count_by_their_weights(wide: Pair, tmp_path: Path) -> None:
+    other = pairs.fine_tune(wide[0], tmp_path / "other", seed=7)
+    _, new = files(tmp_path, wide)
+    second = covariance_files.write(tmp_path / "second.safetensors", inputs(3), model=other)
+    words = ("--regmean", "none", new, "--also", other, second, "--weights", "1,3")
+    worked(cli("merge", *wide, tmp_path / "out", *words))
+    theirs, others, got = (doubles(path) for path in (wide[1], other, tmp_path / "out"))
+    c_new, c_second = by_weight(inputs(2)), by_weight(inputs(3))
+    for name in got:
+        if name not in c_new:
+            np.testing.assert_allclose(got[name], (theirs[name] + 3 * others[name]) / 4, rtol=0, atol=1e-7)
+            continue
+        g, h = (c + MU * np.trace(c) / len(c) * np.eye(len(c)) for c in (c_new[name], c_second[name]))
+        wanted = (theirs[name] @ g + 3 * others[name] @ h) @ np.linalg.inv(g + 3 * h)
+        np.testing.assert_allclose(got[name], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [((1.0,), "1 numbers for FT and 1 of --also"), ((1.0, 0.0), "above 0"), ((1.0, float("nan")), "above 0")],
+)
+def test_weights_that_do_not_fit_are_refused(weights: tuple[float, ...], match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        MergeOptions(regmean=("old", "new"), also=(("other", "second"),), weights=weights)  # type: ignore[arg-type]
 
 
 def test_an_adapter_is_a_fine_tune(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Shard, ShardSize
 from fisherkit.cli.sweep import BudgetText, Controls, Prompts, Samples
 from fisherkit.errors import OptionError
 from fisherkit.options import MergeOptions, Side
+from fisherkit.options.combine import parse_weights
 
 HOW, SOLVE = "What is done to the delta", "Or solve for it"
 
@@ -118,6 +119,10 @@ def merge(
         list[str] | None,
         typer.Option(metavar="FT2 NEW2", help="A further fine-tune of BASE, and its NEW.", rich_help_panel=SOLVE),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W", help="What FT and each of --also count, such as 1,2.", rich_help_panel=SOLVE),
+    ] = None,
     damping: Annotated[
         str | None,
         typer.Option(
@@ -181,6 +186,7 @@ def merge(
             regmean=_old_and_new(regmean),
             fisher=_old_and_new(fisher),
             also=tuple(map(_tune_and_new, also or ())),
+            weights=parse_weights(weights) if weights is not None else None,
             lora_rank=lora_rank,
             force_model=force_model,
             **shared.pair_options(

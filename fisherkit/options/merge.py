@@ -112,6 +112,7 @@ class MergeOptions(PairOptions):
         fisher: the same with diagonal Fishers.
         old_weight: what OLD counts beside NEW.
         also: further fine-tunes of BASE, each with its own NEW.
+        weights: what FT and each of ``also`` count beside each other, one number each; None for 1 each.
         damping: what is added to NEW in every direction, as a share of its mean, and decides where NEW says nothing;
             None for 0.001 of covariances and 0.000001 of Fishers.
         lora_rank: of ``regmean``: besides, make an adapter of this rank of the solved deltas, in ``OUT/lora``.
@@ -129,6 +130,7 @@ class MergeOptions(PairOptions):
     fisher: tuple[Path | None, Path] | None = None
     old_weight: float = 1.0
     also: tuple[tuple[str, Path], ...] = ()
+    weights: tuple[float, ...] | None = None
     damping: float | None = None
     lora_rank: int | None = None
     force_model: bool = False
@@ -149,6 +151,21 @@ class MergeOptions(PairOptions):
     def solves(self) -> bool:
         """True where deltas are solved for."""
         return self.regmean is not None or self.fisher is not None
+
+    @property
+    def tune_weights(self) -> tuple[float, ...]:
+        """What FT and each of ``also`` count."""
+        return self.weights if self.weights is not None else (1.0,) * (1 + len(self.also))
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        if not self.also or len(self.weights) != 1 + len(self.also):
+            raise OptionError(
+                f"--weights has {len(self.weights)} numbers for FT and {len(self.also)} of --also; give one for each"
+            )
+        if not all(0 < weight <= 1e12 for weight in self.weights):
+            raise OptionError(f"--weights takes numbers above 0 such as 1,2, not {','.join(map(str, self.weights))}")
 
     def _check_solve(self) -> None:
         for option in ("regmean", "fisher"):
@@ -172,3 +189,4 @@ class MergeOptions(PairOptions):
             raise OptionError("--lora-rank is for --regmean, whose deltas it makes an adapter of")
         if self.also and not self.solves:
             raise OptionError("--also is for --regmean and --fisher")
+        self._check_weights()

@@ -29,9 +29,13 @@ def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape) // width, width
 
 
-def mean_of(deltas: list[Doubles], rows: slice) -> Doubles:
-    """Return the plain mean of some rows' deltas; a Change."""
-    mean: Doubles = np.mean(deltas, axis=0)
+def mean_of(weights: Sequence[float]) -> Change:
+    """Return what makes the mean of some rows' deltas, each by its weight."""
+
+    def mean(deltas: list[Doubles], rows: slice) -> Doubles:
+        total: Doubles = np.average(deltas, axis=0, weights=weights)
+        return total
+
     return mean
 
 

@@ -87,7 +87,8 @@ class FisherMerge:
             nonlocal sums
             width = deltas[0].shape[1]
             span = rows.start * width, rows.start * width + deltas[0].size
-            weights = [file.read(name, *span) + mu for file, mu in zip(self._news, mus, strict=True)]
+            shares = zip(self._options.tune_weights, self._news, mus, strict=True)
+            weights = [weight * (file.read(name, *span) + mu) for weight, file, mu in shares]
             wanted = sum(d.reshape(-1) * g for d, g in zip(deltas, weights, strict=True))
             known = sum(weights)
             old = self._old.read(name, *span) if self._old is not None else np.zeros_like(known)

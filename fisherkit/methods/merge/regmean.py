@@ -126,11 +126,14 @@ class RegMean:
 
     def _filter(self, key: Key) -> Filter:
         damping = self._options.damping if self._options.damping is not None else _DAMPING
-        return self._filters.get((self._files, damping, key), lambda: self._decompose(key, damping))
+        return self._filters.get(
+            (self._files, self._options.tune_weights, damping, key), lambda: self._decompose(key, damping)
+        )
 
     def _decompose(self, key: Key, damping: float) -> Filter:
         old = self._old.moment(key[0]) if self._old is not None else None
-        news = [(1.0, file.moment(name)) for file, name in zip(self._news, key[1:], strict=True)]
+        moments = [file.moment(name) for file, name in zip(self._news, key[1:], strict=True)]
+        news = list(zip(self._options.tune_weights, moments, strict=True))
         try:
             return decompose(news, old, damping)
         except CheckpointError as error:

@@ -118,7 +118,9 @@ def solve_tensor(run: Run, options: MergeOptions, solver: Solver, name: str) -> 
         counts, figures = solver.rule.change(pair, name)
     else:
         others, shape = solver.tunes.load(name, pair.base), flat_shape(info.shape)
-        counts = change_rows(pair, others, shape, input_axis=1, scale=options.alpha, change=mean_of)
+        counts = change_rows(
+            pair, others, shape, input_axis=1, scale=options.alpha, change=mean_of(options.tune_weights)
+        )
     refuse_bad_values(run.tensors, name, counts.nonfinite, options, pair.base)
     if counts.rounded_away:
         remarks |= {"changed": counts.kept + counts.rounded_away, "rounded_away": counts.rounded_away}
