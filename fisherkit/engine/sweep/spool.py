@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from fisherkit.engine.model.copies import HostCopy, host_bytes, host_memory, to_
 from fisherkit.errors import ResumeError
 
 MOST_COMING = 4
-"""Entries that may be on their way to the disk before another is taken."""
+"""Entries that may be on their way to the disk before another is taken: so far may the host be ahead of a device."""
 
 
 class Spool:
@@ -124,21 +125,24 @@ class Spool:
 
 
 class Budget:
-    """Bytes of memory that spools may share."""
+    """Bytes of memory that spools may share, whatever threads they write on."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.left = limit_bytes
+        self._lock = threading.Lock()
 
     def take(self, count: int) -> bool:
         """Take ``count`` bytes if they are there."""
-        if count > self.left:
-            return False
-        self.left -= count
-        return True
+        with self._lock:
+            if count > self.left:
+                return False
+            self.left -= count
+            return True
 
     def give(self, count: int) -> None:
         """Give bytes back."""
-        self.left += count
+        with self._lock:
+            self.left += count
 
 
 def _bytes(tensor: Tensor) -> memoryview:
