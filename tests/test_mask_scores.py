@@ -37,7 +37,7 @@ def test_scores_that_look_at_the_weights(score: str, aggregate: str, tmp_path: P
     generator = np.random.default_rng(1)
     weights = {name: generator.standard_normal(a.shape).astype(np.float32) for name, a in arrays.items()}
     checkpoint = write(tmp_path / "model.safetensors", weights)
-    found = made(tmp_path, arrays, train="top", keep=0.3, aggregate=aggregate, score=score, weights=str(checkpoint))
+    found = made(tmp_path, arrays, train="top", keep=0.3, aggregate=aggregate, score=score, weights=checkpoint)
     scores = {name: SCORES[score](a.astype(np.float64), weights[name].astype(np.float64)) for name, a in arrays.items()}
     if aggregate == "none":
         assert_same(found, top(scores, "0.3", "tensor"))

@@ -89,14 +89,14 @@ class MaskOptions:
     combine: Combine | None = None
     scope: Scope | None = None
     score: MaskScore = "fisher"
-    weights: str | None = None
+    weights: str | Path | None = None
     against: Path | None = None
     contrast: Contrast | None = None
     svd_rank: int | None = None
     svd_energy: float | None = None
     pull: float | None = None
     basis: Basis | None = None
-    delta: str | None = None
+    delta: str | Path | None = None
     activations: Path | None = None
     side: Side | None = None
     device: str = "auto"
@@ -105,6 +105,9 @@ class MaskOptions:
 
     def __post_init__(self) -> None:
         as_paths(self, "against", "activations")
+        for name in ("weights", "delta"):  # may be org/name, so a text it is
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else str(value))
         for option, value, kind in (
             ("train", self.train, Top),
             ("protect", self.protect, Top),

@@ -65,11 +65,11 @@ class MaskInputs:
         with ExitStack() as stack:
             self.fisher = stack.enter_context(Values(index, "Fisher"))
             if options.weights is not None:
-                source = resolve_model(options.weights)
+                source = resolve_model(str(options.weights))
                 self.weights = stack.enter_context(Counterpart.of(index, open_index(source.path)))
                 architecture = architecture or _architecture(source.path)
             if options.delta is not None:
-                self.delta = stack.enter_context(Counterpart.of(index, open_index(resolve_model(options.delta).path)))
+                self.delta = stack.enter_context(Counterpart.of(index, open_index(resolve_model(str(options.delta)).path)))
             if options.against is not None:
                 self.other = stack.enter_context(Counterpart.of(index, open_index(options.against), "Fisher"))
             self._stack = stack.pop_all()
