@@ -46,7 +46,7 @@ def draw_samples(samples: WorstSamples, console: Console, *, every: bool) -> Non
     table.add_column("set", overflow="fold")
     for heading in ("row", "tokens", "loss", "change", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis")
+    table.add_column("text", no_wrap=True, overflow="ellipsis")
     for row in rows:
         change = row["difference"]
         table.add_row(
@@ -57,7 +57,7 @@ def draw_samples(samples: WorstSamples, console: Console, *, every: bool) -> Non
             formatting.number(row["loss"]),
             f"{change:+.4f}" if isinstance(change, float) else "-",
             formatting.number(row["kl"]),
-            Text(formatting.printable(" ".join(str(row["prompt"]).split())) or "-"),
+            Text(formatting.printable(" ".join(f"{row['prompt']}{row['answer']}".split()))),
         )
     console.print(table)
     if len(rows) < len(samples.rows):
@@ -131,5 +131,5 @@ def _with_interval(value: float | None, ci95: float | None) -> str:
 
 def _table(first: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, overflow="fold", style="cyan")
+    table.add_column(first, overflow="fold", style="cyan", min_width=len(first))
     return table

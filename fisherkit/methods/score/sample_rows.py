@@ -60,7 +60,9 @@ def _texts(sample: Sample, tokenizer: Any) -> dict[str, str]:
     """Return the start of what a sample says before its first token that counts, and of what counts."""
     first = sample.counts.index(True)
     answer = [token for token, counts in zip(sample.ids, sample.counts, strict=True) if counts]
-    return {
-        "prompt": tokenizer.decode(sample.ids[:first][:_SHOWN_TOKENS])[:_SHOWN_CHARACTERS],
-        "answer": tokenizer.decode(answer[:_SHOWN_TOKENS])[:_SHOWN_CHARACTERS],
-    }
+    return {"prompt": _start(sample.ids[:first], tokenizer), "answer": _start(answer, tokenizer)}
+
+
+def _start(ids: Sequence[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(ids[:_SHOWN_TOKENS], skip_special_tokens=True)
+    return text[:_SHOWN_CHARACTERS]
