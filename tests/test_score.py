@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import score_oracle
 import tiny
@@ -180,6 +181,18 @@ def test_blocks_that_cannot_be_replayed_are_run_in_one_piece_and_said(
     assert same_figures(streamed, resident)
     with pytest.raises(UnsupportedModelError, match="cannot be streamed: its blocks are odd"):
         fisherkit.score(folder, prompts, ScoreOptions(engine="stream"))
+
+
+@pytest.mark.parametrize("model_type", ["hrm_text", "glm_moe_dsa", "gemma3n_text"])
+def test_unusual_models_give_the_loss_that_transformers_gives(model_type: str, prompts: Path, tmp_path: Path) -> None:
+    """Blocks in two lists, blocks that hand each other more, hidden states with an axis before the samples'."""
+    model = architectures.make_checkpoint(model_type, tmp_path / "model").model
+    _, rows = scored([tmp_path / "model"], {"set": prompts}, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32, experts_implementation="eager").eval()
+    for row, sample in zip(rows, samples_of(tmp_path / "model", prompts), strict=True):
+        labels = torch.tensor([token for token, counts in zip(sample.ids, sample.counts, strict=True) if counts])
+        found = score_oracle.log_p(loaded, sample)[torch.arange(len(labels)), labels]
+        assert row["loss"] == pytest.approx(-float(found.mean()), abs=CLOSE)
 
 
 def test_a_model_that_turns_out_to_be_odd_starts_over_in_memory(

@@ -35,9 +35,14 @@ class LastRows:
     Attributes:
         labels: token ids [N] to be predicted, on the CPU.
         chunk: R, how many rows a caller should ask for at a time.
+
+    Args:
+        feed: the model and its samples.
+        recorder: runs what follows its blocks; None where logits are kept.
+        spool: that they are kept in.
     """
 
-    def __init__(self, feed: Feed, recorder: BlockCallRecorder, spool: Spool) -> None:
+    def __init__(self, feed: Feed, recorder: BlockCallRecorder | None, spool: Spool) -> None:
         self._feed, self._recorder, self._spool = feed, recorder, spool
         self._starts = [0, *accumulate(sample.loss_tokens for sample in feed.samples)]
         labels = [
@@ -85,6 +90,7 @@ class LastRows:
         (rows,), kind = self._spool.get(str(number), self._feed.device)
         if kind != "whole":
             return kind, rows
+        assert self._recorder is not None
         logits = self._recorder.logits(self._feed.inputs([number]), final=rows)[0]
         return kind, self._counted(number, logits)
 
@@ -94,6 +100,7 @@ class LastRows:
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of hidden states [R, H], laid out as samples of a length that the model takes."""
+        assert self._recorder is not None
         return head_of_rows(self._feed, self._recorder, hidden, self._longest)
 
 

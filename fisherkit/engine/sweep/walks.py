@@ -199,14 +199,13 @@ class ResidentWalk:
     def __init__(self, job: ForwardJob, number: int, folder: Path, budget: Budget) -> None:
         self._job, self._path, self._budget = job, folder / f"rows-{number}.bin", budget
         self._weights = Weights(job.feed.skeleton, job.source, job.feed.device, keep=True)
-        self._recorder = BlockCallRecorder(job.feed.skeleton)
         self._rows: LastRows | None = None
 
     @property
     def rows(self) -> LastRows:
         """Rows of an earlier process where this one has made no visit."""
         if self._rows is None:
-            self._rows = LastRows(self._job.feed, self._recorder, Spool.reopen(self._path, self._budget))
+            self._rows = LastRows(self._job.feed, None, Spool.reopen(self._path, self._budget))
         return self._rows
 
     def load(self, at: int) -> None:
@@ -221,7 +220,7 @@ class ResidentWalk:
     def visit(self, at: int, track: Done) -> None:
         """Run every sample, then drop all weights."""
         feed = self._job.feed
-        self._rows = LastRows(feed, self._recorder, Spool(self._path, self._budget))
+        self._rows = LastRows(feed, None, Spool(self._path, self._budget))
         for number in range(len(feed.samples)):
             self._rows.keep_logits(number, feed.skeleton.model(**feed.inputs([number]), use_cache=False).logits[0])
             track(number + 1)
