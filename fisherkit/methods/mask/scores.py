@@ -69,7 +69,9 @@ class MaskInputs:
                 self.weights = stack.enter_context(Counterpart.of(index, open_index(source.path)))
                 architecture = architecture or _architecture(source.path)
             if options.delta is not None:
-                self.delta = stack.enter_context(Counterpart.of(index, open_index(resolve_model(str(options.delta)).path)))
+                self.delta = stack.enter_context(
+                    Counterpart.of(index, open_index(resolve_model(str(options.delta)).path))
+                )
             if options.against is not None:
                 self.other = stack.enter_context(Counterpart.of(index, open_index(options.against), "Fisher"))
             self._stack = stack.pop_all()
