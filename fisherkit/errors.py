@@ -8,6 +8,7 @@
     ├── TrainingError             a model, an optimizer or a mask that a training run cannot be held to
     ├── OutputError               a target that exists, cannot be written, or a disk that is full
     ├── ResumeError               a work folder that belongs to another run
+    ├── RankFailedError           another process of the same run has failed
     └── MissingLibraryError       an optional library that is not installed
 
 Only ``fisherkit.cli.console`` catches the root of this tree; it prints the message and exits with 1 (or 2).
@@ -60,6 +61,10 @@ class OutputError(FisherkitError):
 
 class ResumeError(FisherkitError):
     """A work folder that does not belong to this model, these prompts and these options."""
+
+
+class RankFailedError(FisherkitError):
+    """Another of the processes that share a run has failed, so that this one cannot go on."""
 
 
 class MissingLibraryError(FisherkitError):

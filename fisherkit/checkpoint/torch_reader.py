@@ -77,6 +77,15 @@ class Reader:
             for info, piece in zip(infos, pieces, strict=True)
         }
 
+    def read_into(self, name: str, memory: Tensor) -> Tensor:
+        """Read the whole tensor into bytes [n] uint8 of its size, aligned, and return it; safetensors only.
+
+        Raises:
+            CheckpointError: as for read.
+        """
+        info = self._info(name)
+        return self._read_bytes(info, info.shape, info.start, memory)
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` (exclusive) of the first dimension; no other byte is read.
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -169,8 +169,17 @@ class StreamedWriter:
         """Place of the output until ``finish`` renames it; what a folder should hold besides shards is put there."""
         return self._staged
 
-    def mark_written(self, names: Iterable[str]) -> None:
-        """Count tensors as written: their parts were, or an earlier process wrote and synced them.
+    def checksums(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the checksums of tensors that ``write`` has written, for ``mark_written`` in another process."""
+        with self._lock:
+            return {name: self._checksums[name] for name in names}
+
+    def mark_written(self, names: Iterable[str], checksums: Mapping[str, int] | None = None) -> None:
+        """Count tensors as written: their parts were, or another process wrote them.
+
+        Args:
+            names: of the tensors; what an earlier process wrote was synced.
+            checksums: of tensors, so that they need not be read back.
 
         Raises:
             ValueError: a name that is not in this layout.
@@ -181,6 +190,7 @@ class StreamedWriter:
             raise ValueError(f"{self._target}: has no tensor {unknown[0]!r}")
         with self._lock:
             self._written |= names
+            self._checksums |= checksums or {}
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk.

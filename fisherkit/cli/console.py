@@ -185,6 +185,10 @@ def guard(function: Callable[[], object], *, debug: bool = False, hint: str = ""
         if debug:
             raise
         say(f"Error: {explain(error)}")
+        if getattr(
+            error, "unheard", False
+        ):  # this rank is silent, and the first one, which should say it, is not there
+            print(f"Error: {explain(error)}", file=sys.__stderr__, flush=True)
         return error.exit_code if isinstance(error, FisherkitError) else EXIT_FAILED
     return 0
 

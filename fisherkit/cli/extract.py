@@ -188,7 +188,7 @@ def extract(
             return
         from fisherkit.methods.extract import measure
 
-        report = measure.extract(model, source, out, options, track=track, say=say)
+        report = measure.extract(model, source, out, options, distributed=True, track=track, say=say)
         typer.echo(json.dumps(_plain(report), indent=1) if as_json else str(report.path))
 
     run(command, debug=debug, hint=f"What is finished is in {out}.partial; --resume goes on with it.")

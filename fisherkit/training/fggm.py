@@ -9,6 +9,9 @@ run that was killed goes on with the task, and the step of it, where it was.
     out/00-<task>/mask.safetensors  mask.json
     out/00-<task>/trainer/                       the Trainer's own checkpoints
     out/00-<task>/model/                         the weights after the task
+
+In several processes (torchrun, accelerate launch) each calls ``run``: they measure and train together, and the first
+one does what is done once. All of them must see the folder.
 """
 
 import dataclasses
@@ -19,20 +22,24 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from fisherkit.checkpoint.atomic import swap_in, write_json
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
-from fisherkit.errors import OptionError, ResumeError, TrainingError
+from fisherkit.engine.ranks.start import open_ranks
+from fisherkit.errors import OptionError, ResumeError
 from fisherkit.methods.extract.measure import extract
 from fisherkit.methods.mask.build import mask
 from fisherkit.options import ExtractOptions, MaskOptions
 from fisherkit.training.callback import MaskedUpdate
 from fisherkit.training.optimizer_hooks import Parity
 
+T = TypeVar("T")
 FORMAT = "fisherkit.fggm/1"
 PAPER = MaskOptions(preset="fggm")
 
@@ -115,15 +122,11 @@ class FGGM:
 
         Raises:
             ResumeError: the folder holds another run.
-            TrainingError: started in several processes.
+            RankFailedError: another process of the run has failed.
             FisherkitError: whatever extract, mask or the training refuses.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise TrainingError(
-                "FGGM runs in one process: for several, run extract and mask in one of them before each task, and give "
-                "MaskedUpdate the mask in all"
-            )
-        self._claim()
+        _join_processes()
+        _once(self._claim)
         done: list[TaskFiles] = []
         for number, task in enumerate(self._tasks):
             start = str(done[-1].model) if done else self._model
@@ -155,17 +158,17 @@ class FGGM:
 
     def _run(self, task: Task, start: str, folder: Path) -> TaskFiles:
         files = TaskFiles(folder / "fisher.safetensors", folder / "mask.safetensors", folder / "model")
-        folder.mkdir(exist_ok=True)
-        if files.model.is_dir():
+        _once(lambda: folder.mkdir(exist_ok=True))
+        if _once(files.model.is_dir):
             self._say(f"{task.name}: trained by an earlier run")
             return files
-        if not _is_whole(files.fisher):
+        if not _once(lambda: _is_whole(files.fisher)):
             self._say(f"{task.name}: measuring its Fisher at {start}")
-            resume = files.fisher.with_name(f"{files.fisher.name}.partial").exists()
+            resume = _once(files.fisher.with_name(f"{files.fisher.name}.partial").exists)
             options = dataclasses.replace(self._extract, resume=resume, force=True)
-            extract(start, task.prompts, files.fisher, options, say=self._say)
-        if not _is_whole(files.mask):
-            mask(files.fisher, files.mask, dataclasses.replace(self._mask, force=True))
+            extract(start, task.prompts, files.fisher, options, distributed=True, say=self._say)
+        if not _once(lambda: _is_whole(files.mask)):
+            _once(lambda: _forget(mask(files.fisher, files.mask, dataclasses.replace(self._mask, force=True))))
         self._say(f"{task.name}: training under {files.mask}")
         self._train(task, start, folder, files)
         return files
@@ -174,15 +177,39 @@ class FGGM:
         checkpoints = folder / "trainer"
         trainer = self._make_trainer(resolve_model(start).path, task, checkpoints)
         trainer.add_callback(MaskedUpdate(files.mask, parity=self._parity))
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+        trainer.train(resume_from_checkpoint=_once(lambda: _last_checkpoint(checkpoints)))
         staged = folder / "model.partial"
-        shutil.rmtree(staged, ignore_errors=True)
-        trainer.save_model(str(staged))
-        if getattr(trainer, "processing_class", None) is None:  # the next Fisher needs the tokenizer
-            AutoTokenizer.from_pretrained(resolve_model(start).path).save_pretrained(staged)
-        swap_in(staged, files.model)
+        _once(lambda: shutil.rmtree(staged, ignore_errors=True))
+        trainer.save_model(str(staged))  # all call it: the parts of one model may lie in all of them
+
+        has_tokenizer = getattr(trainer, "processing_class", None) is not None
+
+        def finish() -> None:
+            if not has_tokenizer:  # the next Fisher needs one
+                AutoTokenizer.from_pretrained(resolve_model(start).path).save_pretrained(staged)
+            swap_in(staged, files.model)
+
+        _once(finish)
         del trainer
         gc.collect()  # weights and optimizer state of this task, before those of the next
+
+
+def _join_processes() -> None:
+    """Make the group of all processes, as the Trainer would, where a launcher has started several."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def _once(act: Callable[[], T]) -> T:
+    """Return what ``act`` gives in the first of all processes, to each of them; what it raises is raised in all."""
+    with open_ranks(torch.device("cpu")) as ranks:
+        return ranks.from_first(act)
+
+
+def _forget(result: object) -> None:
+    """Return nothing, for processes that cannot be sent the result."""
 
 
 def _is_whole(file: Path) -> bool:

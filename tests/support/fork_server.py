@@ -27,7 +27,18 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parents[2]
 ADDRESS = "FISHERKIT_TEST_SERVER"
 # What no library reads while it is imported. Where anything else differs from the server's, a real process is started.
-LATE = {"COLUMNS", "LINES", "NO_COLOR", "PATH", "PWD", "OLDPWD", "TERM", "PYTEST_CURRENT_TEST", "_"}
+LATE = {
+    "FISHERKIT_TEST_APART",
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "PATH",
+    "PWD",
+    "OLDPWD",
+    "TERM",
+    "PYTEST_CURRENT_TEST",
+    "_",
+}
 
 Done = subprocess.CompletedProcess[str]
 Stream = int | IO[Any]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherkit.engine.covariance.experts import ExpertInputs
 from fisherkit.engine.covariance.plan import Covariance, Layer, identity
+from fisherkit.engine.ranks.ranks import Ranks
 from fisherkit.errors import FisherkitError, UnsupportedModelError
 from fisherkit.kernels.covariance import (
     add_second_moment_,
@@ -28,6 +29,7 @@ from fisherkit.kernels.covariance import (
     random_signs,
 )
 from fisherkit.kernels.devices import has_float64, wide_device
+from fisherkit.prompts.part import deal
 
 
 class Accumulator:
@@ -54,6 +56,21 @@ class Accumulator:
         else:
             add_sketch_(self._sum, rows, self._signs)
             self._squares += torch.linalg.vector_norm(rows, dtype=self._squares.dtype).square()
+
+    @property
+    def sum(self) -> Tensor:
+        """What was added up, to be changed in place."""
+        return self._sum
+
+    @property
+    def counts(self) -> tuple[int, float]:
+        """Number of rows, and the sum of their squares, where a sketch does not tell it."""
+        return self.rows, float(self._squares)
+
+    @counts.setter
+    def counts(self, counts: tuple[int, float]) -> None:
+        self.rows = counts[0]
+        self._squares.fill_(counts[1])
 
     def finish(self) -> tuple[Tensor, dict[str, Any]]:
         """Return the mean's upper triangle, or its factor [size, rank], and its figures: tokens, trace, energy.
@@ -152,6 +169,20 @@ class CovarianceHooks:
                 f"--statistics inputs: no token was seen to reach the experts of {min(self._silent)}; leave them out "
                 "with --targets"
             )
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add the sums up over all ranks; this one keeps those that it owns. Sums and sketches are linear in the rows.
+
+        All ranks call it at the same point.
+        """
+        if ranks.size == 1:
+            return
+        dealt = deal([one.sum.numel() for one in self._sums], ranks.size)
+        owners = {number: rank for rank, numbers in enumerate(dealt) for number in numbers}
+        ranks.reduce_([one.sum for one in self._sums], [owners[number] for number in range(len(self._sums))])
+        for one, *counts in zip(self._sums, *ranks.gather([one.counts for one in self._sums]), strict=True):
+            one.counts = sum(rows for rows, _ in counts), sum(squares for _, squares in counts)
+        self._sums = [self._sums[number] for number in dealt[ranks.rank]]
 
     def results(self) -> Iterator[tuple[Covariance, Tensor, dict[str, Any]]]:
         """Yield each finished covariance with its figures; its sum's memory is free afterwards."""

@@ -21,6 +21,8 @@ from fisherkit.engine.covariance.plan import (
 )
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.skeleton import Skeleton
+from fisherkit.engine.ranks.ranks import ALONE, Ranks
+from fisherkit.engine.ranks.shared_file import SharedFile
 
 
 class CovarianceWriter:
@@ -33,15 +35,23 @@ class CovarianceWriter:
         work: the work folder.
         device: where sums are kept.
         form: which covariances, and how they are stored.
+        ranks: processes that gather them together.
     """
 
     def __init__(
-        self, skeleton: Skeleton, plan: Plan, target: Path, work: Path, device: torch.device, form: Form
+        self,
+        skeleton: Skeleton,
+        plan: Plan,
+        target: Path,
+        work: Path,
+        device: torch.device,
+        form: Form,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._form = form
         self._skeleton, self._plan, self._device = skeleton, plan, device
-        self._target, self._work = target, work
-        self._writer: StreamedWriter | None = None
+        self._target, self._work, self._ranks = target, work, ranks
+        self._writer: StreamedWriter | SharedFile | None = None
         self._general: frozenset[str] = frozenset()
         self.shared_inputs: SharedInputs = {}
         self.covariances: list[Covariance] = []
@@ -68,7 +78,7 @@ class CovarianceWriter:
         self.figures = dict(state.get("figures", {}))
         self.covariances = self._planned()  # or refuse now
         if state:
-            self._writer = StreamedWriter.reopen(self._target, self._specs(), work=self._work)
+            self._writer = self._ranks.open_file(self._target, self._specs(), work=self._work, again=True)
             self._writer.mark_written(self.figures)
 
     @property
@@ -84,13 +94,14 @@ class CovarianceWriter:
         self.shared_inputs |= probe.shared_inputs
 
     def lay_out(self) -> None:
-        """Make room for all covariances; the shared inputs of all blocks are known.
+        """Make room for all covariances; the shared inputs of all blocks are known, if only to the first rank.
 
         Raises:
             OutputError: no room on the disk.
         """
+        self.shared_inputs = self._ranks.gather(self.shared_inputs)[0]  # a rank without samples saw none
         self.covariances = self._planned()
-        self._writer = StreamedWriter.create(self._target, self._specs(), work=self._work)
+        self._writer = self._ranks.open_file(self._target, self._specs(), work=self._work, again=False)
 
     def gather(self, blocks: Sequence[int | None]) -> CovarianceHooks:
         """Return hooks with accumulators for the covariances of some blocks."""
@@ -99,11 +110,17 @@ class CovarianceWriter:
         return CovarianceHooks(self._layers(own), covariances, self._device, self._skeleton.model.get_parameter)
 
     def keep(self, gathered: CovarianceHooks) -> None:
-        """Write finished covariances to the file."""
+        """Write finished covariances to the file, each in the rank that owns it."""
         assert self._writer is not None
+        gathered.reduce(self._ranks)
+        finished = {}
         for covariance, values, figures in gathered.results():
             self._writer.write(covariance.name, values.to("cpu"))
-            self.figures[covariance.name] = figures
+            finished[covariance.name] = figures
+        if isinstance(self._writer, SharedFile):
+            self._writer.exchange()
+        for figures_of_rank in self._ranks.gather(finished):
+            self.figures |= figures_of_rank
 
     def state(self) -> dict[str, Any]:
         """Return JSON that ``begin`` takes under ``moments`` in another process, once all is synced; a copy."""

@@ -1,5 +1,6 @@
 """Destination of finished Fisher values: the output file, with statistics for the sidecar kept on the way."""
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,8 @@ from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.model.copies import HostCopy, host_bytes, to_host
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
+from fisherkit.engine.ranks.ranks import Ranks
+from fisherkit.engine.ranks.shared_file import SharedFile
 from fisherkit.errors import FisherkitError
 from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
 
@@ -32,13 +35,16 @@ class FisherSink:
         tensors: that are written; values of others are dropped (a fused parameter may hold more than was asked for).
     """
 
-    def __init__(self, skeleton: Skeleton, writer: StreamedWriter, tensors: Iterable[TargetTensor]) -> None:
+    def __init__(
+        self, skeleton: Skeleton, writer: StreamedWriter | SharedFile, tensors: Iterable[TargetTensor]
+    ) -> None:
         self._skeleton, self._writer = skeleton, writer
         self._wanted = {tensor.name: tensor for tensor in tensors}
         self.figures: dict[str, dict[str, Any]] = {}
         self._histograms: dict[str, Histogram] = {}
         self._behind = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink")  # which begins with the first use
         self._coming: deque[tuple[Future[None], int]] = deque()
+        self._settling = threading.Lock()
         self._most_coming = available_bytes(torch.device("cpu")) // _PART_OF_MEMORY
 
     def __enter__(self) -> Self:
@@ -70,6 +76,22 @@ class FisherSink:
         for name, value in self._skeleton.tensors_of(values).items():
             if name in self._wanted:
                 self._keep(name, value)
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Bring what all ranks added since the last time to the first one; all of them call it at the same point."""
+        assert isinstance(self._writer, SharedFile)
+        self._settle()
+        self._writer.exchange()
+        fresh = {name: self.figures[name] for name in self._histograms if name}
+        own = sum((one for name, one in self._histograms.items() if name), Histogram())
+        known = self._histograms.get("", Histogram())
+        every = ranks.gather((fresh, own.to_json()))
+        if ranks.is_first:
+            added = {name: figures for one, _ in every for name, figures in one.items()}
+            self.figures = {name: figures for name, figures in self.figures.items() if name not in added}
+            self.figures |= {name: added[name] for name in self._wanted if name in added}
+            known = sum((Histogram.from_json(histogram) for _, histogram in every), known)
+        self._histograms = {"": known}
 
     def state(self) -> dict[str, Any]:
         """Return JSON that ``restore`` takes in another process, once all that was added is synced."""
@@ -111,8 +133,9 @@ class FisherSink:
         return [(written, size) for written, size in list(self._coming) if not written.done()]
 
     def _settle(self) -> None:
-        for written, _ in [self._coming.popleft() for _ in range(len(self._coming))]:
-            written.result()
+        with self._settling:  # a commit may be under way
+            for written, _ in [self._coming.popleft() for _ in range(len(self._coming))]:
+                written.result()
 
     def _write(self, name: str, copy: HostCopy) -> None:
         self._writer.write(name, copy.wait()[0])
@@ -139,6 +162,9 @@ class NoSink:
 
     def reset(self) -> None:
         """Forget nothing."""
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Bring nothing to the first rank."""
 
     def state(self) -> dict[str, Any]:
         """Return nothing."""

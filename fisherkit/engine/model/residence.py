@@ -20,7 +20,14 @@ def why_resident(skeleton: Skeleton) -> str | None:
 
 
 def check_resident(
-    name: str, skeleton: Skeleton, device: torch.device, engine: Engine, reason: str, *, needed: int = 0
+    name: str,
+    skeleton: Skeleton,
+    device: torch.device,
+    engine: Engine,
+    reason: str,
+    *,
+    needed: int = 0,
+    room: int | None = None,
 ) -> None:
     """Refuse to keep a model in memory where that was not wanted, or where it does not fit.
 
@@ -31,13 +38,15 @@ def check_resident(
         engine: that was asked for.
         reason: why it cannot be streamed.
         needed: bytes with all that is kept beside the weights; the weights' own if that is more.
+        room: bytes that it may take; all that are free by default.
 
     Raises:
         UnsupportedModelError: see above.
     """
     if engine == "stream":
         raise UnsupportedModelError(f"{name}: cannot be streamed: {reason}; try --engine auto")
-    weights, room = weight_bytes(skeleton), available_bytes(device)
+    weights = weight_bytes(skeleton)
+    room = available_bytes(device) if room is None else room
     if weights > room:
         raise UnsupportedModelError(
             f"{name}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "

@@ -33,7 +33,7 @@ def stream_inputs(job: Job) -> None:
         Weights(job.skeleton, source, job.device, keep=job.keep_weights) as weights,
     ):
         weights.load_outer()
-        with _InputSweep(job, weights) as sweep:
+        with _InputSweep(job, weights) as sweep, job.ranks.guarding():
             sweep.run()
 
 
@@ -46,22 +46,27 @@ def resident_inputs(job: Job) -> None:
         UnsupportedModelError: the model does not run on token ids alone.
     """
     covariances = _covariances_of(job)
-    with job.open_source() as source, Weights(job.skeleton, source, job.device, keep=True) as weights:
+    with (
+        job.open_source() as source,
+        Weights(job.skeleton, source, job.device, keep=True) as weights,
+        job.ranks.guarding(),
+    ):
         weights.load_all()
-        check_runs(job)
+        with job.ranks.agreeing():
+            check_runs(job)
         if not covariances.is_laid_out:
             probe_shared_inputs(job)
         groups = [group for group in job.plan.groups if job.plan.names(group)]
         for number in range(job.work.progress.get("resident", 0), len(groups)):
             with covariances.gather(groups[number]) as gather:
-                for sample in range(len(job.samples)):
+                for step, (sample,) in enumerate(job.batches, start=1):
                     gather.begin(job.lengths([sample]))
                     job.skeleton.model(**job.inputs([sample]), use_cache=False)
                     gather.finish()
-                    job.track("resident", number * len(job.samples) + sample + 1, len(groups) * len(job.samples))
+                    job.track("resident", number * len(job.batches) + step, len(groups) * len(job.batches))
             covariances.keep(gather)
             job.sync()
-            job.work.commit(resident=number + 1, **job.state())
+            job.note(resident=number + 1, **job.state())
 
 
 class _InputSweep(Sweep):
@@ -72,7 +77,8 @@ class _InputSweep(Sweep):
         top = max(number for number, group in enumerate(self.groups) if self.job.plan.names(group))
         if "forward" not in progress:
             self.weights.enter(self.groups[0])
-            check_replay(self.job, self.recorder, self.groups[0])
+            with self.job.ranks.agreeing():
+                check_replay(self.job, self.recorder, self.groups[0])
         self._record()
         self._lay_out(top)
         for number in range(progress["forward"], top + 1):
@@ -89,12 +95,13 @@ class _InputSweep(Sweep):
         if shared_inputs is not None:
             covariances.shared_inputs = shared_inputs
         else:
-            boundary = self._load("boundary-0", 0)
+            boundary = self._load("boundary-0", 0) if self.job.batches else None
             for group in self.groups[: top + 1]:
                 self.weights.enter(group)
-                with covariances.probing(group):
-                    record = self.arguments.get(0, group)
-                    boundary = run_blocks(self.job.skeleton, group, record, boundary)
+                with self.job.ranks.agreeing(), covariances.probing(group):
+                    if boundary is not None:
+                        record = self.arguments.get(0, group)
+                        boundary = run_blocks(self.job.skeleton, group, record, boundary)
                 self.weights.leave(group)
         covariances.lay_out()
         self.job.work.commit(**self.job.state())
@@ -105,7 +112,7 @@ class _InputSweep(Sweep):
         job, group, covariances = self.job, self.groups[number], _covariances_of(self.job)
         self.weights.enter(group, self._next(number + 1) if number < top else ())
         leaving = self._spool(f"boundary-{number + 1}", fresh=True) if number < top else None
-        with covariances.gather(group) as gather:
+        with covariances.gather(group) as gather, job.ranks.agreeing():
             for batch, members in enumerate(job.batches):
                 gather.begin(job.lengths(members))
                 left = self._push_once(number, batch)

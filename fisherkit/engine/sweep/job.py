@@ -1,20 +1,24 @@
 """Job of an engine: model, samples, targets, and where finished values go."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint.tensor_source import TensorSource
 from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.model.copies import send_small
 from fisherkit.engine.model.plan import Plan, replays_of
+from fisherkit.engine.ranks.ranks import ALONE, Ranks
 from fisherkit.engine.sweep.feed import Feed
+from fisherkit.engine.sweep.owners import owners_of
 from fisherkit.engine.sweep.spool import Budget
 from fisherkit.kernels.loss import sample_labels, sample_loss
 from fisherkit.progress import Track
@@ -26,6 +30,9 @@ class Sink(Protocol):
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Take mean squared gradients by parameter name, float32; all measured parameters of a block come together."""
 
+    def exchange(self, ranks: Ranks) -> None:
+        """Bring what all ranks added since the last time to the first one."""
+
     def state(self) -> dict[str, Any]:
         """Return JSON that restores the sink as it is now, in another process; a copy."""
 
@@ -36,6 +43,8 @@ class Sink(Protocol):
 @dataclass(kw_only=True)
 class Job(Feed):
     """A measurement: model and samples, options and destination.
+
+    ``samples`` are those of all ranks, ``batches`` this one's.
 
     Attributes:
         plan: targets and groups.
@@ -49,6 +58,7 @@ class Job(Feed):
         general: parameters to leave to autograd although a linear layer holds them.
         keep_weights: leave weights on the device between the two sweeps.
         covariances: gathers and writes covariances of activations; None where none are asked for.
+        ranks: the processes that share the samples.
     """
 
     plan: Plan
@@ -62,11 +72,19 @@ class Job(Feed):
     keep_weights: bool = False
     general: frozenset[str] = field(default_factory=frozenset)
     covariances: CovarianceWriter | None = None
+    ranks: Ranks = ALONE
 
-    def open_source(self) -> Reader:
+    @contextmanager
+    def open_source(self) -> Iterator[TensorSource]:
         """Open the checkpoint that the weights are read from."""
         assert self.skeleton.index is not None
-        return Reader(self.skeleton.index)
+        with Reader(self.skeleton.index) as reader:
+            yield self.ranks.source(reader)
+
+    @property
+    def spools(self) -> Path:
+        """Folder for what crosses the borders of groups."""
+        return self.ranks.spools(self.work)
 
     def loss(self, number: int, logits: Tensor) -> Tensor:
         """Return the loss l_n of a sample from its logits [T, V]; labels are the data's, or drawn from the model."""
@@ -88,14 +106,30 @@ class Job(Feed):
     def deliver(
         self, blocks: Sequence[int | None], sums: dict[str, Tensor], gathered: CovarianceHooks | None = None
     ) -> None:
-        """Hand sums of squares to the sink as means over the samples, block by block, and covariances to their file."""
+        """Hand sums of squares to the sink as means over the samples, block by block, and covariances to their file.
+
+        Each parameter's sums are those of all ranks then, and its owner's to hand on.
+        """
         if gathered is not None and self.covariances is not None:
             self.covariances.keep(gathered)
+        if self.ranks.size > 1:
+            owners = owners_of(self.plan, sums, self.ranks.size)
+            self.ranks.reduce_(list(sums.values()), owners)
+            sums = {
+                name: one for (name, one), rank in zip(sums.items(), owners, strict=True) if rank == self.ranks.rank
+            }
         for block in blocks:
             names = [name for name in self.plan.names([block]) if name in sums]
             own = {name: sums.pop(name).div_(len(self.samples)) for name in names}
             if own:
                 self.sink.add(own)
+        if self.ranks.size > 1:
+            self.sink.exchange(self.ranks)
+
+    def note(self, **progress: Any) -> None:
+        """Note progress in the work folder, once what it speaks of is on every rank's disk."""
+        self.ranks.meet("note")
+        self.work.commit(**progress)
 
     def replays(self, blocks: Sequence[int]) -> list[list[str]]:
         """Return the parameters that are measured in each replay of these blocks."""

@@ -29,15 +29,15 @@ class Losses:
             self._check(sample, loss.item())
 
     def mean(self) -> float:
-        """Return the mean over all samples.
+        """Return the mean over the samples of all ranks, which all call it at the same point.
 
         Raises:
             FisherkitError: one is not finite.
         """
-        losses: list[float] = torch.stack(self._losses).cpu().tolist()
+        losses: list[float] = torch.stack(self._losses).cpu().tolist() if self._losses else []
         for sample, loss in zip(self._samples, losses, strict=True):
             self._check(sample, loss)
-        return sum(losses) / len(losses)
+        return self._job.ranks.total(sum(losses)) / len(self._job.samples)
 
     def _check(self, sample: int, loss: float) -> None:
         if not math.isfinite(loss):

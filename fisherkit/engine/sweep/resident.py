@@ -24,9 +24,14 @@ def resident(job: Job) -> None:
         AttendsAhead: tokens see later ones.
         FisherkitError: a loss that is not finite.
     """
-    with job.open_source() as source, Weights(job.skeleton, source, job.device, keep=True) as weights:
+    with (
+        job.open_source() as source,
+        Weights(job.skeleton, source, job.device, keep=True) as weights,
+        job.ranks.guarding(),
+    ):
         weights.load_all()
-        check_runs(job)
+        with job.ranks.agreeing():
+            check_runs(job)
         groups: list[tuple[int | None, ...]] = [group for group in job.plan.groups if job.plan.names(group)]
         groups += [(None,)] if job.plan.names([None]) else []
         if job.covariances is not None and not job.covariances.is_laid_out:
@@ -67,7 +72,7 @@ def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -
     sums = job.accumulators(job.plan.names(group))
     losses = Losses(job)
     with trainable(job.skeleton.model, sums) as parameters, job.gathering(group) as gather:
-        for sample in range(len(job.samples)):
+        for step, (sample,) in enumerate(job.batches, start=1):
             if gather is not None:
                 gather.begin(job.lengths([sample]))
             with torch.enable_grad():
@@ -83,8 +88,8 @@ def _measure(job: Job, group: tuple[int | None, ...], number: int, count: int) -
             add_squared_parameters_(sums, parameters)
             if gather is not None:
                 gather.finish()
-            job.track("resident", number * len(job.samples) + sample + 1, count * len(job.samples))
+            job.track("resident", number * len(job.batches) + step, count * len(job.batches))
     mean = losses.mean()
     job.deliver(group, sums, gather)
     job.sync()
-    job.work.commit(resident=number + 1, loss=mean, **job.state())
+    job.note(resident=number + 1, loss=mean, **job.state())

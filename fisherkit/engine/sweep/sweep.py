@@ -42,7 +42,7 @@ def stream(job: Job) -> None:
         Weights(job.skeleton, source, job.device, keep=job.keep_weights) as weights,
     ):
         weights.load_outer()
-        with Sweep(job, weights) as sweep:
+        with Sweep(job, weights) as sweep, job.ranks.guarding():
             sweep.run()
 
 
@@ -58,7 +58,7 @@ class Sweep:
         self.groups = job.plan.groups
         self.top = len(self.groups) - 1
         self.recorder = BlockCallRecorder(job.skeleton)
-        spool = Spool(job.work.folder / "arguments.bin", job.budget)
+        spool = Spool(job.spools / "arguments.bin", job.budget)
         self.arguments = Arguments(job, self.recorder, spool, job.plan.names([None]))
         self.has_outer = bool(job.plan.names([None]))
         self.losses = Losses(job)
@@ -83,7 +83,8 @@ class Sweep:
         lowest = 0 if self.has_outer else measured[0]
         if "forward" not in progress:
             self.weights.enter(self.groups[0])
-            check_replay(self.job, self.recorder, self.groups[0])
+            with self.job.ranks.agreeing():
+                check_replay(self.job, self.recorder, self.groups[0])
         self._record()
         if "backward" not in progress:
             self._forward(progress["forward"])
@@ -101,26 +102,29 @@ class Sweep:
     def _record(self) -> None:
         """Record the arguments of all blocks, and boundary 0."""
         fresh = "forward" not in self.job.work.progress
-        for batch in range(len(self.job.batches)):
-            first = self.arguments.record(batch)
-            if fresh:
-                self._spool("boundary-0", fresh=True).put(str(batch), *Boundary(first).pack())
-            self.job.track("prompts", batch + 1, len(self.job.batches))
+        with self.job.ranks.agreeing():
+            for batch in range(len(self.job.batches)):
+                first = self.arguments.record(batch)
+                if fresh:
+                    self._spool("boundary-0", fresh=True).put(str(batch), *Boundary(first).pack())
+                self.job.track("prompts", batch + 1, len(self.job.batches))
         if fresh:
-            self._spool("boundary-0").finish()
-            self.job.work.commit(forward=0)
+            self._spool("boundary-0", fresh=True).finish()
+            self.job.note(forward=0)
 
     def _forward(self, done: int) -> None:
         """Make the boundaries between the groups."""
         for number in range(done, self.top):
             self.weights.enter(self.groups[number], self._next(number + 1))
             leaving = self._spool(f"boundary-{number + 1}", fresh=True)
-            for batch in range(len(self.job.batches)):
-                leaving.put(str(batch), *self._push(number, batch).pack())
-                self.job.track("forward", number * len(self.job.batches) + batch + 1, self.top * len(self.job.batches))
+            with self.job.ranks.agreeing():
+                for batch in range(len(self.job.batches)):
+                    leaving.put(str(batch), *self._push(number, batch).pack())
+                    step = number * len(self.job.batches) + batch + 1
+                    self.job.track("forward", step, self.top * len(self.job.batches))
             leaving.finish()
             shared_inputs = {} if self.job.covariances is None else {"heard": dict(self.job.covariances.shared_inputs)}
-            self.job.work.commit(forward=number + 1, **shared_inputs)
+            self.job.note(forward=number + 1, **shared_inputs)
             self.weights.leave(self.groups[number])
 
     @torch.no_grad()
@@ -145,7 +149,9 @@ class Sweep:
             return
         if self.job.plan.names(self.groups[self.top]):
             self.weights.enter(self.groups[self.top])
-            self._push(self.top, 0)
+            with self.job.ranks.agreeing():
+                if self.job.batches:
+                    self._push(self.top, 0)
         covariances.lay_out()
         self.job.work.commit(moments=covariances.state())
 
@@ -160,16 +166,17 @@ class Sweep:
             gathering = job.gathering(group) if turn == 0 else nullcontext()
             with Capture(job.skeleton.model, sums, job.general) as capture, gathering as gather:
                 hooks: list[Capture | CovarianceHooks] = [capture] if gather is None else [capture, gather]
-                for batch, members in enumerate(job.batches):
-                    for hook in hooks:
-                        hook.begin(job.lengths(members))
-                    gradient = self._replay(number, batch, keep=not is_last, again=turn > 0)
-                    if turn == 0:
-                        passed.put(str(batch), *gradient.pack())
-                    for hook in hooks:
-                        hook.finish()
-                    self.replayed += 1
-                    job.track("backward", self.replayed, self.replays * len(job.batches))
+                with job.ranks.agreeing():
+                    for batch, members in enumerate(job.batches):
+                        for hook in hooks:
+                            hook.begin(job.lengths(members))
+                        gradient = self._replay(number, batch, keep=not is_last, again=turn > 0)
+                        if turn == 0:
+                            passed.put(str(batch), *gradient.pack())
+                        for hook in hooks:
+                            hook.finish()
+                        self.replayed += 1
+                        job.track("backward", self.replayed, self.replays * len(job.batches))
             if is_last:
                 self.weights.leave(group)
             if number == self.top and turn == 0:
@@ -258,7 +265,7 @@ class Sweep:
     # The work folder
 
     def _spool(self, name: str, *, fresh: bool = False) -> Spool:
-        path = self.job.work.folder / f"{name}.bin"
+        path = self.job.spools / f"{name}.bin"
         if name not in self.spools:
             self.spools[name] = Spool(path, self.job.budget) if fresh else Spool.reopen(path, self.job.budget)
         return self.spools[name]
@@ -273,7 +280,8 @@ class Sweep:
 
         def commit() -> None:
             self.job.sync()
-            self.job.work.commit(**state, **progress)
+            self.job.note(**state, **progress)
+            self.job.ranks.meet("noted")  # what is spent may go once it is noted, no sooner
 
         self.committing = self.disk.submit(commit), spent
 

@@ -8,6 +8,7 @@ from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink, NoSink
 from fisherkit.engine.model.findings import AttendsAhead, NeedsBatchSizeOne, Unreplayable
+from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.plan import only_batches_of_one, replays_of
 from fisherkit.engine.model.residence import check_resident, leaks, takes_token_types, why_resident
 from fisherkit.engine.sweep.inputs import resident_inputs, stream_inputs
@@ -38,6 +39,7 @@ PROGRESS = table(
         "moments": table({}, {"heard": named(text()), "figures": named(named(maybe(number())))}),
         "sink": table({"tensors": named(fisher_sidecar.FIGURES), "histogram": fisher_sidecar.HISTOGRAM}),
         "publishing": table({"force": flag}),
+        "run": text(),
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""
@@ -99,9 +101,10 @@ def _job(
     track: Track,
 ) -> Job:
     assert prepared.prompts is not None
-    options, samples = prepared.options, prepared.prompts.samples
-    singles = [(number,) for number in range(len(samples))]
-    sizes = singles if mode["singles"] else batches(samples, options.batch_tokens)
+    options, samples, ranks = prepared.options, prepared.prompts.samples, prepared.ranks
+    own = ranks.own_samples([len(sample.ids) for sample in samples])
+    packed = batches([samples[number] for number in own], options.batch_tokens)
+    sizes = [(n,) for n in own] if mode["singles"] else [tuple(own[place] for place in batch) for batch in packed]
     replays = [
         len(replays_of(prepared.skeleton, prepared.plan, group, covariances=covariances is not None))
         for group in prepared.plan.groups
@@ -114,7 +117,7 @@ def _job(
         samples=len(samples),
         batches=len(sizes),
         device=prepared.device,
-        track=track,
+        track=ranks.track(track),
     )
     return Job(
         skeleton=prepared.skeleton,
@@ -133,6 +136,7 @@ def _job(
         general=frozenset(mode["general"]),
         token_types=mode.get("token_types", False),
         covariances=covariances,
+        ranks=ranks,
     )
 
 
@@ -155,8 +159,15 @@ def _resident_mode(prepared: Prepared, reason: str, say: Say) -> Mode:
         UnsupportedModelError: it is not possible either, or not wanted.
     """
     needed = prepared.fit.estimate.resident_bytes(prepared.plan)
+    room = prepared.ranks.share(available_bytes(prepared.device), prepared.device)
     check_resident(
-        prepared.source.id, prepared.skeleton, prepared.device, prepared.options.engine, reason, needed=needed
+        prepared.source.id,
+        prepared.skeleton,
+        prepared.device,
+        prepared.options.engine,
+        reason,
+        needed=needed,
+        room=room,
     )
     say(f"the whole model is kept in memory: {reason}")
     return {"engine": "resident", "reason": reason, "singles": True}

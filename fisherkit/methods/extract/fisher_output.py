@@ -16,6 +16,7 @@ from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.covariance.plan import left_out
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.fisher.sink import FisherSink, store_code
+from fisherkit.engine.ranks.shared_file import SharedFile
 from fisherkit.methods.extract.engines import run_engine
 from fisherkit.methods.extract.fit import form_of
 from fisherkit.methods.extract.output import ExtractReport, damaged
@@ -66,6 +67,8 @@ class FisherOutput:
             if "sink" in work.progress:
                 sink.restore(work.progress["sink"])
             run_engine(prepared, work, sink, covariances, track, say)
+            if not prepared.ranks.is_first:
+                return
             if sink.figures.keys() != {tensor.name for tensor in prepared.plan.tensors}:
                 raise damaged(work)
             names = writer.seal()
@@ -101,11 +104,17 @@ class FisherOutput:
         known = {key: value for key, value in made.items() if key not in ("tensors", "histogram")}
         return ExtractReport(paths.fisher, (*tensors, *beside), known, layers)
 
-    def _open_writer(self, prepared: Prepared, work: Work) -> StreamedWriter:
+    def _open_writer(self, prepared: Prepared, work: Work) -> StreamedWriter | SharedFile:
         code, shard_bytes = store_code(prepared.options.store), prepared.options.shard_bytes
         specs = [TensorSpec(tensor.name, code, tensor.shape) for tensor in prepared.plan.tensors]
-        open_writer = StreamedWriter.reopen if "laid_out" in work.progress else StreamedWriter.create
-        writer = open_writer(self.path, specs, work=work.staging, stem="fisher", shard_bytes=shard_bytes)
+        writer = prepared.ranks.open_file(
+            self.path,
+            specs,
+            work=work.staging,
+            again="laid_out" in work.progress,
+            stem="fisher",
+            shard_bytes=shard_bytes,
+        )
         work.commit(laid_out=True)
         return writer
 
@@ -114,7 +123,9 @@ class FisherOutput:
         if not self._has_covariances:
             return nullcontext()
         target, form = self.path.with_name(self._paths.covariances.name), form_of(self._options)
-        return CovarianceWriter(prepared.skeleton, prepared.plan, target, work.staging, prepared.device, form)
+        return CovarianceWriter(
+            prepared.skeleton, prepared.plan, target, work.staging, prepared.device, form, prepared.ranks
+        )
 
     def _describe_covariances(
         self, prepared: Prepared, covariances: CovarianceWriter, made: Mapping[str, Any], say: Say

@@ -58,9 +58,11 @@ class InputsOutput:
         """Measure, and bring both files into the staging folder; arguments as of Output.fill."""
         form = form_of(self._options)
         with CovarianceWriter(
-            prepared.skeleton, prepared.plan, self.path, work.staging, prepared.device, form
+            prepared.skeleton, prepared.plan, self.path, work.staging, prepared.device, form, prepared.ranks
         ) as covariances:
             run_engine(prepared, work, NoSink(), covariances, track, say)
+        if not prepared.ranks.is_first:
+            return
         made = provenance(prepared, work.progress["mode"])
         made = {key: value for key, value in made.items() if key not in _NO_FISHER}
         made["run"] |= {"fingerprint": run, "seconds": round(time.monotonic() - started, 3)}

@@ -10,14 +10,18 @@ them once all of them, JSON included, are whole. Killed at any moment, ``--resum
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.work_folder import MAY_REPLACE, Work, is_remains, read_progress
-from fisherkit.errors import FisherkitError, OutputError, ResumeError
-from fisherkit.methods.extract.checks import check_apart
+from fisherkit.engine.model.device import choose_device
+from fisherkit.engine.ranks.ranks import ALONE, Ranks
+from fisherkit.engine.ranks.start import open_ranks
+from fisherkit.errors import FisherkitError, OutputError, RankFailedError, ResumeError
+from fisherkit.methods.extract.checks import check_alike, check_apart
 from fisherkit.methods.extract.engines import PROGRESS
 from fisherkit.methods.extract.fisher_output import FisherOutput
 from fisherkit.methods.extract.fit import refuse_misfit
@@ -36,6 +40,7 @@ def extract(
     out: str | os.PathLike[str],
     options: ExtractOptions | None = None,
     *,
+    distributed: bool = False,
     track: Track = lambda stage, done, total: None,
     say: Say = lambda line: None,
 ) -> ExtractReport:
@@ -47,55 +52,89 @@ def extract(
         out: ``.pt``, ``.safetensors``, or a folder; bf16 (or fp32) tensors shaped like the weights, by their
             checkpoint names. Of ``statistics="inputs"`` a ``.safetensors`` file of covariances.
         options: what to measure and how.
+        distributed: measure together with the other processes that torchrun has started, or that form the default group
+            of torch.distributed; each of them must call this. Alone where there are none.
         track: progress, called with stage, done and total.
-        say: gets the lines meant for a person.
+        say: gets the lines meant for a person; of several processes the first one alone speaks.
 
     Raises:
         FisherkitError: see ``fisherkit.errors``; nothing is at ``out`` then, and what was finished is kept in
             ``<out>.partial/`` for ``resume``.
     """
     options = options or ExtractOptions()
-    output = _output(Path(out), options)
-    resolve_model(os.fspath(model), weights=False)  # a model that is not there is named before the output is refused
-    left = read_progress(output.partial, PROGRESS) if options.resume else None
-    if left and left.get(MAY_REPLACE):  # the run that is gone on with was allowed to
-        options = dataclasses.replace(options, force=True)
-        output = _output(Path(out), options)
-    may_be_finished = options.resume and left is None and output.path.exists()
-    if not may_be_finished and not (left and "publishing" in left):
-        output.check_free()
-    prepared = prepare(os.fspath(model), prompts, options, say)
+    joined = open_ranks(choose_device(options.device)) if distributed else nullcontext(ALONE)
+    with joined as ranks:
+        return _extract(os.fspath(model), prompts, Path(out), options, ranks.track(track), ranks.say(say), ranks)
+
+
+def _extract(
+    model: str, prompts: PromptSource, out: Path, options: ExtractOptions, track: Track, say: Say, ranks: Ranks
+) -> ExtractReport:
+    options, may_be_finished = ranks.from_first(lambda: _look(model, out, options))
+    output = _output(out, options)
+    prepared = prepare(model, prompts, options, say, ranks=ranks)
     assert prepared.prompts is not None
-    check_apart((*output.written, output.partial), prepared.source, prepared.skeleton, prompts)
+    with ranks.together():
+        check_apart((*output.written, output.partial), prepared.source, prepared.skeleton, prompts)
     say(prepared.prompts.report.line())
     say(prepared.line())
     ours = fingerprint(prepared)
-    if may_be_finished and output.is_of(digest(ours)):
+    check_alike(ours, ranks)
+    if ranks.from_first(lambda: may_be_finished and output.is_of(digest(ours))):
         say(f"{output.path}: is finished already")
-        if is_remains(output.partial):
+        if ranks.is_first and is_remains(output.partial):
             with Work.start(output.partial, ours) as work:
                 work.remove()
-        return output.report()
+        return ranks.from_first(output.report)
     started = time.monotonic()
-    with _open_work(output.partial, ours, options, say) as work:
+    with _open_work(output.partial, ours, options, say, ranks) as work:
         try:
             if "publishing" not in work.progress:
-                output.check_free()  # again: another run may have finished since
+                ranks.from_first(output.check_free)  # again: another run may have finished since
                 output.fill(_with_groups(prepared, work), work, track, say, run=digest(ours), started=started)
-            output.publish(work)
+            ranks.from_first(lambda: output.publish(work))
         except FisherkitError as error:
             if _is_refusal(error, work.progress):
                 work.remove()
             raise
+        ranks.drop_spools(work)
         work.remove()
-    return output.report()
+    return ranks.from_first(output.report)
+
+
+def _look(model: str, out: Path, options: ExtractOptions) -> tuple[ExtractOptions, bool]:
+    """Refuse an output that is there already; return whether it may be what --resume wants to go on with.
+
+    The options are those of the run that is gone on with, where that was allowed to replace its output.
+    """
+    output = _output(out, options)
+    resolve_model(model, weights=False)  # a model that is not there is named before the output is refused
+    left = read_progress(output.partial, PROGRESS) if options.resume else None
+    if left and left.get(MAY_REPLACE):
+        options = dataclasses.replace(options, force=True)
+        output = _output(out, options)
+    may_be_finished = options.resume and left is None and output.path.exists()
+    if not may_be_finished and not (left and "publishing" in left):
+        output.check_free()
+    return options, may_be_finished
 
 
 def _output(out: Path, options: ExtractOptions) -> Output:
     return InputsOutput(out, options) if options.statistics == "inputs" else FisherOutput(out, options)
 
 
-def _open_work(partial: Path, ours: Mapping[str, str], options: ExtractOptions, say: Say) -> Work:
+@contextmanager
+def _open_work(
+    partial: Path, ours: Mapping[str, str], options: ExtractOptions, say: Say, ranks: Ranks
+) -> Iterator[Work]:
+    """Open the work folder in the first process, inside the ``with``; the others look at it."""
+    with ExitStack() as stack:
+        with ranks.together():
+            held = stack.enter_context(_go_on(partial, ours, options, say)) if ranks.is_first else None
+        yield ranks.share_work(held, partial)
+
+
+def _go_on(partial: Path, ours: Mapping[str, str], options: ExtractOptions, say: Say) -> Work:
     """Go on with a killed run, or start afresh, and say which."""
     if options.resume:
         work = Work.resume(partial, ours, PROGRESS)
@@ -127,6 +166,8 @@ def _is_refusal(error: FisherkitError, progress: Mapping[str, Any]) -> bool:
 
     Once a part of the Fisher is finished nothing is dropped: a file that could not be read may be there tomorrow.
     """
+    if isinstance(error, RankFailedError):
+        return False  # the others may still be at work there
     if isinstance(error, OutputError):
         return "groups" not in progress  # refused before it began; a full disk can be emptied
     finished = "sink" in progress or progress.get("moments", {}).get("figures")

@@ -12,11 +12,12 @@ from fisherkit.engine.model.checks import check_fit, folder_of
 from fisherkit.engine.model.config import config_folder
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.model.memory import available_bytes
-from fisherkit.engine.model.needs import HEADROOM
+from fisherkit.engine.model.needs import HEADROOM, Rooms
 from fisherkit.engine.model.open_model import open_skeleton
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.residence import weight_bytes
 from fisherkit.engine.model.skeleton import Skeleton
+from fisherkit.engine.ranks.ranks import ALONE, Ranks
 from fisherkit.errors import CheckpointError, counted
 from fisherkit.methods.extract.fit import Fit, fit, refuse_misfit, room_for
 from fisherkit.options import ExtractOptions
@@ -41,6 +42,7 @@ class Prepared:
         fit: the plan, and the memory that it was made for.
         device: where it computes.
         options: as they were given.
+        ranks: the processes that measure together.
     """
 
     source: ModelSource
@@ -51,6 +53,7 @@ class Prepared:
     fit: Fit
     device: torch.device
     options: ExtractOptions
+    ranks: Ranks = ALONE
 
     @property
     def plan(self) -> Plan:
@@ -70,11 +73,18 @@ class Prepared:
         """Return whether an accelerator can keep all weights between the sweeps; on a CPU the page cache does."""
         if self.device.type == "cpu":
             return False
-        return bool(weight_bytes(self.skeleton) + self.fit.needs.device <= HEADROOM * available_bytes(self.device))
+        room = self.ranks.share(available_bytes(self.device), self.device)
+        return bool(weight_bytes(self.skeleton) + self.fit.needs.device <= HEADROOM * room)
 
 
 def prepare(
-    model: str, prompts: PromptSource | None, options: ExtractOptions, say: Say, *, dry_run: bool = False
+    model: str,
+    prompts: PromptSource | None,
+    options: ExtractOptions,
+    say: Say,
+    *,
+    dry_run: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Look at everything and decide everything; reads headers, prompts and config, but no weights.
 
@@ -84,6 +94,7 @@ def prepare(
         options: what to measure and how.
         say: gets the lines meant for a person.
         dry_run: the config alone is enough: weights, tokenizer and prompts are looked at where they are there.
+        ranks: the processes that measure together; the first one reads the prompts for all.
 
     Raises:
         CheckpointError: model or tokenizer cannot be read, or do not belong together.
@@ -92,22 +103,27 @@ def prepare(
         UnsupportedModelError: no causal language model that can be measured.
         FisherkitError: the run does not fit the memory.
     """
-    source = resolve_model(model, weights=not dry_run)
-    is_elsewhere = dry_run and options.device_memory is not None  # there it need not be here
-    device = torch.device("cuda") if is_elsewhere else choose_device(options.device)
+    is_there = dry_run and options.device_memory is not None  # and need not be here
     is_elsewhere = dry_run and not (options.memory is None and options.device_memory is None)
-    config_folder(source.path)
-    skeleton = open_skeleton(source, _open(source, dry_run), options, device, say, probe=not is_elsewhere)
-    tokenizer = _tokenizer(source, options, dry_run)
+    with ranks.together():
+        source = resolve_model(model, weights=not dry_run)
+        device = torch.device("cuda") if is_there else ranks.device(choose_device(options.device))
+        config_folder(source.path)
+        skeleton = open_skeleton(source, _open(source, dry_run), options, device, say, probe=not is_elsewhere)
+        tokenizer = _tokenizer(source, options, dry_run)
     samples, part = None, None
     if tokenizer is not None and prompts is not None:
-        samples = load_prompts(prompts, tokenizer, options, say=say)
-        if options.shard is not None:
-            samples, part = take_part(samples, Part(*options.shard))
-        check_fit(source, skeleton, samples.samples)
-    found = fit(skeleton, samples, options, room_for(options, device, dry_run=dry_run), say)
-    if not dry_run and options.engine != "resident":
-        refuse_misfit(found, skeleton, samples, options, source.id)
+        samples = ranks.from_first(lambda: load_prompts(prompts, tokenizer, options, say=say))
+        with ranks.together():
+            if options.shard is not None:
+                samples, part = take_part(samples, Part(*options.shard))
+            check_fit(source, skeleton, samples.samples)
+    with ranks.together():
+        rooms = room_for(options, device, dry_run=dry_run)
+    found = fit(skeleton, samples, options, _shared(rooms, device, ranks), say)
+    with ranks.together():
+        if not dry_run and options.engine != "resident":
+            refuse_misfit(found, skeleton, samples, options, source.id)
     return Prepared(
         source=source,
         skeleton=skeleton,
@@ -117,7 +133,14 @@ def prepare(
         fit=found,
         device=device,
         options=options,
+        ranks=ranks,
     )
+
+
+def _shared(rooms: Rooms, device: torch.device, ranks: Ranks) -> Rooms:
+    """Return what each of the processes may take of a memory that they share; the same for all, so that plans are."""
+    host = ranks.share(rooms.host, torch.device("cpu"))
+    return Rooms(host, None if rooms.device is None else ranks.share(rooms.device, device))
 
 
 def _open(source: ModelSource, dry_run: bool) -> CheckpointIndex | None:

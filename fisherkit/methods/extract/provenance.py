@@ -26,6 +26,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         options.pop(name)
     assert prepared.skeleton.index is not None
     assert prepared.prompts is not None
+    together = {"number of ranks": str(prepared.ranks.size)} if prepared.ranks.size > 1 else {}
     return {
         "model": prepared.skeleton.index.fingerprint() + _config_sha256(prepared),
         "prompts": prepared.prompts.report.sha256,
@@ -33,6 +34,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         "device": prepared.device.type,
         "dtype": str(prepared.skeleton.dtype).removeprefix("torch."),
         "versions": f"fisherkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+        **together,
     }
 
 
@@ -91,6 +93,7 @@ def provenance(prepared: Prepared, mode: Mapping[str, Any]) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            **prepared.ranks.described(),
         },
         "blocks": skeleton.blocks_path,
         "layers": len(skeleton.blocks),
