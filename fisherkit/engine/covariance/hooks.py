@@ -28,8 +28,8 @@ from fisherkit.kernels.covariance import (
     packed,
     random_signs,
 )
+from fisherkit.kernels.deal import deal
 from fisherkit.kernels.devices import has_float64, wide_device
-from fisherkit.prompts.part import deal
 
 
 class Accumulator:

@@ -31,8 +31,8 @@ from fisherkit.engine.ranks.reduce import reduce_to_owners_
 from fisherkit.engine.ranks.shared_file import SharedFile
 from fisherkit.engine.ranks.shared_weights import SharedWeights
 from fisherkit.errors import FisherkitError, RankFailedError, first_line
+from fisherkit.kernels.deal import deal
 from fisherkit.progress import Say, Track
-from fisherkit.prompts.part import deal
 
 T = TypeVar("T")
 FOREVER = timedelta(days=30)

@@ -19,7 +19,7 @@ from fisherkit.checkpoint.dtypes import torch_dtype
 from fisherkit.checkpoint.index import CheckpointIndex
 from fisherkit.checkpoint.torch_reader import Reader
 from fisherkit.engine.ranks.places import Place
-from fisherkit.prompts.part import deal
+from fisherkit.kernels.deal import deal
 
 if TYPE_CHECKING:
     from fisherkit.engine.ranks.group import RankGroup

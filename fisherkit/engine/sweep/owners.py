@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fisherkit.engine.model.plan import Plan
-from fisherkit.prompts.part import deal
+from fisherkit.kernels.deal import deal
 
 
 def owners_of(plan: Plan, sums: Mapping[str, Tensor], size: int) -> list[int]:
