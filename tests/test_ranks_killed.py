@@ -67,7 +67,8 @@ def test_a_run_of_which_one_rank_was_killed_goes_on_to_the_same_bits(
         assert "Error: rank 1 on " in done[0].stderr
         assert done[0].stderr.count("Error") == 1
     assert done[1].stderr == ""
-    assert set(snapshot(place)) == set(snapshot(whole)) or not (place / "fisher.pt").exists()
+    left = {name: data for name, data in snapshot(place).items() if not name.startswith("fisher.pt.partial/")}
+    assert "fisher.pt" not in left or left == snapshot(whole)  # it comes last
     for rank in start([*command, "--resume"], place, (0, 0)).wait():
         assert rank.returncode == 0, (kill_at, changes, rank.stderr)
     assert snapshot(place) == snapshot(whole), (kill_at, changes)
