@@ -405,7 +405,7 @@ def test_a_model_that_fits_neither_way_is_refused(
     checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fisherkit.engine.model.residence.shared_between_blocks", lambda blocks: "the weight")
-    monkeypatch.setattr("fisherkit.engine.model.residence.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("fisherkit.methods.extract.engines.available_bytes", lambda device: 1000)
     with pytest.raises(UnsupportedModelError, match=r"cannot be streamed.*blocks share"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt")
 

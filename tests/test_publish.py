@@ -144,9 +144,9 @@ def test_a_run_that_another_one_overtook_is_refused_before_its_work(
     out, steps = tmp_path / "fisher.pt", []
     real = Work.start.__func__  # type: ignore[attr-defined]
 
-    def start(folder: Path, fingerprint: Any) -> Work:
+    def start(folder: Path, fingerprint: Any, **more: Any) -> Work:
         out.write_text("the other run's")
-        return real(Work, folder, fingerprint)  # type: ignore[no-any-return]
+        return real(Work, folder, fingerprint, **more)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Work, "start", start)
     with pytest.raises(OutputError, match="exists already"):

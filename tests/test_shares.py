@@ -95,7 +95,7 @@ def test_shares_without_a_file_wait_for_nobody_and_hinder_nobody(pair: Pair, tmp
         report = fapm(*pair, out, FapmOptions(shard=(number, 9)), say=said.append)
         assert bool(report.missing) == (number in (9, 1, 2))
     assert said[0] == "share 9/9 has no file to write; 3 shares missing: 1/9, 2/9, 3/9"
-    assert said[-1] == f"share 8/9 has no file to write, and {out} is there"
+    assert said[-1] == f"share 8/9 has nothing left to write: {out} is there"
     fapm(*pair, tmp_path / "whole")
     assert pairs.files(out) == pairs.files(tmp_path / "whole")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.atomic import disk_errors
-from fisherkit.checkpoint.work_folder import STAGING, Work, read_progress
+from fisherkit.checkpoint.work_folder import STAGING, Work, is_remains, read_progress
 from fisherkit.errors import OptionError, OutputError
 from fisherkit.kernels.deal import deal
 from fisherkit.options.part import Part
@@ -122,9 +122,10 @@ def put_together(
 
 
 def is_put_in_place(targets: Targets, of: int) -> bool:
-    """Return whether the output is there, and no share of it is."""
+    """Return whether the output is there, and of its making nothing but what is left to be tidied up."""
+    work = targets.work_folder
     shares = any(_folder(targets, Part(number, of)).exists() for number in range(1, of + 1))
-    return os.path.lexists(targets.main) and not targets.work_folder.exists() and not shares
+    return os.path.lexists(targets.main) and not shares and (not work.exists() or is_remains(work))
 
 
 def _folder(targets: Targets, part: Part) -> Path:

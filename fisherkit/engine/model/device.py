@@ -25,6 +25,8 @@ def choose_device(wanted: str, *, float64: bool = False) -> torch.device:
         raise OptionError(
             f"--device {wanted}: not available here ({_reason(error)}); use {others}cpu, or auto"
         ) from error
+    if device.type == "meta":
+        raise OptionError(f"--device {wanted}: not available here (it holds no values); use cpu, or auto")
     if float64 and not has_float64(device):
         raise OptionError(f"--device {wanted}: has no 64-bit floats, in which directions are found; use --device cpu")
     return device

@@ -80,7 +80,9 @@ def _compare(job: Job, recorder: BlockCallRecorder, blocks: Sequence[int], parts
         _replay(job, recorder, blocks, inputs, replayed)
         with trainable(job.skeleton.model, names) as parameters:
             with torch.enable_grad():
-                _loss(job, recorder.logits(inputs, real=blocks), inputs["input_ids"]).backward()  # type: ignore[no-untyped-call]
+                loss = _loss(job, recorder.logits(inputs, real=blocks), inputs["input_ids"])
+                if loss.requires_grad:  # not where no weight of this part is used (layers that look at pictures)
+                    loss.backward()  # type: ignore[no-untyped-call]
             for name, parameter in parameters.items():
                 norms[name], differences[name] = subtract_squares_(replayed[name], parameter.grad)
                 parameter.grad = None

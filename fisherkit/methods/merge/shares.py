@@ -1,5 +1,6 @@
 """One share of a checkpoint that several processes of ``fapm`` or ``merge`` write; see pairs.shares."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -70,8 +71,10 @@ def write_share(
     assert options.shard is not None
     part, rows = Part(*options.shard), {}
     files = files_of_share(run.tensors, options.shard_bytes, part)
-    if not files and is_put_in_place(targets, part.of):  # by the others, who needed no help
-        run.request.say(f"share {part} has no file to write, and {targets.main} is there")
+    was_killed = targets.work_folder.exists()
+    if is_put_in_place(targets, part.of) and (was_killed or not files):  # while it tidied up; or by the others
+        shutil.rmtree(targets.work_folder, ignore_errors=True)
+        run.request.say(f"share {part} has nothing left to write: {targets.main} is there")
         return Share({}, (), is_last=False)
     check_targets(targets, marks, force=options.force, resume=True)
     if files:
