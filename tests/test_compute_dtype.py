@@ -45,18 +45,20 @@ def test_the_probe_times_all_three_products(monkeypatch: pytest.MonkeyPatch) -> 
     products = compute_dtype._products
 
     def timed(dtype: torch.dtype, shape: ProbeShape) -> list[Callable[[], float]]:
-        assert [product().shape for product in products(dtype, shape)] == [(32, 96), (32, 48), (96, 48)]
+        assert [product().shape for product in products(dtype, shape)] == [(64, 800), (64, 600), (800, 600)]
         return [lambda value=value: value for value in seconds[dtype]]
 
     monkeypatch.setattr(compute_dtype, "_products", timed)
     monkeypatch.setattr(compute_dtype, "_seconds", lambda product: product())
-    assert slowdown.__wrapped__(torch.float16, ProbeShape(32, 48, 96)) == 36.0
+    assert slowdown.__wrapped__(torch.float16, ProbeShape(64, 600, 800)) == 36.0
 
 
-def test_the_probe_has_the_shape_of_the_products_to_come_but_for_large_ones() -> None:
+def test_the_probe_has_the_shape_of_the_products_to_come_but_for_large_and_small_ones() -> None:
+    middling = transformers.LlamaConfig(hidden_size=700, intermediate_size=900)
+    assert shape_to_come(middling, 64) == ProbeShape(64, 700, 900)
     llama = transformers.LlamaConfig(hidden_size=96, intermediate_size=200)
-    assert shape_to_come(llama, 40) == ProbeShape(40, 96, 200)
-    assert shape_to_come(transformers.GPT2Config(n_embd=80), 40) == ProbeShape(40, 80, 80)
+    assert shape_to_come(llama, 40) == ProbeShape(64, 512, 512)
+    assert shape_to_come(transformers.GPT2Config(n_embd=80), 40) == ProbeShape(64, 512, 512)
     assert shape_to_come(transformers.LlamaConfig(), 4096) == ProbeShape(64, 1024, 1024)
 
 

@@ -121,7 +121,7 @@ class Course:
         if "--force" in flags or not there:
             return False
         if there == self.expected or any(self.before.get(file) == data for file, data in there.items()):
-            return "--resume" not in flags or not any(".partial/" in file for file in left)
+            return "--resume" not in flags or not any(file.endswith(".partial/progress.json") for file in left)
         return self.scenario.resumes and not flags
 
 

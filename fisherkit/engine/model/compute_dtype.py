@@ -24,6 +24,7 @@ class ProbeShape:
     """Shape of the products that a CPU is probed with: x [rows, inputs] through a layer of so many outputs.
 
     Larger ones are cut down: about two seconds where a product runs at 0.3 GFLOP/s, a few milliseconds elsewhere.
+    Smaller ones are made larger: what they take does not matter, and noise would choose another type every time.
     """
 
     rows: int = 64
@@ -31,8 +32,8 @@ class ProbeShape:
     outputs: int = 512
 
     def __post_init__(self) -> None:
-        for name, most in (("rows", 64), ("inputs", 1024), ("outputs", 1024)):
-            object.__setattr__(self, name, max(1, min(most, getattr(self, name))))
+        for name, least, most in (("rows", 64, 64), ("inputs", 512, 1024), ("outputs", 512, 1024)):
+            object.__setattr__(self, name, max(least, min(most, getattr(self, name))))
 
 
 def shape_to_come(config: Any, tokens: int) -> ProbeShape:
