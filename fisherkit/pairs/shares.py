@@ -98,7 +98,7 @@ def put_together(
     """
     parts = [part for n in range(1, of + 1) if files_of_share(tensors, shard_bytes, part := Part(n, of))]
     folders = {part: _folder(targets, part) for part in parts}
-    if _is_put_together(targets, fingerprint):
+    if is_put_together(targets, fingerprint):
         _drop(folders.values())
         return []
     missing = [str(part) for part, folder in folders.items() if not _is_complete(folder, fingerprint)]
@@ -149,7 +149,7 @@ def _is_complete(folder: Path, fingerprint: Mapping[str, str]) -> bool:
     return True
 
 
-def _is_put_together(targets: Targets, fingerprint: Mapping[str, str]) -> bool:
+def is_put_together(targets: Targets, fingerprint: Mapping[str, str]) -> bool:
     """Return whether a process was killed after it had put all shares together, and before OUT was in place."""
     progress = read_progress(targets.work_folder, PROGRESS)
     return progress is not None and progress["fingerprint"] == dict(fingerprint) and bool(progress.get("rows"))

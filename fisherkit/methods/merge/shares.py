@@ -10,7 +10,7 @@ from fisherkit.options import FapmOptions, MergeOptions, PairOptions
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import Targets, check_targets
 from fisherkit.pairs.rewrite import Changed, TensorRow
-from fisherkit.pairs.shares import files_of_share, is_put_in_place, put_together, writing_share
+from fisherkit.pairs.shares import files_of_share, is_put_in_place, is_put_together, put_together, writing_share
 
 
 class Share(NamedTuple):
@@ -77,7 +77,7 @@ def write_share(
         run.request.say(f"share {part} has nothing left to write: {targets.main} is there")
         return Share({}, (), is_last=False)
     check_targets(targets, marks, force=options.force, resume=True)
-    if files:
+    if files and not is_put_together(targets, marks):  # else a process was killed after that
         names = [name for _, own in files for name in own]
         with writing_share(run.tensors, targets, part, files, marks, resume=options.resume) as rewrite:
             if rewrite is not None:
