@@ -417,3 +417,20 @@ def test_a_run_is_not_gone_on_with_under_another_mask(
     mask_file(path, {Q.format(0): (~flags, (32, 32), 1, False)})
     with pytest.raises(ResumeError, match="other options"):
         merge(*pair, tmp_path / "out", MergeOptions(mask=path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "owner"),
+    [
+        (("--old-weight", "3"), "--old-weight is for --regmean and --fisher"),
+        (("--damping", "5"), "--damping is for --regmean and --fisher"),
+        (("--power", "3"), "--power is for --layer-scale"),
+        (("--floor", "0.5"), "--floor is for --layer-scale"),
+        (("--side", "left"), "--side is for --subspace"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    options: tuple[str, ...], owner: str, pair: Pair, tmp_path: Path
+) -> None:
+    assert owner in one_line(cli("merge", *pair, tmp_path / "out", *options), code=2)
+    assert not list(tmp_path.iterdir())

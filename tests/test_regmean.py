@@ -185,6 +185,13 @@ def test_several_fine_tunes_in_any_order(wide: Pair, tmp_path: Path) -> None:
         np.testing.assert_allclose(one[name], all_of_them, rtol=0, atol=1e-6)
 
 
+def test_old_and_new_in_each_others_place_are_refused(wide: Pair, tmp_path: Path) -> None:
+    old, new = files(tmp_path, wide)
+    done = cli("merge", *wide, tmp_path / "out", "--regmean", new, old)
+    assert "was measured on FT, and NEW on BASE: OLD comes first" in one_line(done)
+    worked(cli("merge", *wide, tmp_path / "out", "--regmean", new, old, "--force-model"))
+
+
 def test_fine_tunes_count_by_their_weights(wide: Pair, tmp_path: Path) -> None:
     other = pairs.fine_tune(wide[0], tmp_path / "other", seed=7)
     _, new = files(tmp_path, wide)

@@ -252,9 +252,16 @@ def test_a_terminal_gets_a_table_with_signs(checkpoint: Checkpoint, prompts: Pat
     assert "changes against" in shown
 
 
-def test_one_set_of_several_files_and_names_that_are_left_out(checkpoint: Checkpoint, prompts: Path) -> None:
-    done = command(checkpoint("llama"), "--prompts", f"a={prompts}", "--prompts", f"a={prompts}", "--json", "-q")
+def test_one_set_of_several_files_and_names_that_are_left_out(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copy(prompts, tmp_path))
+    done = command(checkpoint("llama"), "--prompts", f"a={prompts}", "--prompts", f"a={other}", "--json", "-q")
     assert json.loads(done.stdout)["sets"]["a"]["samples"] == 10
+    twice = command(checkpoint("llama"), "--prompts", f"a={prompts}", "--prompts", f"a={prompts}")
+    assert "is given twice, and its samples would count twice" in twice.stderr
+    alike = command(checkpoint("llama"), "--prompts", prompts, "--prompts", other)
+    assert "another set is called 'prompts'; name them" in alike.stderr
     builtin = command(checkpoint("llama"), "--limit", 3, "--max-length", 60, "--json", "-q")
     assert list(json.loads(builtin.stdout)["sets"]) == ["builtin"]
     assert "takes NAME=FILE" in command(checkpoint("llama"), "--prompts", "=x").stderr

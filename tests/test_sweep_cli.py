@@ -244,6 +244,11 @@ def test_outputs_that_are_taken_are_refused_before_any_work(pair: Pair, asked: l
     assert "is FT itself, or one lies inside" in error
 
 
+def test_a_sweep_that_no_prompts_judge_writes_no_checkpoint(pair: Pair, tmp_path: Path) -> None:
+    error = one_line(cli("fapm", *pair, tmp_path / "out", "--sweep", "0.5"), code=2)
+    assert "--sweep without --prompts only reports; drop OUT, or add --prompts" in error
+
+
 def test_what_cannot_be_read_is_one_line(pair: Pair, asked: list[str], tmp_path: Path) -> None:
     broken = pairs.changed(
         pair[1], tmp_path / "broken", lambda n, w: pairs.put(w, float("nan"), 3) if "1.mlp.up" in n else w

@@ -138,6 +138,10 @@ def fapm(
             picture=figure,
             samples=samples,
         )
+        if shares is not None and measured is None and out is not None:
+            raise OptionError(
+                "--sweep without --prompts only reports; drop OUT, or add --prompts to write the best point"
+            )
         if dry_run and (shares is not None or report is not None):
             raise OptionError("--dry-run writes nothing and tries nothing out; it goes without --sweep and --report")
         if measured is not None:

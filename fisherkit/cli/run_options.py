@@ -103,14 +103,21 @@ def named_prompts(given: Sequence[str]) -> dict[str, list[str]]:
     What comes without a name, ``builtin`` or ``data/a.jsonl``, is called ``builtin`` or ``a``.
 
     Raises:
-        OptionError: a name or a source is empty.
+        OptionError: a name or a source is empty, a source is given twice, or two without a name would be called alike.
     """
     sets: dict[str, list[str]] = {}
+    unnamed: set[str] = set()
     for text in given:
         name, equals, source = text.partition("=")
         if not equals or os.path.exists(text):
             name, source = ("stdin" if text == "-" else Path(text).name.partition(".")[0] or text), text
         if not name.strip() or not source.strip():
             raise OptionError(f"--prompts takes NAME=FILE, such as old=general.jsonl, not {text!r}")
-        sets.setdefault(name.strip(), []).append(source.strip())
+        name, source = name.strip(), source.strip()
+        if source in sets.get(name, ()):
+            raise OptionError(f"--prompts {source} is given twice, and its samples would count twice; give it once")
+        if name in sets and (source == text.strip() or name in unnamed):
+            raise OptionError(f"--prompts {text}: another set is called {name!r}; name them, such as old=FILE new=FILE")
+        unnamed |= {name} if source == text.strip() else set()
+        sets.setdefault(name, []).append(source)
     return sets

@@ -146,6 +146,7 @@ class MergeOptions(PairOptions):
                 raise OptionError(f"--{option} must be a finite number, not {value}")
         if self.power < 0:
             raise OptionError(f"--power must not be negative, not {self.power}: important layers would change most")
+        self._refuse_idle()
 
     @property
     def solves(self) -> bool:
@@ -156,6 +157,20 @@ class MergeOptions(PairOptions):
     def tune_weights(self) -> tuple[float, ...]:
         """What FT and each of ``also`` count."""
         return self.weights if self.weights is not None else (1.0,) * (1 + len(self.also))
+
+    def _refuse_idle(self) -> None:
+        """Refuse what would change nothing: whoever gave it forgot what it belongs to."""
+        idle = {
+            "old-weight": self.old_weight != 1.0 and not self.solves,
+            "damping": self.damping is not None and not self.solves,
+            "power": self.power != 0.5 and self.layer_scale is None,
+            "floor": self.floor != 0.1 and self.layer_scale is None,
+            "side": self.side != "both" and self.subspace is None,
+        }
+        owners = {"power": "--layer-scale", "floor": "--layer-scale", "side": "--subspace"}
+        for option, is_idle in idle.items():
+            if is_idle:
+                raise OptionError(f"--{option} is for {owners.get(option, '--regmean and --fisher')}; add it")
 
     def _check_weights(self) -> None:
         if self.weights is None:

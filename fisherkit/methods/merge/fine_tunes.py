@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.checkpoint.target import check_apart
@@ -74,3 +75,22 @@ class FineTunes:
         for other in (run.checkpoints, *self._pairs):
             if other.tuned_source.path.resolve() == pair.tuned_source.path.resolve():
                 raise CheckpointError(f"--also {given}: is given twice; each fine-tune counts once")
+
+
+def refuse_swapped(old: str | None, new: str | None, base: str, tuned: str, path: Path) -> None:
+    """Refuse OLD and NEW in each other's place, where the models that they were measured on tell.
+
+    Args:
+        old: fingerprint of the model that OLD was measured on.
+        new: the same of NEW.
+        base: fingerprint of BASE.
+        tuned: of FT.
+        path: of OLD.
+
+    Raises:
+        CheckpointError: OLD was measured on FT, and NEW on BASE.
+    """
+    if base != tuned and old == tuned and new == base:
+        raise CheckpointError(
+            f"{path}: was measured on FT, and NEW on BASE: OLD comes first; swap them, or --force-model if it is meant"
+        )

@@ -20,7 +20,7 @@ from fisherkit.errors import CheckpointError
 from fisherkit.kernels.moment import Doubles, Moment
 from fisherkit.kernels.regmean import Filter, best_factors, decompose
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
-from fisherkit.methods.merge.fine_tunes import FineTunes
+from fisherkit.methods.merge.fine_tunes import FineTunes, refuse_swapped
 from fisherkit.methods.merge.pair_run import Run
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.rewrite import TensorRow
@@ -63,6 +63,8 @@ class RegMean:
         files = [_open(stack, path) for path in (new, *(path for _, path in options.also))]
         self._news = [_Matched(file, models, channels, options) for file, models in zip(files, measured, strict=True)]
         self._old = _Matched(_open(stack, old), measured[0], channels, options) if old is not None else None
+        if self._old is not None and not options.force_model:
+            refuse_swapped(self._old.file.measured_on, self._news[0].file.measured_on, base, tuned, self._old.file.path)
         self._keys = self._match(run.chosen.names)
         self._filters = filters
         self._files = tuple(map(str, (old, new, *(one for _, one in options.also))))

@@ -41,7 +41,7 @@ def check_share(options: PairOptions, *, sparse: bool = False) -> None:
         raise OptionError("--shard writes files of a checkpoint; --sparse goes without it")
     if isinstance(options, FapmOptions) and options.selects and options.scope != "tensor":
         raise OptionError(
-            f"--shard goes with --scope tensor: a quota for a whole {options.scope} is not known to one process alone"
+            f"--shard goes with --scope tensor: the quota of --scope {options.scope} is not known to one process alone"
         )
     if isinstance(options, MergeOptions) and options.lora_rank is not None:
         raise OptionError("--lora-rank makes an adapter of all tensors; it goes without --shard")
