@@ -54,8 +54,8 @@ def test_the_probe_times_all_three_products(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_probe_has_the_shape_of_the_products_to_come_but_for_large_and_small_ones() -> None:
-    middling = transformers.LlamaConfig(hidden_size=700, intermediate_size=900)
-    assert shape_to_come(middling, 64) == ProbeShape(64, 700, 900)
+    middling = transformers.LlamaConfig(hidden_size=704, intermediate_size=900)
+    assert shape_to_come(middling, 64) == ProbeShape(64, 704, 900)
     llama = transformers.LlamaConfig(hidden_size=96, intermediate_size=200)
     assert shape_to_come(llama, 40) == ProbeShape(64, 512, 512)
     assert shape_to_come(transformers.GPT2Config(n_embd=80), 40) == ProbeShape(64, 512, 512)
