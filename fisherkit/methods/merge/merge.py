@@ -25,7 +25,15 @@ from fisherkit.methods.merge.output import (
     totals,
     write_side_files,
 )
-from fisherkit.methods.merge.pair_run import Request, Run, load_pair, open_run, refuse_bad_values, untouched
+from fisherkit.methods.merge.pair_run import (
+    Loaded,
+    Request,
+    Run,
+    finished,
+    load_pair,
+    open_run,
+    untouched,
+)
 from fisherkit.methods.merge.shares import check_share, write_share
 from fisherkit.methods.merge.solved import open_lora, solve_line, solve_tensor, solve_totals, unsolved
 from fisherkit.options import MergeOptions
@@ -188,26 +196,11 @@ def merge_tensor(run: Run, options: MergeOptions, inputs: MergeInputs, name: str
         return Changed(data, {})
     if inputs.solver is not None:
         return solve_tensor(run, options, inputs.solver, name)
-    info, place = run.tensors.info(name), run.chosen.places[name]
-    treatment = read_treatment(inputs, options, run.chosen, name, info.shape)
+    shape = run.tensors.info(name).shape
+    treatment = read_treatment(inputs, options, run.chosen, name, shape)
     pair, remarks = load_pair(run.tensors, name, options, selects=treatment.selects)
-    counts = blend(pair, info.shape, treatment, run.tensors.pool)
-    refuse_bad_values(run.tensors, name, counts.nonfinite, options, pair.base)
-    if counts.rounded_away:
-        remarks |= {"changed": counts.kept + counts.rounded_away, "rounded_away": counts.rounded_away}
-    row = {
-        "layer": place.layer,
-        "module": place.module,
-        "shape": list(info.shape),
-        "weights": info.numel,
-        "kept": counts.kept,
-        "zero_deltas": counts.zero_deltas,
-        "nonfinite": counts.nonfinite,
-        "scale": treatment.scale,
-        "energy": counts.energy,
-        "energy_kept": counts.energy_kept / counts.energy if counts.energy else 0.0,
-    }
-    return Changed(pair.base, row | remarks)
+    counts = blend(pair, shape, treatment, run.tensors.pool)
+    return finished(run, options, name, Loaded(pair, remarks), counts, treatment.scale)
 
 
 def _make_report(

@@ -11,7 +11,7 @@ import numpy as np
 from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Stored
-from fisherkit.kernels.tensor_pair import TensorPair
+from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
 from fisherkit.pairs.outputs import Targets, check_output
@@ -19,7 +19,7 @@ from fisherkit.pairs.pair import Pair, open_pair
 from fisherkit.pairs.parallel import BlockPool
 from fisherkit.pairs.prune import flipped_signs
 from fisherkit.pairs.reader import Tensors
-from fisherkit.pairs.rewrite import TensorRow
+from fisherkit.pairs.rewrite import Changed, TensorRow
 from fisherkit.pairs.shards import refuse_unwritable
 from fisherkit.pairs.virtual import take_tuned
 from fisherkit.progress import Say, Track
@@ -148,6 +148,40 @@ def load_pair(
         pair, changed, lost = tensors.in_bases_type(pair)
         remarks |= {"changed": changed, "rounded_away": lost}
     return Loaded(pair, remarks)
+
+
+def finished(run: Run, options: PairOptions, name: str, loaded: Loaded, counts: DeltaCounts, scale: float) -> Changed:
+    """Return a tensor whose base was overwritten with a new delta, with its row of the report.
+
+    Args:
+        run: the pair.
+        options: say what becomes of NaN and infinities.
+        name: the tensor.
+        loaded: its values, and what its row says besides its counts.
+        counts: of the entries of the delta.
+        scale: factor of the delta.
+
+    Raises:
+        CheckpointError: values that are not finite, or beyond BASE's type.
+    """
+    refuse_bad_values(run.tensors, name, counts.nonfinite, options, loaded.pair.base)
+    info, place = run.tensors.info(name), run.chosen.places[name]
+    row: TensorRow = {
+        "layer": place.layer,
+        "module": place.module,
+        "shape": list(info.shape),
+        "weights": info.numel,
+        "kept": counts.kept,
+        "zero_deltas": counts.zero_deltas,
+        "nonfinite": counts.nonfinite,
+        "scale": scale,
+        "energy": counts.energy,
+        "energy_kept": counts.energy_kept / counts.energy if counts.energy else 0.0,
+        **loaded.remarks,
+    }
+    if counts.rounded_away:
+        row |= {"changed": counts.kept + counts.rounded_away, "rounded_away": counts.rounded_away}
+    return Changed(loaded.pair.base, row)
 
 
 def untouched(tensors: Tensors, name: str, chosen: Chosen, options: PairOptions) -> Stored | None:

@@ -12,7 +12,7 @@ from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.fine_tunes import FineTunes
 from fisherkit.methods.merge.fisher_merge import FisherMerge
 from fisherkit.methods.merge.lora_output import LoraOutput, lora_files
-from fisherkit.methods.merge.pair_run import Run, load_pair, refuse_bad_values
+from fisherkit.methods.merge.pair_run import Loaded, Run, finished, load_pair
 from fisherkit.methods.merge.regmean import Filters, RegMean
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.rewrite import Changed, Rewrite, TensorRow
@@ -109,7 +109,6 @@ def solve_tensor(run: Run, options: MergeOptions, solver: Solver, name: str) -> 
     Raises:
         CheckpointError: values that are not finite, or beyond BASE's type.
     """
-    info, place = run.tensors.info(name), run.chosen.places[name]
     if name not in solver.rule.covered and options.rest == "base":
         return Changed(run.tensors.base(name), {})
     pair, remarks = load_pair(run.tensors, name, options)
@@ -117,26 +116,11 @@ def solve_tensor(run: Run, options: MergeOptions, solver: Solver, name: str) -> 
     if name in solver.rule.covered:
         counts, figures = solver.rule.change(pair, name)
     else:
-        others, shape = solver.tunes.load(name, pair.base), flat_shape(info.shape)
+        others, shape = solver.tunes.load(name, pair.base), flat_shape(run.tensors.info(name).shape)
         counts = change_rows(
             pair, others, shape, input_axis=1, scale=options.alpha, change=mean_of(options.tune_weights)
         )
-    refuse_bad_values(run.tensors, name, counts.nonfinite, options, pair.base)
-    if counts.rounded_away:
-        remarks |= {"changed": counts.kept + counts.rounded_away, "rounded_away": counts.rounded_away}
-    row = {
-        "layer": place.layer,
-        "module": place.module,
-        "shape": list(info.shape),
-        "weights": info.numel,
-        "kept": counts.kept,
-        "zero_deltas": counts.zero_deltas,
-        "nonfinite": counts.nonfinite,
-        "scale": options.alpha,
-        "energy": counts.energy,
-        "energy_kept": counts.energy_kept / counts.energy if counts.energy else 0.0,
-    }
-    return Changed(pair.base, row | figures | remarks)
+    return finished(run, options, name, Loaded(pair, figures | remarks), counts, options.alpha)
 
 
 def solve_totals(rows: Mapping[str, TensorRow]) -> dict[str, Any]:
