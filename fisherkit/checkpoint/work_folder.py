@@ -68,13 +68,16 @@ class Work:
         return work
 
     @classmethod
-    def resume(cls, folder: Path, fingerprint: Mapping[str, str], rule: Rule = anything) -> "Work | None":
+    def resume(
+        cls, folder: Path, fingerprint: Mapping[str, str], rule: Rule = anything, *, may_replace: bool = False
+    ) -> "Work | None":
         """Open the folder of a killed run with the same fingerprint; None if there is nothing to go on with.
 
         Args:
             folder: the work folder.
             fingerprint: of the run that wants to go on.
             rule: for the progress; see checkpoint.schema.
+            may_replace: this run is allowed to replace an earlier output; noted, as by ``start``.
 
         Raises:
             ResumeError: the folder belongs to other prompts, options or another model, and which of them differ; or
@@ -90,7 +93,10 @@ class Work:
                 f"{folder}: left by a run with other {', '.join(sorted(differing))}; "
                 "run it with the same again, or without --resume to start over"
             )
-        return cls(folder, progress)
+        work = cls(folder, progress)
+        if may_replace and not progress.get(MAY_REPLACE):
+            work.commit(**{MAY_REPLACE: True})
+        return work
 
     @property
     def staging(self) -> Path:
@@ -140,6 +146,21 @@ def read_progress(folder: Path, rule: Rule = anything) -> dict[str, Any] | None:
             f"{path}: not the progress of a run ({first_line(error)}); delete {folder} and start again"
         ) from error
     return dict(progress)
+
+
+def may_replace(folder: Path | None, rule: Rule = anything, *, resume: bool) -> bool:
+    """Return whether a run that goes on with a killed one may replace an output because that one was allowed to.
+
+    Args:
+        folder: the work folder; None where there is none.
+        rule: for its progress.
+        resume: the killed run is gone on with.
+
+    Raises:
+        ResumeError: its progress is damaged.
+    """
+    left = read_progress(folder, rule) if resume and folder is not None else None
+    return bool(left and left.get(MAY_REPLACE))
 
 
 def is_remains(folder: Path) -> bool:

@@ -158,9 +158,7 @@ def open_work(targets: Targets, fingerprint: Mapping[str, str], *, force: bool, 
     """
     folder = targets.work_folder
     is_finished = FINISHED in _progress_of_same_run(folder, fingerprint, strict=False)
-    work = Work.resume(folder, fingerprint, PROGRESS) if resume or is_finished else None
-    if work is not None and force and not work.progress.get(MAY_REPLACE):
-        work.commit(**{MAY_REPLACE: True})
+    work = Work.resume(folder, fingerprint, PROGRESS, may_replace=force) if resume or is_finished else None
     return work or Work.start(folder, fingerprint, may_replace=force)
 
 

@@ -17,7 +17,7 @@ from fisherkit.artefacts.covariance_file import path_beside
 from fisherkit.artefacts.fisher_paths import FisherPaths, publish_fisher
 from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.target import check_separate, check_target
-from fisherkit.checkpoint.work_folder import MAY_REPLACE, Work, read_progress
+from fisherkit.checkpoint.work_folder import Work, may_replace, read_progress
 from fisherkit.errors import OutputError, counted
 from fisherkit.methods.combine.covariances import add_covariances
 from fisherkit.methods.combine.fisher_sum import add_fishers, describe
@@ -71,7 +71,7 @@ def combine(
     options = options or CombineOptions()
     out, given = Path(out), [Path(part) for part in parts]
     paths = FisherPaths.of(out)
-    if options.resume and (read_progress(paths.partial) or {}).get(MAY_REPLACE):  # the killed run was allowed to
+    if may_replace(paths.partial, resume=options.resume):
         options = replace(options, force=True)
     check_separate((out, *paths.described(), paths.partial), [path for path in given if path.exists()])
     opened = open_parts(given, options)
@@ -105,7 +105,7 @@ class _Run:
         left = read_progress(partial) if self.options.resume else None
         if not (left and "publishing" in left):
             check_free()
-        work = Work.resume(partial, marks) if self.options.resume else None
+        work = Work.resume(partial, marks, may_replace=self.options.force) if self.options.resume else None
         if work is not None:
             self.say(f"going on with what is finished in {partial}")
         return work or Work.start(partial, marks, may_replace=self.options.force)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.hub import resolve_model
-from fisherkit.checkpoint.work_folder import MAY_REPLACE, Work, is_remains, read_progress
+from fisherkit.checkpoint.work_folder import Work, is_remains, may_replace, read_progress
 from fisherkit.engine.model.device import choose_device
 from fisherkit.engine.ranks.ranks import ALONE, Ranks
 from fisherkit.engine.ranks.start import open_ranks
@@ -109,10 +109,10 @@ def _look(model: str, out: Path, options: ExtractOptions) -> tuple[ExtractOption
     """
     output = _output(out, options)
     resolve_model(model, weights=False)  # a model that is not there is named before the output is refused
-    left = read_progress(output.partial, PROGRESS) if options.resume else None
-    if left and left.get(MAY_REPLACE):
+    if may_replace(output.partial, PROGRESS, resume=options.resume):
         options = dataclasses.replace(options, force=True)
         output = _output(out, options)
+    left = read_progress(output.partial, PROGRESS) if options.resume else None
     may_be_finished = options.resume and left is None and output.path.exists()
     if not may_be_finished and not (left and "publishing" in left):
         output.check_free()
@@ -137,7 +137,7 @@ def _open_work(
 def _go_on(partial: Path, ours: Mapping[str, str], options: ExtractOptions, say: Say) -> Work:
     """Go on with a killed run, or start afresh, and say which."""
     if options.resume:
-        work = Work.resume(partial, ours, PROGRESS)
+        work = Work.resume(partial, ours, PROGRESS, may_replace=options.force)
         if work is not None:
             say(f"going on with what is finished in {partial}")
             return work

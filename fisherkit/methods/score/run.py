@@ -52,7 +52,6 @@ PROGRESS = table(
         "visits": whole(),
         "figures": named(SCHEMA),
         "publishing": flag,
-        "may_replace": flag,
     },
 )
 """What the work folder of a run may say; see checkpoint.schema."""
@@ -90,21 +89,18 @@ def score_candidates(
     targets = [*([samples] if samples is not None else []), *beside]
     if work is None and targets:
         work = targets[0].with_name(f"{targets[0].name}.partial")
-    if options.resume and work is not None and (read_progress(work, PROGRESS) or {}).get(MAY_REPLACE):
-        options = replace(options, force=True)  # the killed run was allowed to
-    may_replace = options.force or (options.resume and work is not None and _may_replace(work))
-    _check_free(samples, targets, force=may_replace)
+    if options.resume and work is not None and _may_replace(work):
+        options = replace(options, force=True)
+    _check_free(samples, targets, force=options.force)
     prepared = prepare(candidates, prompts, options, say)
     _check_apart([*targets, *([work] if work is not None else [])], prepared, prompts)
     with _open_work(work, prepared, say) as opened:
-        if may_replace and not opened.progress.get("may_replace"):
-            opened.commit(may_replace=True)  # also for a run that goes on with this one
         figures = _measure(prepared, opened, track, say)
         report = _report(prepared, figures, opened.progress["modes"])
         contents = {samples: samples_bytes(sample_rows(prepared, figures))} if samples is not None else {}
         contents |= {path: make(report) for path, make in beside.items()}
         if not opened.progress.get("publishing"):
-            _check_free(samples, targets, force=may_replace)  # again: hours may have passed
+            _check_free(samples, targets, force=options.force)  # again: hours may have passed
             opened.commit(publishing=True)
         for path, content in contents.items():
             write_bytes(path, content)
@@ -115,7 +111,7 @@ def score_candidates(
 def _may_replace(work: Path) -> bool:
     """Return whether a killed run was allowed to replace what lies at its outputs' names, or put it there itself."""
     left = read_progress(work, PROGRESS)
-    return any(left.get(key, False) for key in ("publishing", "may_replace")) if left is not None else is_remains(work)
+    return any(left.get(key, False) for key in ("publishing", MAY_REPLACE)) if left is not None else is_remains(work)
 
 
 def _check_free(samples: Path | None, targets: Sequence[Path], *, force: bool) -> None:
@@ -146,14 +142,15 @@ def _open_work(folder: Path | None, prepared: Prepared, say: Say) -> Iterator[Wo
         ):
             yield w
         return
-    work = Work.resume(folder, ours, PROGRESS) if resume else None
+    force = prepared.options.force
+    work = Work.resume(folder, ours, PROGRESS, may_replace=force) if resume else None
     if work is not None:
         say(f"going on with what is finished in {folder}")
     elif resume:
         say(f"nothing to resume in {folder}: starting from the beginning")
     elif folder.exists():
         say(f"{folder} is left over from an earlier run and is started over; --resume would go on with it")
-    with work or Work.start(folder, ours, may_replace=prepared.options.force) as opened:
+    with work or Work.start(folder, ours, may_replace=force) as opened:
         try:
             yield opened
         except FisherkitError:
