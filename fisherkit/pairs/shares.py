@@ -8,7 +8,7 @@ processes must see the same folder.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,21 @@ Files = Sequence[tuple[str, Sequence[str]]]
 """Names of files, and of the tensors in each."""
 
 
-def files_of_share(tensors: Tensors, shard_bytes: int | None, part: Part) -> Files:
-    """Return the files of the output that are a share's own: as many bytes as any other's, as far as files allow.
+def files_by_share(tensors: Tensors, shard_bytes: int | None, of: int) -> dict[Part, Files]:
+    """Return the files of the output that each share has to write: of about as many bytes, as far as files allow.
 
     Args:
         tensors: give the sizes.
         shard_bytes: largest file; None for the base's own division.
-        part: which share.
+        of: number of shares.
 
     Returns:
-        None of the files where there are more shares than files.
+        Shares without a file, where there are more of them than files, are left out.
     """
     files = plan_shards(tensors.checkpoints.base.index, shard_bytes)
     sizes = [sum(tensors.info(name).nbytes for name in names) for _, names in files]
-    return [files[number] for number in deal(sizes, part.of)[part.number - 1]]
+    dealt = enumerate(deal(sizes, of), start=1)
+    return {Part(number, of): [files[at] for at in own] for number, own in dealt if own}
 
 
 @contextmanager
@@ -78,16 +79,20 @@ def writing_share(
 
 
 def put_together(
-    tensors: Tensors, targets: Targets, of: int, fingerprint: Mapping[str, str], shard_bytes: int | None, *, force: bool
+    tensors: Tensors,
+    targets: Targets,
+    shares: Mapping[Part, Files],
+    fingerprint: Mapping[str, str],
+    *,
+    force: bool,
 ) -> list[str]:
     """Move the files of all shares to where a run goes on with them; nothing is done while one is missing.
 
     Args:
         tensors: both checkpoints.
         targets: of the whole output.
-        of: number of shares.
+        shares: of files_by_share.
         fingerprint: what all shares must have in common.
-        shard_bytes: largest file; None for the base's own division.
         force: an earlier output may be replaced.
 
     Returns:
@@ -96,8 +101,7 @@ def put_together(
     Raises:
         OutputError: another process puts them together at this moment, or the disk fails.
     """
-    parts = [part for n in range(1, of + 1) if files_of_share(tensors, shard_bytes, part := Part(n, of))]
-    folders = {part: _folder(targets, part) for part in parts}
+    folders = {part: _folder(targets, part) for part in shares}
     if is_put_together(targets, fingerprint):
         _drop(folders.values())
         return []
@@ -112,7 +116,7 @@ def put_together(
             place.mkdir()
         for part, folder in folders.items():
             rows |= (read_progress(folder, PROGRESS) or {}).get("rows", {})
-            for name, _ in files_of_share(tensors, shard_bytes, part):
+            for name, _ in shares[part]:
                 with disk_errors(place / name):  # a second name, so that a kill in between loses nothing
                     os.link(folder / STAGING / place.name / name, place / name)
         names = list(tensors.checkpoints.base.index.tensors)
@@ -155,6 +159,6 @@ def is_put_together(targets: Targets, fingerprint: Mapping[str, str]) -> bool:
     return progress is not None and progress["fingerprint"] == dict(fingerprint) and bool(progress.get("rows"))
 
 
-def _drop(folders: Any) -> None:
+def _drop(folders: Iterable[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

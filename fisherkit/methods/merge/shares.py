@@ -10,7 +10,7 @@ from fisherkit.options import FapmOptions, MergeOptions, PairOptions
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import Targets, check_targets
 from fisherkit.pairs.rewrite import Changed, TensorRow
-from fisherkit.pairs.shares import files_of_share, is_put_in_place, is_put_together, put_together, writing_share
+from fisherkit.pairs.shares import files_by_share, is_put_in_place, is_put_together, put_together, writing_share
 
 
 class Share(NamedTuple):
@@ -70,7 +70,8 @@ def write_share(
     """
     assert options.shard is not None
     part, rows = Part(*options.shard), {}
-    files = files_of_share(run.tensors, options.shard_bytes, part)
+    shares = files_by_share(run.tensors, options.shard_bytes, part.of)
+    files = shares.get(part, ())
     was_killed = targets.work_folder.exists()
     if is_put_in_place(targets, part.of) and (was_killed or not files):  # while it tidied up; or by the others
         shutil.rmtree(targets.work_folder, ignore_errors=True)
@@ -83,7 +84,7 @@ def write_share(
             if rewrite is not None:
                 rewrite.write_all(names, change, run.request.track)
                 rows = dict(rewrite.rows)
-    missing = put_together(run.tensors, targets, part.of, marks, options.shard_bytes, force=options.force)
+    missing = put_together(run.tensors, targets, shares, marks, force=options.force)
     if missing:
         done = f"share {part} is written" if files else f"share {part} has no file to write"
         run.request.say(f"{done}; {counted(len(missing), 'share')} missing: {some_names(missing, 8)}")
