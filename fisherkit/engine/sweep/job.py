@@ -113,7 +113,7 @@ class Job(Feed):
         if gathered is not None and self.covariances is not None:
             self.covariances.keep(gathered)
         if self.ranks.size > 1:
-            owners = owners_of(self.plan, sums, self.ranks.size)
+            owners = owners_of(self.skeleton, self.plan, blocks, sums, self.ranks.size)
             self.ranks.reduce_(list(sums.values()), owners)
             sums = {
                 name: one for (name, one), rank in zip(sums.items(), owners, strict=True) if rank == self.ranks.rank
