@@ -1,5 +1,6 @@
 """A run is planned for the memory there is: groups shrink, then go in parts, and what does not fit is refused."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,6 @@ import transformers
 from tiny_tokenizers import tiny_tokenizer
 
 import fisherkit
-from fisherkit.engine.model import memory
 from fisherkit.engine.model.build import blocks_in_groups, build_skeleton
 from fisherkit.engine.model.fitting import divide, fit_plan
 from fisherkit.engine.model.needs import HEADROOM, Estimate, Load, Rooms
@@ -25,6 +25,10 @@ from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import FisherkitError, OptionError
 from fisherkit.methods.extract import fit, prepare
 from fisherkit.options import ExtractOptions, parse_rate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
+
+from benchmarks.cgroups import limited
 
 Checkpoint = Callable[[str], Path]
 LOAD = Load(batch_tokens=256, longest=64, tokens=1000)
@@ -305,36 +309,7 @@ def _fisherkit(arguments: list[Any], limit: int | None) -> subprocess.CompletedP
     """
     command = [sys.executable, "-m", "fisherkit", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if limit is None:
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    group = _cgroup(limit)
-    if group is None:
-        command += ["--memory", str(limit)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
-        )
-    finally:
-        group.rmdir()
-
-
-def _cgroup(limit: int) -> Path | None:
-    for root, file in ((memory.CGROUP, "memory.max"), (memory.CGROUP / "memory", "memory.limit_in_bytes")):
-        group = root / f"fisherkit-test-{os.getpid()}"
-        try:
-            if not (root / "cgroup.procs").is_file():
-                continue
-            group.mkdir()
-            (group / file).write_text(str(limit))
-        except OSError:
-            if group.is_dir():
-                group.rmdir()
-            continue
-        return group
-    return None
+    with limited(limit) if limit is not None else contextlib.nullcontext() as enter:
+        if limit is not None and enter is None:
+            command += ["--memory", str(limit)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, preexec_fn=enter)
