@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tiny
 import torch
 from kills import Killed, killed_after
 from peft_adapters import LINEAR, train
+from rich.console import Console
 from terminals import in_a_terminal
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from fisherkit.engine.sweep import last_rows, token_figures
 from fisherkit.errors import CheckpointError, OptionError, OutputError, ResumeError
 from fisherkit.methods.inspect.samples import worst_samples
 from fisherkit.options import ScoreOptions
+from fisherkit.render import score_table
 
 Checkpoint = Callable[[str], Path]
 OPTIONS: dict[str, Any] = {"group_size": 1, "batch_tokens": 20, "dtype": "float32"}
@@ -250,6 +253,26 @@ def test_a_terminal_gets_a_table_with_signs(checkpoint: Checkpoint, prompts: Pat
         assert f"{found.loss:.4f} ±{found.ci95:.4f}" in shown
     assert f"{found.change.difference:+.4f} ±{found.change.ci95:.4f}" in shown
     assert "changes against" in shown
+
+
+@pytest.mark.parametrize(("width", "fewer"), [(60, True), (200, False)])
+def test_a_narrow_terminal_goes_without_columns_but_names_stay(
+    width: int, fewer: bool, checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(checkpoint("llama"), tmp_path / "llama-other"))
+    report, name = fisherkit.score([checkpoint("llama"), other], {"old": prompts}, samples=tmp_path / "s.jsonl"), "x"
+    named = [replace(one, name=name + str(at)) for at, one in enumerate(report.checkpoints)]
+    screen = Console(file=io.StringIO(), width=width)
+    score_table.draw_score(replace(report, checkpoints=tuple(named)), screen)
+    score_table.draw_samples(worst_samples(tmp_path / "s.jsonl"), screen, every=True)
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("set  checkpoint  ") for line in lines)
+    assert any(re.match(r"old  x0 ", line) for line in lines)
+    left_out = [line for line in lines if "in a wider window" in line]
+    assert bool(left_out) == fewer
+    header = next(line for line in lines if line.endswith(("text", "text ")) or " text " in line)
+    assert header.split() == ["checkpoint", "set", "row", "tokens", "loss", "change", "KL", "text"]
 
 
 def test_one_set_of_several_files_and_names_that_are_left_out(

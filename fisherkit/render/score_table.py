@@ -4,6 +4,10 @@ A change against the first checkpoint is red where it is worse, green where it i
 holds zero. What is worse has a plus: losses grow.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +17,12 @@ from fisherkit.methods.score.report import CheckpointScore, ScoreReport, SetScor
 from fisherkit.render import formatting
 
 _MOST_SAMPLES = 20
+_GAP = 2  # between columns
+_NAME_SHARE = 4  # of the width, for a column of names at most; longer ones fold
+_LEAST_TEXT = 12  # of a sample's text
+_SAMPLE_COLUMNS = ("row", "tokens", "loss", "change", "KL")
+_SPARED = ("by length", "agree", "bits/byte", "perplexity", "token acc")
+"""Columns that a narrow terminal goes without, in this order."""
 _UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
 
 
@@ -28,9 +38,12 @@ def draw_score(report: ScoreReport, console: Console) -> None:
     against = f"; changes against {first}" if several else ""
     console.print(Text(f"Loss in {_UNITS[report.measure]}, with 95 % intervals over samples{against}", style="bold"))
     console.print()
-    console.print(_losses(report))
+    console.print(_losses(report, console.width))
     console.print()
-    console.print(_figures(report))
+    table, left_out = _figures(report, console.width)
+    console.print(table)
+    if left_out:
+        console.print(Text(f"\n{', '.join(left_out)}: in a wider window, or in a pipe", style="dim"))
 
 
 def draw_samples(samples: WorstSamples, console: Console, *, every: bool) -> None:
@@ -42,30 +55,26 @@ def draw_samples(samples: WorstSamples, console: Console, *, every: bool) -> Non
         every: all of them, not only the first.
     """
     rows = samples.rows if every else samples.rows[:_MOST_SAMPLES]
-    table = _table("checkpoint")
-    table.add_column("set", overflow="fold")
-    for heading in ("row", "tokens", "loss", "change", "KL"):
+    cells = [_sample_cells(row) for row in rows]
+    headings = enumerate(("checkpoint", "set"))
+    named = [_name_width(heading, (row[at] for row in cells), console.width) for at, heading in headings]
+    numbers = [_width(heading, (row[at] for row in cells)) for at, heading in enumerate(_SAMPLE_COLUMNS, start=2)]
+    room = max(_LEAST_TEXT, console.width - sum(named) - sum(numbers) - _GAP * (len(named) + len(numbers)))
+    table = _table("checkpoint", named[0])
+    table.add_column("set", overflow="fold", min_width=named[1])
+    for heading in _SAMPLE_COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        change = row["difference"]
-        table.add_row(
-            Text(formatting.printable(str(row["checkpoint"]))),
-            Text(formatting.printable(str(row["set"]))),
-            str(row["row"]),
-            str(row["tokens"]),
-            formatting.number(row["loss"]),
-            f"{change:+.4f}" if isinstance(change, float) else "-",
-            formatting.number(row["kl"]),
-            Text(formatting.printable(" ".join(f"{row['prompt']}{row['answer']}".split()))),
-        )
+    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=room)
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table)
     if len(rows) < len(samples.rows):
         console.print(Text(f"\n{len(rows)} of {len(samples.rows):,} rows; --top N shows more", style="dim"))
 
 
-def _losses(report: ScoreReport) -> Table:
-    table = _table("checkpoint")
+def _losses(report: ScoreReport, width: int) -> Table:
+    names = [formatting.printable(checkpoint.name) for checkpoint in report.checkpoints]
+    table = _table("checkpoint", _name_width("checkpoint", names, width))
     for name in report.sets:
         table.add_column(formatting.printable(name), justify="right", no_wrap=True)
         if len(report.checkpoints) > 1:
@@ -81,20 +90,32 @@ def _losses(report: ScoreReport) -> Table:
     return table
 
 
-def _figures(report: ScoreReport) -> Table:
-    """Return a row per set and checkpoint; columns that are empty throughout are left out."""
+def _figures(report: ScoreReport, width: int) -> tuple[Table, list[str]]:
+    """Return a row per set and checkpoint, and the columns that the width has no room for.
+
+    Columns that are empty throughout are left out without a word.
+    """
     rows = [(name, checkpoint, _cells(checkpoint, name)) for name in report.sets for checkpoint in report.checkpoints]
     filled = [heading for heading in rows[0][2] if any(cells[heading] != "-" for _, _, cells in rows)]
-    table = _table("set")
-    table.add_column("checkpoint", overflow="fold", style="cyan")
-    for heading in filled:
+    names = [formatting.printable(checkpoint.name) for checkpoint in report.checkpoints]
+    sets = map(formatting.printable, report.sets)
+    named = [_name_width("set", sets, width), _name_width("checkpoint", names, width)]
+    widths = {heading: _width(heading, (cells[heading] for _, _, cells in rows)) for heading in filled}
+    left_out: list[str] = []
+    for heading in [one for one in _SPARED if one in widths]:
+        if sum(named) + sum(widths.values()) + _GAP * (len(named) + len(widths)) > width:
+            del widths[heading]
+            left_out.append(heading)
+    table = _table("set", named[0])
+    table.add_column("checkpoint", overflow="fold", style="cyan", min_width=named[1])
+    for heading in widths:
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for name, checkpoint, cells in rows:
         label = formatting.printable(name) if name != before else ""
-        table.add_row(Text(label), Text(formatting.printable(checkpoint.name)), *(cells[heading] for heading in filled))
+        table.add_row(Text(label), Text(formatting.printable(checkpoint.name)), *(cells[one] for one in widths))
         before = name
-    return table
+    return table, left_out
 
 
 def _cells(checkpoint: CheckpointScore, name: str) -> dict[str, str]:
@@ -129,7 +150,31 @@ def _with_interval(value: float | None, ci95: float | None) -> str:
     return f"{value:.4f}" + (f" ±{ci95:.4f}" if ci95 is not None else "")
 
 
-def _table(first: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, overflow="fold", style="cyan", min_width=len(first))
+def _sample_cells(row: Mapping[str, Any]) -> list[str]:
+    change = row["difference"]
+    return [
+        formatting.printable(str(row["checkpoint"])),
+        formatting.printable(str(row["set"])),
+        str(row["row"]),
+        str(row["tokens"]),
+        formatting.number(row["loss"]),
+        f"{change:+.4f}" if isinstance(change, float) else "-",
+        formatting.number(row["kl"]),
+        formatting.printable(" ".join(f"{row['prompt']}{row['answer']}".split())),
+    ]
+
+
+def _width(heading: str, cells: Iterable[str]) -> int:
+    """Return the cells of the terminal that a column takes."""
+    return max(cell_len(heading), *map(cell_len, cells))
+
+
+def _name_width(heading: str, names: Iterable[str], width: int) -> int:
+    """Return the same for a column of names, which fold where they are long, in a table of this width."""
+    return max(cell_len(heading), min(width // _NAME_SHARE, _width(heading, names)))
+
+
+def _table(first: str, width: int | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    table.add_column(first, overflow="fold", style="cyan", min_width=width or len(first))
     return table
