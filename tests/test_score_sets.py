@@ -19,6 +19,7 @@ from fisherkit.artefacts.score_samples import read_samples
 from fisherkit.errors import CheckpointError, FisherkitError, OptionError, PromptError
 from fisherkit.options import ScoreOptions
 from fisherkit.prompts.choices import load_choices
+from fisherkit.prompts.dataset import load_prompts
 from fisherkit.prompts.tokenizer import load_tokenizer
 from fisherkit.prompts.windows import is_plain_text, load_windows
 
@@ -230,6 +231,22 @@ def test_other_tokenizers_are_refused_by_name_and_compared_by_bytes(
         assert alone.bits_per_byte == pytest.approx(found.bits_per_byte)
         bits = found.loss * found.tokens / math.log(2)
         assert found.bits_per_byte == pytest.approx(bits / text_bytes(folder, prompts))
+
+
+def test_answers_of_the_same_tokens_after_others_are_not_compared(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base, other = checkpoint("llama"), another_tokenizer(checkpoint, tmp_path / "other")
+    rows = write(
+        tmp_path / "rows.jsonl", {"prompt": "Good morning to you all, what is the capital?", "completion": "A"}
+    )
+    ours, theirs = (
+        load_prompts(str(rows), load_tokenizer(folder), ScoreOptions()).samples[0] for folder in (base, other)
+    )
+    assert ours.ids != theirs.ids
+    answers = [[token for token, counts in zip(one.ids, one.counts, strict=True) if counts] for one in (ours, theirs)]
+    assert answers[0] == answers[1]
+    report = fisherkit.score([base, other], {"set": rows}, ScoreOptions(by_bytes=True))
+    change = report.checkpoints[1].sets["set"].change
+    assert (change.kl, change.agreement) == (None, None)
 
 
 def test_windows_of_two_tokenizers_are_not_compared(checkpoint: Checkpoint, tmp_path: Path) -> None:

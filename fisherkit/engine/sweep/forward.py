@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.engine.model.findings import AttendsAhead, FoundInModel, NeedsBatchSizeOne, Unreplayable
 from fisherkit.engine.sweep.spool import Budget
@@ -44,6 +42,7 @@ class ForwardSweep:
         ]
         longest = max(walk.visits for walk in self._walks)
         self._visits = [(at, n) for at in range(longest) for n, walk in enumerate(self._walks) if at < walk.visits]
+        self._tokens = [[(sample.ids, sample.counts) for sample in job.feed.samples] for job in jobs]
         self._batches = [len(job.feed.samples if job.resident else job.feed.batches) for job in jobs]
 
     def __enter__(self) -> Self:
@@ -74,12 +73,12 @@ class ForwardSweep:
     def figures(self, number: int) -> TokenFigures:
         """Return losses of one model's tokens, and how far its predictions are from the first model's.
 
-        Where the two were given other tokens there is no comparison.
+        Where the two were given other tokens there is no comparison, also not of answers that are the same letter.
         """
         first, own = self._walks[0].rows, self._walks[number].rows
         self._walks[0].load_outer()
         self._walks[number].load_outer()
-        compared = first if number and torch.equal(first.labels, own.labels) else None
+        compared = first if number and self._tokens[0] == self._tokens[number] else None
         stage = f"scoring: losses, model {number + 1} of {len(self._walks)}"
         figures = token_figures(own, compared, lambda done, total: self._track(stage, done, total))
         if number:
