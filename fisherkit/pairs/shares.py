@@ -105,7 +105,7 @@ def put_together(
     if is_put_together(targets, fingerprint):
         _drop(folders.values())
         return []
-    missing = [str(part) for part, folder in folders.items() if not _is_complete(folder, fingerprint)]
+    missing = missing_shares(targets, shares, fingerprint)
     if missing:
         return missing
     rows: dict[str, Any] = {}
@@ -123,6 +123,15 @@ def put_together(
         work.commit(rows={name: rows[name] for name in names})
     _drop(folders.values())
     return []
+
+
+def missing_shares(targets: Targets, shares: Iterable[Part], fingerprint: Mapping[str, str]) -> list[str]:
+    """Return the shares that are not complete, such as ``3/16``.
+
+    Raises:
+        OutputError: one is complete, and of another run.
+    """
+    return [str(part) for part in shares if not _is_complete(_folder(targets, part), fingerprint)]
 
 
 def is_put_in_place(targets: Targets, of: int) -> bool:
@@ -149,7 +158,9 @@ def _is_complete(folder: Path, fingerprint: Mapping[str, str]) -> bool:
     if progress is None or not progress.get(COMPLETE):
         return False
     if progress["fingerprint"] != dict(fingerprint):
-        raise OutputError(f"{folder}: is a share of another run; delete it, or choose another output")
+        raise OutputError(
+            f"{folder}: is a share of a run with other options or checkpoints; give the same ones, or delete it"
+        )
     return True
 
 

@@ -10,7 +10,14 @@ from fisherkit.options import FapmOptions, MergeOptions, PairOptions
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import Targets, check_targets
 from fisherkit.pairs.rewrite import Changed, TensorRow
-from fisherkit.pairs.shares import files_by_share, is_put_in_place, is_put_together, put_together, writing_share
+from fisherkit.pairs.shares import (
+    files_by_share,
+    is_put_in_place,
+    is_put_together,
+    missing_shares,
+    put_together,
+    writing_share,
+)
 
 
 class Share(NamedTuple):
@@ -78,6 +85,7 @@ def write_share(
         run.request.say(f"share {part} has nothing left to write: {targets.main} is there")
         return Share({}, (), is_last=False)
     check_targets(targets, marks, force=options.force, resume=True)
+    missing_shares(targets, shares, marks)  # refuses those of another run before anything is written
     if files and not is_put_together(targets, marks):  # else a process was killed after that
         names = [name for _, own in files for name in own]
         with writing_share(run.tensors, targets, part, files, marks, resume=options.resume) as rewrite:
