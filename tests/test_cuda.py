@@ -109,8 +109,9 @@ def test_sent_weights_survive_a_busy_device() -> None:
             assert torch.equal(value, 2 * tensor), name
 
 
+@pytest.mark.parametrize("sizes", [(700, 1030), (704, 1032)], ids=["odd rows", "rows of whole 16 bytes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fused_kernel_gives_the_formula(dtype: torch.dtype) -> None:
+def test_the_fused_kernel_gives_the_formula(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     device = torch.device("cuda", 0)
     if not fused.works(kernels.add_squared_tiles_, device):
         pytest.skip("triton is not installed")
@@ -118,13 +119,13 @@ def test_the_fused_kernel_gives_the_formula(dtype: torch.dtype) -> None:
 
     generator = torch.Generator().manual_seed(0)
     lengths = (3, 1, 300, 64)
-    inputs = [torch.randn(n, 700, generator=generator).to(dtype) for n in lengths]
-    grads = [torch.randn(n, 1030, generator=generator).to(dtype) for n in lengths]
+    inputs = [torch.randn(n, sizes[0], generator=generator).to(dtype) for n in lengths]
+    grads = [torch.randn(n, sizes[1], generator=generator).to(dtype) for n in lengths]
     wanted = sum((g.double().T @ x.double()) ** 2 for g, x in zip(grads, inputs, strict=True))
     moved = [x.to(device) for x in inputs], [g.to(device) for g in grads]
     for tile in TILES:
         try:
-            found = torch.zeros(700, 1030, device=device).T
+            found = torch.zeros(*sizes, device=device).T
             fused.add_fused_(found, *moved, tile)
         except Exception as error:
             if "OutOfResources" not in type(error).__name__:

@@ -76,6 +76,35 @@ def test_tensors_need_not_be_contiguous(interpreted: Any) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize(
+    "lengths",
+    [(64, 64), (16, 48, 32), (1, 1, 1), (0, 5, 0), (0, 0), (4090, 10, 64), (5000,)],
+    ids=["whole steps", "whole small steps", "one token", "none in some", "none at all", "more than at once", "long"],
+)
+def test_how_samples_are_cut_into_steps_does_not_matter(
+    lengths: tuple[int, ...], rows: int, bulk: bool, interpreted: Any
+) -> None:
+    batch_x, batch_g = (random(sum(lengths), size, seed=size, dtype=torch.bfloat16) for size in (16, 24))
+    inputs, grads = list(batch_x.split(lengths)), list(batch_g.split(lengths))
+    found = torch.zeros(24, 16)
+    interpreted.add_squared_linear_grads_(found, inputs, grads, interpreted.Tile(32, 16, 4, 2, bulk, rows))
+    wanted = oracle(torch.zeros(24, 16), inputs, grads)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
+
+
+@needs_triton
+def test_samples_that_lie_behind_each_other_are_not_copied(interpreted: Any) -> None:
+    batch = torch.zeros(3, 32, 8)
+    assert interpreted._joined(list(batch), 16).data_ptr() == batch.data_ptr()
+    for samples in ([batch[0], batch[2]], [batch[0, :31], batch[1]], [batch[0], batch[1, :, :8].clone()]):
+        joined = interpreted._joined(samples, 16)
+        assert joined.data_ptr() != batch.data_ptr()
+        assert joined.shape == (64, 8)
+
+
+@needs_triton
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's Conv1D has its weight the other way round
 def test_extract_with_the_fused_kernel_is_extract_without(
     architecture: str,
@@ -103,9 +132,12 @@ def test_extract_with_the_fused_kernel_is_extract_without(
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma")])
+@pytest.mark.parametrize(
+    ("capability", "bulk", "instructions"),
+    [(80, False, ["mma.sync"]), (90, False, ["wgmma"]), (90, True, ["wgmma", "cp.async.bulk.tensor"])],
+)
 def test_the_kernel_compiles_to_tensor_cores(
-    capability: int, instruction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, bulk: bool, instructions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -113,19 +145,25 @@ def test_the_kernel_compiles_to_tensor_cores(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module: Any = load(f"compiled_fisher_{capability}")
-    tile, kernel = module.TILES[-1], module._kernel
-    constants = {"PRECISION": "tf32", "WIDEN": False, "NEIGHBOURS": 8, "fisher_i": 1, "gradient_o": 1, "input_i": 1}
+    module: Any = load(f"compiled_fisher_{capability}_{bulk}")
+    tile, kernel = module.TILES[0 if bulk else -1], module._kernel
+    constants = {"BULK": bulk, "PRECISION": "tf32", "WIDEN": False, "NEIGHBOURS": 8}
+    constants |= {"fisher_i": 1, "gradient_o": 1, "input_i": 1}
     constants |= {"TILE_O": tile.outputs, "TILE_I": tile.inputs, "TILE_R": tile.rows}
-    pointers = {"fisher": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "ends": "*i32"}
+    pointers = {"fisher": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "lasts": "*i32"}
+    if bulk:
+        pointers["gradients"] = f"tensordesc<bf16[{tile.rows}, {tile.outputs}]>"
+        pointers["inputs"] = f"tensordesc<bf16[{tile.rows}, {tile.inputs}]>"
     types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    even = [*pointers, "size_o", "size_i", "fisher_o", "gradient_r", "input_r"]
+    even = [*(name for name in pointers if "desc" not in pointers[name]), "size_o", "size_i", "fisher_o"]
+    even += [] if bulk else ["gradient_r", "input_r"]
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     source = ASTSource(kernel, types, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert instruction in made.asm["ptx"]
-    assert made.metadata.shared <= 48 << 10
+    for instruction in instructions:
+        assert instruction in made.asm["ptx"]
+    assert made.metadata.shared <= (227 << 10 if bulk else 48 << 10)
 
 
 # Whether it is used
