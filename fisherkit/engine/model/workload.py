@@ -15,8 +15,9 @@ from fisherkit.engine.model.needs import Estimate, Load, experts_seen
 from fisherkit.engine.model.plan import Plan, replays_of
 from fisherkit.engine.model.skeleton import Skeleton
 
-_PROBE = 2048  # rows and columns of the matrices that a machine's rate is measured with
+_LEAST_PROBE, _PROBE = 128, 2048  # rows and columns of the matrices that a machine's rate is measured with
 _REPEATS = 3
+_PATIENCE = 0.5  # seconds that one product may take
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,26 @@ def _forward_alone(skeleton: Skeleton, plan: Plan, estimate: Estimate, output_by
 
 
 def machine_rate(dtype: torch.dtype) -> float:
-    """Return the operations per second of this machine's CPU on large matrices of a dtype: the best of a few."""
-    one, other = torch.ones(_PROBE, _PROBE, dtype=dtype), torch.ones(_PROBE, _PROBE, dtype=dtype)
-    best = float("inf")
-    for _ in range(_REPEATS):
+    """Return the operations per second of this machine's CPU on large matrices of a dtype: the best of a few.
+
+    On matrices as large as it multiplies in a moment: bfloat16 can be a hundred times slower than float32.
+    """
+    size = _LEAST_PROBE
+    seconds = _product_seconds(size, dtype, repeats=1)
+    while size < _PROBE and 8 * seconds < _PATIENCE:
+        size *= 2
+        seconds = _product_seconds(size, dtype, repeats=1)
+    return 2 * size**3 / min(seconds, _product_seconds(size, dtype, repeats=_REPEATS - 1))
+
+
+def _product_seconds(size: int, dtype: torch.dtype, *, repeats: int) -> float:
+    one, other = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(repeats):
         start = time.perf_counter()
         torch.mm(one, other)
-        best = min(best, time.perf_counter() - start)
-    return 2 * _PROBE**3 / best
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _products(skeleton: Skeleton, block: int, load: Load) -> int:
