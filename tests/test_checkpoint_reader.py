@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint import torch_reader
 from fisherkit.checkpoint.dtypes import DTYPES, dtype_code, torch_dtype
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.torch_reader import Reader
@@ -163,6 +164,7 @@ def test_reading_a_large_file_takes_the_memory_of_one_tensor(tmp_path: Path) -> 
 import resource
 from pathlib import Path
 from fisherkit.checkpoint.index import open_index
+from fisherkit.checkpoint import torch_reader
 from fisherkit.checkpoint.torch_reader import Reader
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with Reader(open_index(Path({str(path)!r}))) as reader:
@@ -185,3 +187,20 @@ def test_many_at_once_are_read_bit_for_bit(reader: Reader) -> None:
     assert reader.read_many([]) == {}
     with pytest.raises(CheckpointError, match="has no tensor 'nobody'"):
         reader.read_many(["matrix", "nobody"])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_are_read_alike_by_any_number_of_threads_and_in_any_parts(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_reader, "file_threads", lambda: threads)
+    monkeypatch.setattr(torch_reader, "_PART_BYTES", 1000)
+    tensors = {f"w{n}": torch.randn(n, 251) for n in (0, 1, 7, 30)}
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    with Reader(open_index(path)) as reader:
+        found = reader.read_many(list(tensors))
+        assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+        os.truncate(path, path.stat().st_size - 2510)
+        with pytest.raises(CheckpointError, match=r"m\.safetensors: ends 2510 bytes before tensor 'w7'"):
+            reader.read_many(list(tensors))

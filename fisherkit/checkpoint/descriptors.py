@@ -5,6 +5,13 @@ import threading
 from pathlib import Path
 
 _READ_BYTES = 1 << 30  # the kernel moves at most 2 GiB per call
+_MOST_THREADS = 4
+
+
+def file_threads() -> int:
+    """Return how many threads should read or write large files at a time, beside others that compute."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, min(_MOST_THREADS, cores // 4))
 
 
 class OpenFiles:

@@ -7,7 +7,9 @@ knows their inside.
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fisherkit.checkpoint.descriptors import OpenFiles
+from fisherkit.checkpoint.descriptors import OpenFiles, file_threads
 from fisherkit.checkpoint.dtypes import torch_dtype
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.checkpoint.index import CheckpointIndex
@@ -24,6 +26,7 @@ from fisherkit.checkpoint.pickles import load_torch_file
 from fisherkit.errors import CheckpointError
 
 _ALIGN = 64  # bytes; what vector instructions like
+_PART_BYTES = 32 << 20  # of a group of tensors that a thread reads at a time
 
 
 class Reader:
@@ -37,6 +40,8 @@ class Reader:
         self._files = OpenFiles(os.O_RDONLY | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._loaded: dict[Path, dict[str, Tensor]] = {}
+        threads = file_threads()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read") if threads > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -72,10 +77,22 @@ class Reader:
         if self.index.kind == "torch":
             return {info.name: self.read(info.name) for info in infos}
         pieces = shared_memory([info.nbytes for info in infos])
-        return {
-            info.name: self._read_bytes(info, info.shape, info.start, piece)
-            for info, piece in zip(infos, pieces, strict=True)
+        tensors = {
+            info.name: piece.view(_dtype(info)).view(info.shape) for info, piece in zip(infos, pieces, strict=True)
         }
+        parts = [
+            (info, piece.numpy().data[start : start + _PART_BYTES], info.start + start)
+            for info, piece in zip(infos, pieces, strict=True)
+            for start in range(0, info.nbytes, _PART_BYTES)
+        ]
+        early: Counter[str] = Counter()
+        run = map if self._pool is None else self._pool.map
+        for (info, *_), missing in zip(parts, run(self._missing, parts), strict=True):
+            early[info.name] += missing
+        for info in infos:
+            if early[info.name]:
+                raise _ends_early(info, early[info.name])
+        return tensors
 
     def read_into(self, name: str, memory: Tensor) -> Tensor:
         """Read the whole tensor into bytes [n] uint8 of its size, aligned, and return it; safetensors only.
@@ -107,6 +124,8 @@ class Reader:
 
     def close(self) -> None:
         """Close the files; reading afterwards raises ValueError."""
+        if self._pool is not None:
+            self._pool.shutdown()
         self._files.close()
         self._loaded.clear()
 
@@ -127,21 +146,34 @@ class Reader:
     def _read_bytes(
         self, info: TensorInfo, shape: tuple[int, ...], offset: int, memory: Tensor | None = None
     ) -> Tensor:
-        dtype = torch_dtype(info.dtype)
-        if dtype is None:
-            raise refuse_type(info)
-        tensor = torch.empty(shape, dtype=dtype) if memory is None else memory.view(dtype).view(shape)
-        view = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            self._fill(info, view, offset)
-        except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from None
+        if memory is None:
+            tensor = torch.empty(shape, dtype=_dtype(info))
+            memory = tensor.reshape(-1).view(torch.uint8)
+        else:
+            tensor = memory.view(_dtype(info)).view(shape)
+        early = self._missing((info, memory.numpy().data, offset))
+        if early:
+            raise _ends_early(info, early)
         return tensor
 
-    def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
-        early = len(view) - self._files.fill(info.file, view, offset)
-        if early:
-            raise CheckpointError(f"{info.file}: ends {early} bytes before tensor {info.name!r} does; fetch it again")
+    def _missing(self, part: tuple[TensorInfo, memoryview, int]) -> int:
+        """Read bytes of a tensor's file from an offset on; return how many are not there."""
+        info, view, offset = part
+        try:
+            return len(view) - self._files.fill(info.file, view, offset)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from None
+
+
+def _dtype(info: TensorInfo) -> torch.dtype:
+    dtype = torch_dtype(info.dtype)
+    if dtype is None:
+        raise refuse_type(info)
+    return dtype
+
+
+def _ends_early(info: TensorInfo, early: int) -> CheckpointError:
+    return CheckpointError(f"{info.file}: ends {early} bytes before tensor {info.name!r} does; fetch it again")
 
 
 def shared_memory(sizes: Sequence[int]) -> list[Tensor]:

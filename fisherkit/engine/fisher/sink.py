@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fisherkit.checkpoint.descriptors import file_threads
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.model.copies import HostCopy, host_bytes, to_host
 from fisherkit.engine.model.memory import available_bytes
@@ -27,7 +28,7 @@ _PART_OF_MEMORY = 8  # of the host's that is free, for values on their way from 
 class FisherSink:
     """Writes means of squared gradients under checkpoint names; statistics are of the values before rounding.
 
-    Values on a device are rounded there, and written by another thread when they have arrived.
+    Values on a device are rounded there, and written by other threads when they have arrived.
 
     Args:
         skeleton: the model; it knows the checkpoint names of a parameter's values.
@@ -42,7 +43,7 @@ class FisherSink:
         self._wanted = {tensor.name: tensor for tensor in tensors}
         self.figures: dict[str, dict[str, Any]] = {}
         self._histograms: dict[str, Histogram] = {}
-        self._behind = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink")  # which begins with the first use
+        self._behind = ThreadPoolExecutor(file_threads(), thread_name_prefix="sink")  # begins with the first use
         self._coming: deque[tuple[Future[None], int]] = deque()
         self._settling = threading.Lock()
         self._most_coming = available_bytes(torch.device("cpu")) // _PART_OF_MEMORY
