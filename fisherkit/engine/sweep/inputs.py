@@ -104,6 +104,7 @@ class _InputSweep(Sweep):
                         boundary = run_blocks(self.job.skeleton, group, record, boundary)
                 self.weights.leave(group)
         covariances.lay_out()
+        self._wait_for_commit()
         self.job.work.commit(**self.job.state())
 
     @torch.no_grad()
@@ -120,11 +121,10 @@ class _InputSweep(Sweep):
                     leaving.put(str(batch), *left.pack())
                 gather.finish()
                 job.track("inputs", number * len(job.batches) + batch + 1, (top + 1) * len(job.batches))
-        if leaving is not None:
-            leaving.finish()
         self.weights.leave(group)
         covariances.keep(gather)
-        self._commit([f"boundary-{number}"], forward=number + 1)
+        whole = [f"boundary-{number + 1}"] if leaving is not None else []
+        self._commit(whole, [f"boundary-{number}"], forward=number + 1)
 
     def _push_once(self, number: int, batch: int) -> Boundary:
         """Push a batch through a group; the first one also shows if batches suit it."""

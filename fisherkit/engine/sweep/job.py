@@ -143,7 +143,9 @@ class Job(Feed):
         """Return what the work folder must know to go on from here, once all is synced; a copy."""
         values = self.sink.state()
         state = {"sink": values} if values else {}
-        return state if self.covariances is None else state | {"moments": self.covariances.state()}
+        if self.covariances is not None and self.covariances.is_laid_out:
+            state["moments"] = self.covariances.state()
+        return state
 
     def sync(self) -> None:
         """Wait until everything that was delivered so far is on the disk."""

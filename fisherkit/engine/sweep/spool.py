@@ -37,6 +37,7 @@ class Spool:
         self._file: io.BufferedIOBase | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spool")  # which begins with the first use
         self._coming: deque[Future[None]] = deque()
+        self._settling = threading.Lock()
 
     @classmethod
     def reopen(cls, path: Path, budget: "Budget") -> "Spool":
@@ -66,21 +67,19 @@ class Spool:
             kept = self._kept[name]
             copies = [tensor.clone() if device.type == "cpu" else to_device(tensor, device) for tensor in kept]
             return copies, entry["note"]
-        if self._file is not None:
-            self._file.flush()
         with self.path.open("rb") as file:
             read = [_read(file, dtype, shape, start, device) for dtype, shape, start in entry["tensors"]]
         return [to_device(tensor, device) for tensor in read], entry["note"]
 
     def finish(self) -> None:
-        """Put everything on the disk, so that another process can reopen the spool."""
-        self._settle()
+        """Put everything on the disk, so that another process can reopen the spool; meanwhile others may ``get``."""
         with disk_errors(self.path):
+            self._settle()
             if self._file is not None:
-                self._file.flush()
                 os.fsync(self._file.fileno())
-                self._file.close()
-                self._file = None
+                with self._settling:
+                    self._file.close()
+                    self._file = None
             with self.path.with_suffix(".json").open("w", encoding="utf-8") as file:
                 json.dump(self._index, file)
                 file.flush()
@@ -104,9 +103,12 @@ class Spool:
         self.path.with_suffix(".json").unlink(missing_ok=True)
 
     def _settle(self) -> None:
-        """Wait until all that was put is written."""
-        while self._coming:
-            self._coming.popleft().result()
+        """Wait until all that was put is written and can be read; any thread may ask."""
+        with self._settling:
+            while self._coming:
+                self._coming.popleft().result()
+            if self._file is not None:
+                self._file.flush()
 
     def _write(self, name: str, copy: HostCopy, note: Any) -> None:
         tensors = copy.wait()

@@ -65,7 +65,7 @@ class Sweep:
         self.replays = self.replayed = 0  # of groups in all, of batches so far
         self.spools: dict[str, Spool] = {}
         self.disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
-        self.committing: tuple[Future[None], list[str]] | None = None
+        self.committing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +87,7 @@ class Sweep:
                 check_replay(self.job, self.recorder, self.groups[0])
         self._record()
         if "backward" not in progress:
-            self._forward(progress["forward"])
+            self._forward(progress.get("forward", 0))  # the first note may be on its way
             self._probe_top()
         counts = [len(self.job.replays(group)) for group in self.groups]
         begin = progress.get("backward", self.top + 1)
@@ -109,8 +109,7 @@ class Sweep:
                     self._spool("boundary-0", fresh=True).put(str(batch), *Boundary(first).pack())
                 self.job.track("prompts", batch + 1, len(self.job.batches))
         if fresh:
-            self._spool("boundary-0", fresh=True).finish()
-            self.job.note(forward=0)
+            self._commit(["boundary-0"], [], forward=0)
 
     def _forward(self, done: int) -> None:
         """Make the boundaries between the groups."""
@@ -122,9 +121,8 @@ class Sweep:
                     leaving.put(str(batch), *self._push(number, batch).pack())
                     step = number * len(self.job.batches) + batch + 1
                     self.job.track("forward", step, self.top * len(self.job.batches))
-            leaving.finish()
             shared_inputs = {} if self.job.covariances is None else {"heard": dict(self.job.covariances.shared_inputs)}
-            self.job.note(forward=number + 1, **shared_inputs)
+            self._commit([f"boundary-{number + 1}"], [], forward=number + 1, **shared_inputs)
             self.weights.leave(self.groups[number])
 
     @torch.no_grad()
@@ -147,6 +145,7 @@ class Sweep:
         covariances = self.job.covariances
         if covariances is None or covariances.is_laid_out:
             return
+        self._wait_for_commit()
         if self.job.plan.names(self.groups[self.top]):
             self.weights.enter(self.groups[self.top])
             with self.job.ranks.agreeing():
@@ -182,9 +181,8 @@ class Sweep:
             if number == self.top and turn == 0:
                 loss["loss"] = self.losses.mean()
             job.deliver(group, sums, gather)
-        passed.finish()
         spent = [f"gradient-{number + 1}"] if number < self.top or len(replays) > 1 else []
-        self._commit([*spent, f"boundary-{number}"], backward=number, **loss)
+        self._commit([f"gradient-{number}"], [*spent, f"boundary-{number}"], backward=number, **loss)
 
     def _next(self, number: int) -> Sequence[int]:
         """Return the group to read while another computes, if there is memory for both."""
@@ -260,7 +258,7 @@ class Sweep:
                 add_squared_parameters_(sums, parameters)
                 job.track("outer", batch + 1, len(job.batches))
         job.deliver([None], sums)
-        self._commit([], outer=True)
+        self._commit([], [], outer=True)
 
     # The work folder
 
@@ -273,24 +271,31 @@ class Sweep:
     def _load(self, name: str, batch: int) -> Boundary:
         return Boundary.unpack(*self._spool(name).get(str(batch), self.job.device))
 
-    def _commit(self, spent: list[str], **progress: Any) -> None:
-        """Note progress once the Fisher values are on the disk, while the next group computes; then drop ``spent``."""
+    def _commit(self, whole: list[str], spent: list[str], **progress: Any) -> None:
+        """Note progress once spools and Fisher values are on the disk, while the next group computes.
+
+        Args:
+            whole: spools that nothing more is put into.
+            spent: spools that nobody needs once it is noted.
+            progress: to note.
+        """
         self._wait_for_commit()
-        state = self.job.state()
+        state, finished = self.job.state(), [self._spool(name) for name in whole]
 
         def commit() -> None:
+            for spool in finished:
+                spool.finish()
             self.job.sync()
             self.job.note(**state, **progress)
             self.job.ranks.meet("noted")  # what is spent may go once it is noted, no sooner
+            for name in spent:
+                self._spool(name).remove()
+                del self.spools[name]
 
-        self.committing = self.disk.submit(commit), spent
+        self.committing = self.disk.submit(commit)
 
     def _wait_for_commit(self) -> None:
         """Wait for the commit that is under way."""
         if self.committing is not None:
-            future, spent = self.committing
-            self.committing = None
-            future.result()
-            for name in spent:
-                self._spool(name).remove()
-                del self.spools[name]
+            committing, self.committing = self.committing, None
+            committing.result()
