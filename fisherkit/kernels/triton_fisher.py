@@ -198,17 +198,23 @@ def _joined(samples: Sequence[Tensor], rows: int) -> Tensor:
     Without a copy where they lie so in memory already.
     """
     first = samples[0]
-    if all(len(sample) % rows == 0 for sample in samples):
-        step, at = first.stride(0) * first.element_size(), first.data_ptr()
-        for sample in samples:
-            if sample.data_ptr() != at or sample.stride() != first.stride():
-                break
-            at += len(sample) * step
-        else:
-            return first.as_strided((sum(map(len, samples)), first.shape[1]), first.stride())
+    if _are_one(samples) and all(len(sample) % rows == 0 for sample in samples):
+        return first.as_strided((sum(map(len, samples)), first.shape[1]), first.stride())
     zeros = first.new_zeros(1, first.shape[1])
     parts = ((sample, zeros.expand(-len(sample) % rows, -1)) for sample in samples)
     return torch.cat([part for both in parts for part in both])
+
+
+def _are_one(samples: Sequence[Tensor]) -> bool:
+    """Return whether samples are parts of one tensor, behind each other."""
+    first = samples[0]
+    memory, at = first.untyped_storage().data_ptr(), first.storage_offset()
+    for sample in samples:
+        here = sample.untyped_storage().data_ptr(), sample.storage_offset(), sample.stride()
+        if here != (memory, at, first.stride()):  # another tensor may lie behind this one by chance
+            return False
+        at += len(sample) * first.stride(0)
+    return True
 
 
 @functools.lru_cache(maxsize=256)  # all layers of all blocks see the same batches
