@@ -45,9 +45,9 @@ class Shape(NamedTuple):
         )
 
 
-MANY = Shape(24, 2048, 5632, 64, 256)
-LARGE = Shape(6, 5376, 21504, 200, 256)
-"""Six of the sixty blocks of a 31B model."""
+MANY = Shape(24, 2048, 5632, 128, 256)
+LARGE = Shape(4, 5376, 21504, 200, 256)
+"""Four of the sixty blocks of a 31B model."""
 
 
 def against_scripts(shape: Shape, device: torch.device, folder: Path) -> list[tuple[str, ...]]:
@@ -84,7 +84,8 @@ def large_blocks(shape: Shape, device: torch.device, folder: Path) -> tuple[list
     each = (time.perf_counter() - started) / shape.blocks
     lines = [f"{each:.2f} s a block, start-up and writing included; 60 blocks by proportion: {60 * each:.0f} s"]
     if device.type == "cuda":
-        lines.append(traced(lambda: _streamed(model, prompts, out, shape, device, 1)).words())
+        trace = traced(lambda: _streamed(model, prompts, out, shape, device, 1))
+        lines += [trace.words(), trace.against(shape.four_forwards / rate, shape.blocks)]
     return [row], lines
 
 
@@ -101,7 +102,6 @@ def _options(shape: Shape, device: torch.device, group_size: int) -> ExtractOpti
         max_length=shape.tokens,
         limit=None,
         group_size=group_size,
-        batch_tokens=4096,
         device=str(device),
         dtype="bfloat16",
         engine="stream",

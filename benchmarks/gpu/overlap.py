@@ -28,6 +28,18 @@ class Exposed(NamedTuple):
             f"which {self.exposed:.2f} s beside no computing; the device computes in {self.computing / self.whole:.0%}"
         )
 
+    def against(self, ideal: float, blocks: int) -> str:
+        """Return a line on the time that the device computes.
+
+        Args:
+            ideal: seconds of the same operations at the rate of matrix products.
+            blocks: that were run.
+        """
+        return (
+            f"the device computes {self.computing / blocks:.2f} s a block, of which 4F at the GEMM rate are "
+            f"{ideal / self.computing:.0%}; 60 blocks by proportion: {60 * self.computing / blocks:.0f} s of computing"
+        )
+
 
 def traced(run: Callable[[], object]) -> Exposed:
     """Return the exposed copies of a run on CUDA."""
