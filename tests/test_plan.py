@@ -313,3 +313,23 @@ def _fisherkit(arguments: list[Any], limit: int | None) -> subprocess.CompletedP
         if limit is not None and enter is None:
             command += ["--memory", str(limit)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, preexec_fn=enter)
+
+
+# Batches
+
+
+def test_tokens_per_batch_are_chosen_for_the_device_unless_given() -> None:
+    assert [ExtractOptions().on(device).batch_tokens for device in ("cpu", "cuda", "xpu")] == [1024, 8192, 8192]
+    assert ExtractOptions(batch_tokens=7).on("cuda").batch_tokens == 7
+
+
+def test_batches_are_small_where_only_those_fit(checkpoint: Checkpoint) -> None:
+    def plan(**changes: Any) -> dict[str, Any]:
+        options = {"device_memory": 80_000_000_000, "group_size": 1, "max_length": 256, **changes}
+        return fisherkit.plan_extract(checkpoint("llama"), None, ExtractOptions(**options))
+
+    small, large = (plan(batch_tokens=tokens)["peak_bytes"]["device"] for tokens in (1024, 8192))
+    assert plan()["peak_bytes"]["device"] == large
+    between = plan(device_memory=int((small + large) / 2 / HEADROOM))
+    assert between["fits"]
+    assert between["peak_bytes"]["device"] == small

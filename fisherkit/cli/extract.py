@@ -100,7 +100,7 @@ def extract(
         ),
     ] = None,
     group_size: GroupSize = 8,
-    batch_tokens: BatchTokens = 1024,
+    batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
     engine: Engine = "auto",

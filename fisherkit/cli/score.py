@@ -83,7 +83,7 @@ def score(
         typer.Option("--by-bytes", help="Compare bits per byte, across different tokenizers.", rich_help_panel=PROMPTS),
     ] = False,
     group_size: GroupSize = 8,
-    batch_tokens: BatchTokens = 1024,
+    batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
     engine: Engine = "auto",

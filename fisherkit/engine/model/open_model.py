@@ -45,7 +45,7 @@ def open_skeleton(
         config = read_config(source.path, trust_remote_code=options.trust_remote_code)
         dtype = choose_dtype(config, index, options.dtype)
         if options.dtype == "auto" and probe:
-            tokens = min(options.batch_tokens, options.max_length)
+            tokens = min(options.tokens_per_batch, options.max_length)
             dtype, line = choose_compute_dtype(dtype, device, shape_to_come(config.get_text_config(), tokens))
             if line is not None:
                 say(line)

@@ -103,7 +103,7 @@ def _job(
     assert prepared.prompts is not None
     options, samples, ranks = prepared.options, prepared.prompts.samples, prepared.ranks
     own = ranks.own_samples([len(sample.ids) for sample in samples])
-    packed = batches([samples[number] for number in own], options.batch_tokens)
+    packed = batches([samples[number] for number in own], options.tokens_per_batch)
     sizes = [(n,) for n in own] if mode["singles"] else [tuple(own[place] for place in batch) for batch in packed]
     replays = [
         len(replays_of(prepared.skeleton, prepared.plan, group, covariances=covariances is not None))

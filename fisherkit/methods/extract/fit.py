@@ -154,7 +154,7 @@ def _helpful(skeleton: Skeleton, prompts: PromptSet | None, options: ExtractOpti
     """Yield options with which the run would fit."""
     longest = max(len(sample.ids) for sample in prompts.samples) if prompts is not None else options.max_length
     changes: list[tuple[str, Mapping[str, Any]]] = []
-    if options.batch_tokens > longest:
+    if options.tokens_per_batch > longest:
         changes.append((f"--batch-tokens {longest}", {"batch_tokens": longest}))
     if options.statistics == "activations":
         changes.append(("--statistics fisher", {"statistics": "fisher"}))
@@ -178,11 +178,11 @@ def _load(skeleton: Skeleton, plan: Plan, prompts: PromptSet | None, options: Ex
     covariances = {} if options.statistics == "fisher" else memory_of_covariances(skeleton, plan, form_of(options))
     if prompts is None:
         longest, count = options.max_length, options.limit or _SAMPLES
-        tokens, largest = longest * count, min(longest * count, max(longest, options.batch_tokens))
+        tokens, largest = longest * count, min(longest * count, max(longest, options.tokens_per_batch))
     else:
         lengths = [len(sample.ids) for sample in prompts.samples]
         longest, tokens = max(lengths), sum(lengths)
-        packed = batches(prompts.samples, options.batch_tokens)
+        packed = batches(prompts.samples, options.tokens_per_batch)
         largest = max(len(batch) * max(lengths[at] for at in batch) for batch in packed)
     if only_batches_of_one(skeleton, plan):
         largest = longest

@@ -21,6 +21,7 @@ from fisherkit.engine.ranks.ranks import ALONE, Ranks
 from fisherkit.errors import CheckpointError, counted
 from fisherkit.methods.extract.fit import Fit, fit, refuse_misfit, room_for
 from fisherkit.options import ExtractOptions
+from fisherkit.options.extract import LEAST_BATCH
 from fisherkit.options.part import Part
 from fisherkit.progress import Say
 from fisherkit.prompts.dataset import PromptSet, load_prompts
@@ -41,7 +42,7 @@ class Prepared:
         part: what they are a part of; None where they are all.
         fit: the plan, and the memory that it was made for.
         device: where it computes.
-        options: as they were given.
+        options: as they were given, but for what the device decides.
         ranks: the processes that measure together.
     """
 
@@ -108,6 +109,7 @@ def prepare(
     with ranks.together():
         source = resolve_model(model, weights=not dry_run)
         device = torch.device("cuda") if is_there else ranks.device(choose_device(options.device))
+        asked, options = options, options.on(device.type)
         config_folder(source.path)
         skeleton = open_skeleton(source, _open(source, dry_run), options, device, say, probe=not is_elsewhere)
         tokenizer = _tokenizer(source, options, dry_run)
@@ -120,7 +122,11 @@ def prepare(
             check_fit(source, skeleton, samples.samples)
     with ranks.together():
         rooms = room_for(options, device, dry_run=dry_run)
-    found = fit(skeleton, samples, options, _shared(rooms, device, ranks), say)
+    rooms = _shared(rooms, device, ranks)
+    found = fit(skeleton, samples, options, rooms, say)
+    if not found.holds and asked.batch_tokens is None:
+        options = dataclasses.replace(options, batch_tokens=LEAST_BATCH)
+        found = fit(skeleton, samples, options, rooms, say)
     with ranks.together():
         if not dry_run and options.engine != "resident":
             refuse_misfit(found, skeleton, samples, options, source.id)

@@ -52,7 +52,7 @@ class Prepared:
         models: in order; the first is what the others are compared with.
         tokenizer: of the first.
         device: where it computes.
-        options: as they were given.
+        options: as they were given, but for what the device decides.
     """
 
     models: tuple[Model, ...]
@@ -73,7 +73,7 @@ class Prepared:
             "prompts": json.dumps(
                 [[[one.name, one.prompts.report.sha256] for one in model.sets] for model in self.models]
             ),
-            "options": json.dumps([options.engine, options.batch_tokens, options.choices]),
+            "options": json.dumps([options.engine, options.tokens_per_batch, options.choices]),
             "device": self.device.type,
             "dtype": " ".join(str(model.skeleton.dtype) for model in self.models),
             "versions": f"fisherkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
@@ -100,6 +100,7 @@ def prepare(
     if not candidates:
         raise OptionError("no MODEL to score")
     device, said = choose_device(options.device), set[str]()
+    options = options.on(device.type)
 
     def once(line: str) -> None:
         if line not in said:
@@ -173,7 +174,7 @@ def _groups(
         skeleton,
         options.group_size,
         available_bytes(device),
-        batch_tokens=options.batch_tokens,
+        batch_tokens=options.tokens_per_batch,
         longest=max(len(sample.ids) for sample in samples),
         others=others,
         on_host=device.type == "cpu",

@@ -188,7 +188,7 @@ def _job(model: Model, groups: Sequence[Sequence[int]], mode: Mode, prepared: Pr
     feed = Feed(
         skeleton=model.skeleton,
         samples=model.samples,
-        batches=singles if mode["singles"] else batches(model.samples, prepared.options.batch_tokens),
+        batches=singles if mode["singles"] else batches(model.samples, prepared.options.tokens_per_batch),
         device=prepared.device,
         token_types=mode["token_types"],
     )
