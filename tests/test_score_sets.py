@@ -188,6 +188,21 @@ def test_questions_that_cannot_be_asked_are_left_out_and_counted(checkpoint: Che
     }
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"choices": ["one"]}, r"2 has fewer than two choices"),
+        ({"answer": 7}, r"2 has an answer that is none of its choices"),
+    ],
+)
+def test_a_set_without_a_question_that_can_be_asked_says_why(
+    change: dict[str, Any], reason: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    tokenizer, row = load_tokenizer(checkpoint("llama")), {**MMLU, **change}
+    with pytest.raises(PromptError, match=rf"q\.jsonl: no sample left of 2 rows \({reason}\)"):
+        load_choices(write(tmp_path / "q.jsonl", row, row), "choices", tokenizer, ScoreOptions())
+
+
 def test_choices_are_refused_where_there_are_none(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     folder = checkpoint("llama")
     with pytest.raises(OptionError, match="--choices options: no prompt set has that column"):

@@ -43,11 +43,11 @@ class Sample:
 
 def _pick_loss(name: str, fields: PromptFields, conversations: Sequence[Conversation], options: PromptOptions) -> str:
     """Resolve ``auto``; a loss on answers needs a set that has some."""
+    usable = [conversation for conversation in conversations if not (conversation.empty or conversation.unusable)]
     if options.loss == "auto":
-        usable = (conversation for conversation in conversations if not (conversation.empty or conversation.unusable))
-        return "completion" if next(usable, conversations[0]).answered else "all"
-    spoken = any(turn["role"] == "assistant" for conversation in conversations for turn in conversation.turns)
-    if options.loss != "all" and not spoken:
+        return "completion" if (usable or conversations)[0].answered else "all"
+    spoken = any(turn["role"] == "assistant" for conversation in usable for turn in conversation.turns)
+    if options.loss != "all" and usable and not spoken:  # why none is usable, the rows say better
         raise PromptError(
             f"{name}: no loss token anywhere: --loss {options.loss} counts answers, and the set has prompts only "
             f"(field {clipped(fields.field, 60)}); use --loss all"
