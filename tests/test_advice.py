@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -48,10 +49,11 @@ def test_equal_points_are_on_the_front_together_and_nan_on_none() -> None:
     [
         ("old:+0.02", Budget("old", 0.02)),
         ("old:0.02", Budget("old", 0.02)),
-        ("old:-.5", Budget("old", -0.5)),
+        ("old:+0", Budget("old", 0.0)),
+        ("old:-0", Budget("old", 0.0)),
         ("a:b:1e-3", Budget("a:b", 0.001)),
         ("old:-1%", Budget("old", -0.01, is_exact=True)),
-        ("old:+0.5 %", Budget("old", 0.005, is_exact=True)),
+        ("old:-0.5 %", Budget("old", -0.005, is_exact=True)),
         ("old:-0%", Budget("old", 0.0, is_exact=True)),
     ],
 )
@@ -65,6 +67,19 @@ def test_budgets_are_read_as_they_are_meant(text: str, wanted: Budget) -> None:
 )
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--budget"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("old:-5", r"say \+5 for nats that the loss may rise by, or -5% for exact matches that may go"),
+        ("old:-.02", r"say \+\.02 for nats .*, or -\.02% for"),
+        ("old:+1%", r"say -1% for exact matches that may go, or \+1 without %"),
+    ],
+)
+def test_a_gain_is_no_budget(text: str, advice: str) -> None:
+    with pytest.raises(OptionError, match=f"--budget '{re.escape(text)}': .*{advice}"):
         parse_budget(text)
 
 

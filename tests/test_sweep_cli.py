@@ -137,10 +137,10 @@ def test_the_point_that_is_advised_is_written(pair: Pair, asked: list[str], tmp_
 
 def test_nothing_is_written_where_no_point_is_within_the_budget(pair: Pair, asked: list[str], tmp_path: Path) -> None:
     for command in (("fapm", "--sweep", "0.2,0.5"), ("merge", "--alpha", "0.2,0.5")):
-        done = cli(command[0], *pair, tmp_path / "out", *command[1:], "--budget", "old:-100", *asked)
+        done = cli(command[0], *pair, tmp_path / "out", *command[1:], "--budget", "new:+0", *asked)
         assert done.returncode == 1
         assert done.stdout.startswith("checkpoint\t")  # what was measured is not lost
-        assert "nothing is written: no point stays within old:-100" in done.stderr.splitlines()[-1]
+        assert "nothing is written: no point stays within new:+0" in done.stderr.splitlines()[-1]
         assert not list(tmp_path.iterdir())
 
 

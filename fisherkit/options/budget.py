@@ -25,7 +25,7 @@ class Budget:
     is_exact: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}:{100 * self.change:+g}%" if self.is_exact else f"{self.name}:{self.change:+g}"
+        return f"{self.name}:-{100 * abs(self.change):g}%" if self.is_exact else f"{self.name}:{self.change:+g}"
 
 
 def parse_budget(text: str) -> Budget:
@@ -39,6 +39,12 @@ def parse_budget(text: str) -> Budget:
     if not name or match is None or not math.isfinite(float(match[1])):
         raise OptionError(f"--budget {_FORM}, not {text!r}")
     value, is_exact = float(match[1]), bool(match[2])
-    if is_exact and not match[1].lstrip().startswith(("+", "-")):
-        raise OptionError(f"--budget {text!r}: say -{match[1]}% for exact matches that may go, or {match[1]} without %")
+    number = match[1].lstrip("+-")
+    if is_exact and not match[1].startswith("-"):
+        raise OptionError(f"--budget {text!r}: say -{number}% for exact matches that may go, or +{number} without %")
+    if not is_exact and value < 0:
+        raise OptionError(
+            f"--budget {text!r}: a budget is what may be lost; say +{number} for nats that the loss may rise by, or "
+            f"-{number}% for exact matches that may go"
+        )
     return Budget(name, value / 100 if is_exact else value, is_exact)
