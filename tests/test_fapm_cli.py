@@ -432,7 +432,7 @@ def test_the_description_of_a_delta_replaces_nothing_of_the_users(pair: Pair, tm
         (["OUT", "--sparse", "d.safetensors", "--metric", "della"], "--sparse is for metrics that select"),
         (["--sweep", "0.5,x"], "--sweep takes numbers such as 0.5,0.9,0.95, not '0.5,x'"),
         (["--sweep", ""], "--sweep takes numbers"),
-        (["--sweep", "0.5,2"], "--sweep must lie between 0 and 1, not 2.0"),
+        (["--sweep", "0.5,2"], "--sweep must lie between 0 and 1, not 2"),
         (["--sweep", "0.5", "--metric", "wise-ft"], "--sweep is for metrics that select"),
         (["--sweep", "0.5", "--sparse", "d.safetensors"], "they go without --sparse and --figure"),
         (["--dry-run", "--sweep", "0.5"], "it goes without --sweep and --report"),

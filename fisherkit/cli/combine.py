@@ -10,7 +10,8 @@ import typer
 from fisherkit.cli import console
 from fisherkit.cli.app import OUTPUT, Command, Debug, Force, Json, Quiet, Resume, app, run, sayer
 from fisherkit.options import parse_bytes
-from fisherkit.options.combine import CombineOptions, parse_weights
+from fisherkit.options.checks import parse_weights
+from fisherkit.options.combine import CombineOptions
 from fisherkit.options.extract import Store
 
 

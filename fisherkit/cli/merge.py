@@ -26,7 +26,7 @@ from fisherkit.cli.shared import Base, Nan, Only, Report, Rest, Shard, ShardSize
 from fisherkit.cli.sweep import BudgetText, Controls, Prompts, Samples
 from fisherkit.errors import OptionError
 from fisherkit.options import MergeOptions, Side
-from fisherkit.options.combine import parse_weights
+from fisherkit.options.checks import parse_weights
 
 HOW, SOLVE = "What is done to the delta", "Or solve for it"
 

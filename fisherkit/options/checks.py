@@ -31,6 +31,11 @@ def at_least(option: str, value: int | None, least: int) -> None:
         raise OptionError(f"--{option} must be at least {least}, not {value}")
 
 
+def as_typed(value: object) -> str:
+    """Return a number as a person types it: ``1`` for 1.0."""
+    return str(value).removesuffix(".0")
+
+
 def as_paths(options: object, *names: str) -> None:
     """Turn strings in the named fields into paths, which everything else in the library takes too."""
     for name in names:
@@ -42,13 +47,25 @@ def as_paths(options: object, *names: str) -> None:
 def check_share(option: str, value: float | None) -> None:
     """Check that a share is not given, or lies from 0 to 1."""
     if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
-        raise OptionError(f"--{option} must lie between 0 and 1, not {value}")
+        raise OptionError(f"--{option} must lie between 0 and 1, not {as_typed(value)}")
 
 
 def check_pull(pull: float) -> None:
     """Check that a pull lies above 0 and below a million."""
     if isinstance(pull, bool) or not (isinstance(pull, numbers.Real) and 0 < pull < 1e6):
-        raise OptionError(f"--pull must lie above 0 and below 1000000, not {pull}")
+        raise OptionError(f"--pull must lie above 0 and below 1000000, not {as_typed(pull)}")
+
+
+def check_weights(weights: Sequence[float], typed: str | None = None) -> None:
+    """Check that weights are numbers above 0 and no more than 1e12, and not none.
+
+    Args:
+        weights: what parts of a mean count.
+        typed: as they were written.
+    """
+    if not (weights and all(0 < weight <= 1e12 for weight in weights)):
+        shown = typed if typed is not None else ",".join(map(as_typed, weights))
+        raise OptionError(f"--weights takes numbers above 0 such as 1,3, not {shown[:80]!r}")
 
 
 def check_device(device: str) -> None:
@@ -90,6 +107,16 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
         raise OptionError(f"--{option} takes a number, or several such as 0.1,0.3,0.5, not {text!r}") from None
 
 
+def parse_weights(text: str) -> tuple[float, ...]:
+    """Parse weights of a mean: ``"1,3"`` is ``(1, 3)``. Raises OptionError for anything but numbers above 0."""
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    check_weights(weights, text)
+    return weights
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Parse layer numbers: ``"0-7,12"`` is ``(0, 1, ..., 7, 12)``. Raises OptionError for anything else."""
     layers: set[int] = set()
@@ -127,7 +154,7 @@ def parse_rate(option: str, text: str) -> float:
 def check_rate(option: str, rate: float | None) -> None:
     """Check that a rate is not given, or above zero."""
     if rate is not None and not 0 < rate < float("inf"):
-        raise OptionError(f"--{option} must be above 0, not {rate}")
+        raise OptionError(f"--{option} must be above 0, not {as_typed(rate)}")
 
 
 def parse_json(option: str, text: str) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Options of ``combine``."""
 
 import dataclasses
-import math
 
-from fisherkit.errors import OptionError
-from fisherkit.options.checks import at_least, one_of
+from fisherkit.options.checks import at_least, check_weights, one_of
 from fisherkit.options.extract import STORES, Store
 
 
@@ -33,19 +31,5 @@ class CombineOptions:
         at_least("max-shard-size", self.shard_bytes, 1)
         one_of("store", self.store, Store)
         object.__setattr__(self, "store", "bf16" if self.store == "auto" else STORES.get(self.store, self.store))
-        if self.weights is not None and not (
-            self.weights and all(math.isfinite(one) and one > 0 for one in self.weights)
-        ):
-            raise OptionError(f"--weights takes numbers above 0 such as 1,3, not {','.join(map(str, self.weights))}")
-
-
-def parse_weights(text: str) -> tuple[float, ...]:
-    """Parse ``"1,3"``.
-
-    Raises:
-        OptionError: anything but numbers.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise OptionError(f"--weights takes numbers above 0 such as 1,3, not {text[:80]!r}") from None
+        if self.weights is not None:
+            check_weights(self.weights)

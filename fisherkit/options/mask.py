@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fisherkit.errors import OptionError
-from fisherkit.options.checks import as_paths, at_least, check_device, check_pull, exact_share, one_of
+from fisherkit.options.checks import as_paths, as_typed, at_least, check_device, check_pull, exact_share, one_of
 from fisherkit.options.merge import Scope, Side
 
 Top = Literal["top"]
@@ -196,7 +196,7 @@ class MaskOptions:
             raise OptionError("--svd-rank and --svd-energy both say how many modes; give one of them")
         at_least("svd-rank", self.svd_rank, 1)
         if self.svd_energy is not None and not 0 < self.svd_energy <= 1:
-            raise OptionError(f"--svd-energy must lie above 0 and not above 1, not {self.svd_energy}")
+            raise OptionError(f"--svd-energy must lie above 0 and not above 1, not {as_typed(self.svd_energy)}")
         if self.train:
             raise OptionError("--train top does not go with a subspace: its directions are protected, never trained")
         given = {name: getattr(self, name) for name in ("keep", "aggregate", "combine", "scope", "against")}
@@ -250,4 +250,4 @@ class ExportOptions:
     def __post_init__(self) -> None:
         one_of("to", self.to, ExportTarget)
         if not 0 < self.learning_rate < 1:
-            raise OptionError(f"--learning-rate must lie between 0 and 1, not {self.learning_rate}")
+            raise OptionError(f"--learning-rate must lie between 0 and 1, not {as_typed(self.learning_rate)}")

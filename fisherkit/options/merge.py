@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from fisherkit.errors import OptionError
-from fisherkit.options.checks import as_paths, at_least, check_patterns, check_share, exact_share, one_of
+from fisherkit.options.checks import (
+    as_paths,
+    as_typed,
+    at_least,
+    check_patterns,
+    check_share,
+    check_weights,
+    exact_share,
+    one_of,
+)
 from fisherkit.options.part import Part, check_part
 
 Metric = Literal["fapm", "relative", "magnitude", "random", "wise-ft", "dare", "della"]
@@ -143,9 +152,11 @@ class MergeOptions(PairOptions):
         check_share("floor", self.floor)
         for option, value in (("power", self.power), ("alpha", self.alpha)):
             if not (isinstance(value, int | float) and -1e6 < value < 1e6):
-                raise OptionError(f"--{option} must be a finite number, not {value}")
+                raise OptionError(f"--{option} must be a finite number, not {as_typed(value)}")
         if self.power < 0:
-            raise OptionError(f"--power must not be negative, not {self.power}: important layers would change most")
+            raise OptionError(
+                f"--power must not be negative, not {as_typed(self.power)}: important layers would change most"
+            )
         self._refuse_idle()
 
     @property
@@ -179,8 +190,7 @@ class MergeOptions(PairOptions):
             raise OptionError(
                 f"--weights has {len(self.weights)} numbers for FT and {len(self.also)} of --also; give one for each"
             )
-        if not all(0 < weight <= 1e12 for weight in self.weights):
-            raise OptionError(f"--weights takes numbers above 0 such as 1,2, not {','.join(map(str, self.weights))}")
+        check_weights(self.weights)
 
     def _check_solve(self) -> None:
         for option in ("regmean", "fisher"):
@@ -194,7 +204,7 @@ class MergeOptions(PairOptions):
         for name, value, least in (("old-weight", self.old_weight, 0.0), ("damping", self.damping, 1e-12)):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and least <= value <= 1e12):
-                raise OptionError(f"--{name} must lie between {least:g} and 1e12, not {value}")
+                raise OptionError(f"--{name} must lie between {least:g} and 1e12, not {as_typed(value)}")
         ways = {"regmean": self.regmean, "fisher": self.fisher, "mask": self.mask, "subspace": self.subspace}
         given = [way for way, value in (ways | {"layer-scale": self.layer_scale}).items() if value is not None]
         if self.solves and len(given) > 1:
