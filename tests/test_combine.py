@@ -140,10 +140,17 @@ def test_what_is_not_one_division_of_one_set_is_refused(
         ({"reduction": "sum"}, "other --labels, --reduction"),
         ({"max_length": 9}, "another --max-length"),
         ({"dtype": "bfloat16"}, "computed in another --dtype"),
-        ({"limit": 4}, "of another prompt set"),
+        ({"limit": 4}, "of another prompt set than .*: 4 rows of prompts.jsonl, not 5; extract all parts with one --l"),
     ):
         changed = extract(checkpoint("llama"), prompts, tmp_path / "changed.pt", shard=(2, 3), force=True, **changes)
         refused(three[0], changed, three[2], match=what)
+    for name, what in (("other", "not prompts.jsonl; --weights 1,1"), ("prompts", "held other text then")):
+        text = prompts.read_text().replace("rivers", "towns")
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        changed = extract(
+            checkpoint("llama"), tmp_path / f"{name}.jsonl", tmp_path / "changed.pt", shard=(2, 3), force=True
+        )
+        refused(three[0], changed, three[2], match=f"of another prompt set than .*: {name}.jsonl.* {what}")
     foreign = extract(checkpoint("llama-tied"), prompts, tmp_path / "foreign.pt", shard=(2, 3))
     refused(three[0], foreign, match="of another model")
     fewer = extract(checkpoint("llama"), prompts, tmp_path / "fewer.pt", shard=(2, 3), layers=(0,))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import covariance_files
 import numpy as np
 import pairs
 import pytest
@@ -20,6 +21,7 @@ from fisherkit.pairs import rewrite
 
 Doubles = NDArray[np.float64]
 MU = 1e-6
+Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(pair: Pair, tmp_path: Path, monke
         fisherkit.merge(*pair, tmp_path / "out", MergeOptions(fisher=paths), track=killed_after(9))
     fisherkit.merge(*pair, tmp_path / "out", MergeOptions(fisher=paths, resume=True))
     assert pairs.same_checkpoint(tmp_path / "out", tmp_path / "whole")
+
+
+def test_old_and_new_in_each_others_place_are_refused(wide: Pair, tmp_path: Path) -> None:
+    paths = tmp_path / "of_base.safetensors", tmp_path / "of_tuned.safetensors"
+    for seed, (path, model) in enumerate(zip(paths, wide, strict=True)):
+        fisher_file(path, wide[0], seed, model=model)
+    done = cli("merge", *wide, tmp_path / "out", "--fisher", *reversed(paths))
+    assert "of_tuned.safetensors: was measured on FT, and NEW on BASE: OLD comes first" in one_line(done)
+    assert not (tmp_path / "out").exists()
+    worked(cli("merge", *wide, tmp_path / "forced", "--fisher", *reversed(paths), "--force-model"))
+    worked(cli("merge", *wide, tmp_path / "out", "--fisher", *paths))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_covariances_in_place_of_a_fisher_are_refused(place: int, wide: Pair, tmp_path: Path) -> None:
+    fisher_file(tmp_path / "f.safetensors", wide[0], 0)
+    rows = np.random.default_rng(0).standard_normal((9, 32))
+    covariances = covariance_files.write(tmp_path / "c.safetensors", {(Q0,): rows}, model=wide[0])
+    paths = [tmp_path / "f.safetensors"] * 2
+    paths[place] = covariances
+    line = one_line(cli("merge", *wide, tmp_path / "out", "--fisher", *paths))
+    assert "c.safetensors: holds covariances, which --regmean takes; --fisher takes a Fisher" in line
 
 
 def test_fishers_that_do_not_belong_are_refused(wide: Pair, tmp_path: Path) -> None:

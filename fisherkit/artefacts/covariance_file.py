@@ -82,6 +82,11 @@ def find_covariances(path: Path) -> Path:
     return path_beside(path)
 
 
+def is_covariances(made: Mapping[str, Any]) -> bool:
+    """Return whether a JSON describes covariances."""
+    return str(made.get("format", "")).startswith("fisherkit.activations/")
+
+
 def description(
     staged: Path, provenance: Mapping[str, Any], rows: Mapping[str, Any], without: Sequence[str]
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.artefacts import fisher_sidecar
-from fisherkit.artefacts.covariance_file import path_beside
+from fisherkit.artefacts.covariance_file import is_covariances, path_beside
 from fisherkit.artefacts.fisher_paths import FisherPaths, publish_fisher
 from fisherkit.checkpoint.atomic import publish, write_json
 from fisherkit.checkpoint.target import check_separate, check_target
@@ -21,7 +21,7 @@ from fisherkit.checkpoint.work_folder import Work, may_replace, read_progress
 from fisherkit.errors import OutputError, counted
 from fisherkit.methods.combine.covariances import add_covariances
 from fisherkit.methods.combine.fisher_sum import add_fishers, describe
-from fisherkit.methods.combine.parts import MeasuredPart, is_covariances, open_parts
+from fisherkit.methods.combine.parts import MeasuredPart, open_parts
 from fisherkit.methods.combine.provenance import provenance
 from fisherkit.options.combine import CombineOptions
 from fisherkit.progress import Say, Track

@@ -3,14 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from fisherkit.artefacts.covariance_file import CovarianceFile
+from fisherkit.artefacts.covariance_file import CovarianceFile, is_covariances
 from fisherkit.artefacts.fisher_sidecar import SCHEMA, sidecar_path, why_not_of
 from fisherkit.checkpoint.schema import anything, check, maybe, named, number, read_beside, read_object, table, whole
 from fisherkit.errors import CheckpointError, OptionError, some_names
 from fisherkit.options.combine import CombineOptions
+from fisherkit.prompts.wording import clipped
 
 # What all parts must have in common, and what a person would call it.
 _COMMON = (
@@ -140,11 +141,6 @@ def _contents(made: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row["shape"] for name, row in made["tensors"].items()}
 
 
-def is_covariances(made: Mapping[str, Any]) -> bool:
-    """Return whether a JSON describes covariances, not a Fisher."""
-    return str(made.get("format", "")).startswith("fisherkit.activations/")
-
-
 def shapes_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return size, rank and weights of every covariance."""
     return {name: [row["size"], row["sketch_rank"], sorted(row["tensors"])] for name, row in rows.items()}
@@ -177,7 +173,8 @@ def _refuse_other_divisions(paths: Sequence[Path], sidecars: Sequence[Mapping[st
     for path, made in zip(paths, sidecars, strict=True):
         part = made["part"]
         if part["sha256"] != first["sha256"]:
-            raise CheckpointError(f"{path}: is of another prompt set than {paths[0]}; --weights 1,1 adds sets")
+            reason = _other_set(made["prompts"], sidecars[0]["prompts"])
+            raise CheckpointError(f"{path}: is of another prompt set than {paths[0]}: {reason}")
         if part["of"] != first["of"]:
             raise CheckpointError(
                 f"{path}: is one of {part['of']} parts and {paths[0]} one of {first['of']}, so they overlap; give the "
@@ -186,6 +183,17 @@ def _refuse_other_divisions(paths: Sequence[Path], sidecars: Sequence[Mapping[st
         if part["number"] in numbers:
             raise CheckpointError(f"{path}: is part {part['number']}, and so is {numbers[part['number']]}; give one")
         numbers[part["number"]] = path
+
+
+def _other_set(prompts: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Say how two prompt sets differ, as far as their reports tell, and what to do."""
+    name, other = (clipped(PurePath(str(one.get("source"))).name, 60) for one in (prompts, first))
+    if name != other:
+        return f"{name}, not {other}; --weights 1,1 adds sets"
+    rows, others = prompts.get("rows"), first.get("rows")
+    if rows != others:
+        return f"{rows} rows of {name}, not {others}; extract all parts with one --limit"
+    return f"{name} held other text then; extract all parts from one file"
 
 
 def _refuse_missing(first: Path, sidecars: Sequence[Mapping[str, Any]], options: CombineOptions) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fisherkit.artefacts.covariance_file import is_covariances
 from fisherkit.artefacts.fisher_sidecar import sidecar_path
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.index import open_index
@@ -22,7 +23,7 @@ from fisherkit.errors import CheckpointError
 from fisherkit.floats import FLOATING, STORED, widen
 from fisherkit.kernels.moment import Doubles
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
-from fisherkit.methods.merge.fine_tunes import FineTunes
+from fisherkit.methods.merge.fine_tunes import FineTunes, refuse_swapped
 from fisherkit.methods.merge.pair_run import Run
 from fisherkit.options import MergeOptions
 from fisherkit.pairs.rewrite import TensorRow
@@ -60,6 +61,8 @@ class FisherMerge:
         self._old = (
             _Fisher(stack, old, measured[0], self._shapes, force_model=options.force_model) if old is not None else None
         )
+        if self._old is not None and not options.force_model:
+            refuse_swapped(self._old.measured_on, self._news[0].measured_on, base, tuned, self._old.path)
         files = [*self._news, *([self._old] if self._old is not None else [])]
         self._covered = frozenset(name for name in run.chosen.names if all(name in file.of for file in files))
         if not self._covered:
@@ -118,7 +121,12 @@ class FisherMerge:
 
 
 class _Fisher:
-    """A Fisher, by BASE's names."""
+    """A Fisher, by BASE's names.
+
+    Attributes:
+        of: its own names by BASE's.
+        measured_on: fingerprint of the weights of the model; None where nothing says.
+    """
 
     def __init__(
         self,
@@ -132,9 +140,12 @@ class _Fisher:
         self.path = path
         self._reader = stack.enter_context(ArrayReader(open_index(path)))
         tensors = self._reader.index.tensors
-        made = (read_beside(sidecar_path(path)) or {}).get("model", {})
-        measured = made.get("weights_sha256") if isinstance(made, Mapping) else None
-        if measured not in (None, *models) and not force_model:
+        made = read_beside(sidecar_path(path)) or {}
+        if is_covariances(made):
+            raise CheckpointError(f"{path}: holds covariances, which --regmean takes; --fisher takes a Fisher")
+        model = made.get("model", {})
+        self.measured_on = model.get("weights_sha256") if isinstance(model, Mapping) else None
+        if self.measured_on not in (None, *models) and not force_model:
             raise CheckpointError(
                 f"{path}: was measured on another model than BASE and its fine-tune; extract it from one of them, or "
                 "--force-model for a close relative"
