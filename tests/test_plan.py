@@ -156,7 +156,7 @@ def test_a_killed_run_in_parts_goes_on(
 
 
 def test_what_does_not_fit_is_refused_before_any_work(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(FisherkitError, match=r"one layer at a time.*needs \d+\.\d\d GB.*there are 0\.05 GB; no option"):
+    with pytest.raises(FisherkitError, match=r"one layer at a time.*needs \d+ MB.*there are 50 MB; no option"):
         fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "f.pt", ExtractOptions(memory=50_000_000))
     assert list(tmp_path.iterdir()) == []
 
@@ -221,7 +221,23 @@ def test_less_memory_means_smaller_groups_and_says_what_does_not_fit(tmp_path: P
     assert not plan["read_ahead"]
     assert plan["replays"] > 1
     assert not plan["fits"]
-    assert any("one layer at a time" in line and "0.00 GB" in line for line in said)
+    (line,) = said  # and not that smaller groups would help
+    assert "one layer at a time, in as many parts as can be, needs " in line
+    assert line.endswith("MB of memory, and there are 1 kB; no option would make it fit")
+
+
+@pytest.mark.parametrize("group_size", [2, 8])
+def test_smaller_groups_are_said_by_the_layers_that_there_are(group_size: int, wide: Path) -> None:
+    said = list[str]()
+
+    def plan(size: int, memory: int) -> dict[str, Any]:
+        options = ExtractOptions(group_size=size, memory=memory, limit=1, max_length=16)
+        return fisherkit.plan_extract(wide, None, options, flops=1e9, say=said.append)
+
+    one, both = (plan(size, 1 << 40)["peak_bytes"]["host"] for size in (1, 2))
+    assert not said
+    assert plan(group_size, int((one + both) / 2 / HEADROOM))["fits"]
+    assert said == ["group size lowered from 2 to 1: more would not fit the memory"]
 
 
 def test_operations_are_four_forwards_of_the_matrices_less_one_group(tmp_path: Path) -> None:
@@ -262,6 +278,19 @@ def test_rates_are_read_or_refused(text: str, rate: float | None) -> None:
 def test_memory_of_its_own_is_refused_for_a_cpu(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--device-memory"):
         fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "f.pt", ExtractOptions(device_memory=1 << 30))
+
+
+@pytest.mark.parametrize(("device", "planned"), [("auto", "cuda"), ("cuda:1", "cuda:1"), ("xpu", "xpu"), ("cpu", None)])
+def test_memory_of_its_own_is_planned_for_the_device_that_is_named(
+    device: str, planned: str | None, tmp_path: Path
+) -> None:
+    tiny.CONFIGS["llama"]().save_pretrained(tmp_path)
+    options = ExtractOptions(device=device, device_memory=1 << 30)
+    if planned is None:
+        with pytest.raises(OptionError, match="--device-memory: cpu computes in the host's memory; give --memory"):
+            fisherkit.plan_extract(tmp_path, None, options)
+    else:
+        assert fisherkit.plan_extract(tmp_path, None, options)["device"] == planned
 
 
 # Under a limit that the kernel enforces

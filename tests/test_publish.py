@@ -13,7 +13,7 @@ from kills import Killed
 
 import fisherkit
 from fisherkit.checkpoint import atomic
-from fisherkit.checkpoint.atomic import json_text, publish, write_json, write_text
+from fisherkit.checkpoint.atomic import json_text, publish, size_text, write_json, write_text
 from fisherkit.checkpoint.work_folder import Work
 from fisherkit.errors import OptionError, OutputError, ResumeError
 from fisherkit.options import ExtractOptions, MaskOptions
@@ -258,3 +258,14 @@ def test_what_a_killed_write_left_is_dropped_by_the_next(tmp_path: Path) -> None
 def test_nan_among_the_options_is_refused_before_the_work() -> None:
     with pytest.raises(OptionError, match="chat-template-kwargs"):
         ExtractOptions(chat_template_kwargs={"a": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"), (1, "1 B"), (999, "999 B"), (999.6, "1 kB"), (1000, "1 kB"), (97_700, "97.7 kB"), (10**6, "1 MB"),
+        (999_600_000, "1 GB"), (80.25e9, "80.2 GB"), (1.5e12, "1.5 TB"), (4e15, "4 PB"), (1e19, "10,000 PB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_digits_in_the_unit_that_fits(nbytes: float, text: str) -> None:
+    assert size_text(nbytes) == text

@@ -144,14 +144,14 @@ def _drop_replaced(target: Path) -> None:
         left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
-def size_text(nbytes: int) -> str:
+def size_text(nbytes: float) -> str:
     """Return a number of bytes as a person reads it, such as ``97.7 kB``."""
     value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5:  # which three digits would round to 1000
             return f"{value:.3g} {unit}"
         value /= 1000
-    return f"{value:.1f} GB"
+    return f"{value:,.0f} PB"
 
 
 def _leftovers(path: Path, start: str, end: str) -> list[Path]:

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 
+from fisherkit.checkpoint.atomic import size_text
 from fisherkit.engine.model.build import shared_between_blocks
 from fisherkit.engine.model.memory import available_bytes
 from fisherkit.engine.model.skeleton import Skeleton
@@ -49,13 +50,13 @@ def check_resident(
     room = available_bytes(device) if room is None else room
     if weights > room:
         raise UnsupportedModelError(
-            f"{name}: cannot be streamed ({reason}), and its {weights / 1e9:.1f} GB do not fit the "
-            f"{room / 1e9:.1f} GB of memory"
+            f"{name}: cannot be streamed ({reason}), and its {size_text(weights)} do not fit the "
+            f"{size_text(room)} of memory"
         )
     if needed > room:
         raise UnsupportedModelError(
             f"{name}: cannot be streamed ({reason}), and its weights with sums, gradients and activations need "
-            f"{needed / 1e9:.1f} of the {room / 1e9:.1f} GB of memory; a smaller --group-size or --max-length helps"
+            f"{size_text(needed)} of the {size_text(room)} of memory; a smaller --group-size or --max-length helps"
         )
 
 

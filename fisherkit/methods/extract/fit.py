@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fisherkit.checkpoint.atomic import size_text
 from fisherkit.engine.covariance.plan import Form, memory_of_covariances
 from fisherkit.engine.model.build import blocks_in_groups
 from fisherkit.engine.model.fitting import divide, fit_plan
@@ -113,11 +114,13 @@ def fit(
         on_host=rooms.device is None,
     )
     plan = fit_plan(estimate, skeleton, wanted, options.group_size, rooms)
-    if len(plan.groups) != len(wanted.groups):
-        size = len(plan.groups[0])
-        say(f"group size lowered from {options.group_size} to {size}: more would not fit the memory")
     found = Fit(plan=plan, estimate=estimate, rooms=rooms)
-    if found.holds and plan.sums_at_once is not None:
+    if not found.holds:
+        return found  # what does not fit at all is refused, with the reason
+    if len(plan.groups) != len(wanted.groups):
+        asked, size = len(wanted.groups[0]), len(plan.groups[0])
+        say(f"group size lowered from {asked} to {size}: more would not fit the memory")
+    if plan.sums_at_once is not None:
         say("the targets of a layer are measured in parts, with a replay for each: together they would not fit")
     return found
 
@@ -145,8 +148,8 @@ def misfit(found: Fit, skeleton: Skeleton, prompts: PromptSet | None, options: E
     size = len(found.plan.groups[0])
     layers = "one layer" if size == 1 else f"{size} layers"
     return (
-        f"{name}: {layers} at a time, in as many parts as can be, needs {_gb(needed / HEADROOM)} of {where}, and there "
-        f"are {_gb(there)}; {help_}"
+        f"{name}: {layers} at a time, in as many parts as can be, needs {size_text(needed / HEADROOM)} of {where}, and "
+        f"there are {size_text(there)}; {help_}"
     )
 
 
@@ -199,7 +202,3 @@ def form_of(options: ExtractOptions) -> Form:
 
 def _least(wanted: int | None, here: int, *, dry_run: bool) -> int:
     return here if wanted is None else wanted if dry_run else min(wanted, here)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"

@@ -104,11 +104,11 @@ def prepare(
         UnsupportedModelError: no causal language model that can be measured.
         FisherkitError: the run does not fit the memory.
     """
-    is_there = dry_run and options.device_memory is not None  # and need not be here
+    is_there = dry_run and options.device_memory is not None  # the device, which need not be here
     is_elsewhere = dry_run and not (options.memory is None and options.device_memory is None)
     with ranks.together():
         source = resolve_model(model, weights=not dry_run)
-        device = torch.device("cuda") if is_there else ranks.device(choose_device(options.device))
+        device = _device_there(options) if is_there else ranks.device(choose_device(options.device))
         asked, options = options, options.on(device.type)
         config_folder(source.path)
         skeleton = open_skeleton(source, _open(source, dry_run), options, device, say, probe=not is_elsewhere)
@@ -141,6 +141,11 @@ def prepare(
         options=options,
         ranks=ranks,
     )
+
+
+def _device_there(options: ExtractOptions) -> torch.device:
+    """Return the device of another machine, one with memory of its own where none is named."""
+    return torch.device("cuda" if options.device == "auto" else options.device)
 
 
 def _shared(rooms: Rooms, device: torch.device, ranks: Ranks) -> Rooms:

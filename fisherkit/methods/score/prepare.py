@@ -179,6 +179,7 @@ def _groups(
         others=others,
         on_host=device.type == "cpu",
     )
-    if len(groups[0]) < min(options.group_size, len(skeleton.blocks)):
-        say(f"group size lowered from {options.group_size} to {len(groups[0])}: more would not fit the memory")
+    asked = min(options.group_size, len(skeleton.blocks))
+    if len(groups[0]) < asked:
+        say(f"group size lowered from {asked} to {len(groups[0])}: more would not fit the memory")
     return groups
