@@ -29,17 +29,8 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def level(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A pair with ties everywhere: ones, of which most became twos; head and embedding are tied and stored twice."""
-    folder, drawing = tmp_path_factory.mktemp("level"), torch.Generator().manual_seed(2)
-    ones = pairs.changed(pairs.make(folder)[0], folder / "ones", lambda _, tensor: torch.ones_like(tensor))
-    config = json.loads((ones / "config.json").read_text())
-    (ones / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    moved = {
-        name: 1 + (torch.rand(tensor.shape, generator=drawing) < 0.7).to(tensor.dtype)
-        for name, tensor in pairs.tensors(ones).items()
-    }
-    moved[HEAD] = moved[EMBEDDING]
-    return ones, pairs.changed(ones, folder / "twos", lambda name, _: moved[name])
+    """See pairs.make_level."""
+    return pairs.make_level(tmp_path_factory.mktemp("level"))
 
 
 def test_a_killed_command_goes_on_to_the_same_files(pair: Pair, tmp_path: Path) -> None:

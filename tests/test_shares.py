@@ -1,6 +1,7 @@
 """A checkpoint that several processes write, each a share of its files, is that of one process, byte for byte."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from fisherkit.errors import OptionError, OutputError
 from fisherkit.methods.merge.fapm import fapm
 from fisherkit.methods.merge.merge import merge
 from fisherkit.options import FapmOptions, MergeOptions
+from fisherkit.options.merge import Scope
 
 COMMANDS = {
     "fapm": ("fapm", "BASE", "TUNED", "out", "--report", "r.json", "--figure", "f.svg"),
     "dare": ("fapm", "BASE", "TUNED", "out", "--metric", "dare", "--max-shard-size", "20KB"),
+    "global": ("fapm", "BASE", "TUNED", "out", "--scope", "global", "--report", "r.json", "--figure", "f.svg"),
     "merge": ("merge", "BASE", "TUNED", "out", "--alpha", "0.5", "--max-shard-size", "30KB"),
 }
 
@@ -27,7 +30,9 @@ def filled(name: str, pair: Pair) -> list[str]:
     return [given.get(word, word) for word in COMMANDS[name]]
 
 
-@pytest.mark.parametrize(("name", "order"), [("fapm", (2, 1, 4, 3)), ("dare", (1, 2, 3)), ("merge", (2, 1))])
+@pytest.mark.parametrize(
+    ("name", "order"), [("fapm", (2, 1, 4, 3)), ("dare", (1, 2, 3)), ("global", (2, 1, 3)), ("merge", (2, 1))]
+)
 def test_shares_written_in_any_order_are_the_files_of_one_run(
     name: str, order: tuple[int, ...], pair: Pair, tmp_path: Path
 ) -> None:
@@ -40,6 +45,34 @@ def test_shares_written_in_any_order_are_the_files_of_one_run(
         assert (tmp_path / "many" / "out").exists() == (number == order[-1])
         assert ("missing: " in done.stderr) == (number != order[-1])
     assert pairs.files(tmp_path / "many") == pairs.files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sparsity": 0.4}, {"sparsity": 0.0}, {"metric": "magnitude", "nan": "keep-base"}]
+)
+def test_quotas_of_many_tensors_are_shared_by_shares(
+    changes: dict[str, Any], scope: Scope, level: Pair, tmp_path: Path
+) -> None:
+    base, tuned = level
+    if "nan" in changes:
+        tuned = pairs.changed(tuned, tmp_path / "nan", lambda name, w: pairs.put(w, math.nan, 1) if "up" in name else w)
+    whole = fapm(base, tuned, tmp_path / "whole", FapmOptions(scope=scope, **changes))
+    ties = {name: row["ties"] for name, row in whole.tensors.items()}
+    assert any(ties.values()) == (changes.get("sparsity") != 0)
+    for order in ((1, 2, 3), (3, 1, 2)):
+        out = tmp_path / f"shares-{order[0]}"
+        for number in order:
+            report = fapm(base, tuned, out, FapmOptions(scope=scope, shard=(number, 3), **changes))
+            assert bool(report.missing) == (number != order[-1])
+        assert {name: row["ties"] for name, row in report.tensors.items()} == ties
+        assert pairs.files(out) == pairs.files(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def level(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """See pairs.make_level."""
+    return pairs.make_level(tmp_path_factory.mktemp("level"))
 
 
 @pytest.mark.parametrize("method", ["fapm", "merge"])
@@ -61,11 +94,12 @@ def test_a_share_that_was_killed_is_gone_on_with(
     assert pairs.files(out) == pairs.files(tmp_path / "whole")
 
 
-def test_a_share_that_is_complete_is_not_written_again(pair: Pair, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    fapm(*pair, out, FapmOptions(shard=(1, 2)))
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_share_that_is_complete_is_not_written_again(scope: Scope, pair: Pair, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", FapmOptions(shard=(1, 2), scope=scope)
+    fapm(*pair, out, options)
     seen: list[str] = []
-    again = fapm(*pair, out, FapmOptions(shard=(1, 2)), track=lambda stage, done, total: seen.append(stage))
+    again = fapm(*pair, out, options, track=lambda stage, done, total: seen.append(stage))
     assert (again.missing, seen) == (("2/2",), [])
 
 
@@ -78,9 +112,6 @@ def test_shares_of_another_run_are_not_mixed_in(pair: Pair, tmp_path: Path) -> N
 
 
 def test_what_a_share_cannot_know_is_refused(pair: Pair, tmp_path: Path) -> None:
-    for options in (FapmOptions(shard=(1, 2), scope="global"), FapmOptions(shard=(1, 2), scope="layer")):
-        with pytest.raises(OptionError, match="--shard goes with --scope tensor"):
-            fapm(*pair, tmp_path / "out", options)
     with pytest.raises(OptionError, match="--sparse goes without it"):
         fapm(*pair, tmp_path / "out", FapmOptions(shard=(1, 2)), sparse=tmp_path / "d.safetensors")
     with pytest.raises(OptionError, match="--shard 3/2"):

@@ -36,6 +36,20 @@ def make(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.b
     return base, fine_tune(base, folder / "tuned")
 
 
+def make_level(folder: Path) -> Pair:
+    """A pair with ties everywhere: ones, of which most became twos; head and embedding are tied and stored twice."""
+    drawing = torch.Generator().manual_seed(2)
+    ones = changed(make(folder)[0], folder / "ones", lambda _, tensor: torch.ones_like(tensor))
+    config = json.loads((ones / "config.json").read_text())
+    (ones / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    moved = {
+        name: 1 + (torch.rand(tensor.shape, generator=drawing) < 0.7).to(tensor.dtype)
+        for name, tensor in tensors(ones).items()
+    }
+    moved["lm_head.weight"] = moved["model.embed_tokens.weight"]
+    return ones, changed(ones, folder / "twos", lambda name, _: moved[name])
+
+
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a folder or a file."""
     files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]

@@ -8,6 +8,8 @@ is exact: ``floor((1 - sparsity) n)``, ties going to the lower index.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from fisherkit.kernels.density import DensityMap
 from fisherkit.methods.merge.fapm_prune import Pruner, change_tensor, kept_share, make_pruners, recall_samples
 from fisherkit.methods.merge.fapm_report import FapmReport, facts, make_report, unfinished_report
 from fisherkit.methods.merge.output import fingerprint, provenance, say_warnings, write_side_files
-from fisherkit.methods.merge.pair_run import Request, open_run
+from fisherkit.methods.merge.pair_run import Request, Run, open_run
+from fisherkit.methods.merge.quotas import settle_ties
 from fisherkit.methods.merge.shares import check_share, write_share
 from fisherkit.options import FapmOptions
 from fisherkit.pairs.outputs import Targets, check_targets
-from fisherkit.pairs.rewrite import rewriting
+from fisherkit.pairs.rewrite import Changed, rewriting
 from fisherkit.progress import Say, Track
 
 
@@ -81,14 +84,17 @@ def fapm(
         marks = fingerprint(run.checkpoints, settings)
         if targets is not None and options.shard is None:
             check_targets(targets, marks, force=options.force, resume=options.resume)  # before everything is read
-        pruner = make_pruners(run, options, [share], write=out is not None, list_kept=sparse is not None)[0]
+        # Cached, and not made before it is needed: quotas that tensors share take a reading of everything.
+        find_pruner = cache(
+            lambda: make_pruners(run, options, [share], write=out is not None, list_kept=sparse is not None)[0]
+        )
         density_map = DensityMap(options.metric) if figure else None
         if targets is None:
-            report = _only_report(pruner, density_map)
+            report = _only_report(find_pruner(), density_map)
         elif options.shard is not None:
-            report = _write_share(pruner, targets, marks, density_map, beside)
+            report = _write_share(run, options, share, find_pruner, targets, marks, density_map, beside)
         else:
-            report = _write(pruner, targets, marks, density_map, beside)
+            report = _write(find_pruner(), targets, marks, density_map, beside)
         say_warnings(report.warnings, say)
         return report
 
@@ -154,17 +160,26 @@ def _write(
 
 
 def _write_share(
-    pruner: Pruner,
+    run: Run,
+    options: FapmOptions,
+    kept: Fraction,
+    find_pruner: Callable[[], Pruner],
     targets: Targets,
     marks: Mapping[str, str],
     density_map: DensityMap | None,
     beside: Mapping[Path, Callable[[FapmReport], bytes]],
 ) -> FapmReport:
-    run, options = pruner.run, pruner.options
-    share = write_share(run, targets, options, marks, lambda name: change_tensor(pruner, name, None))
+    def start() -> Callable[[str], Changed]:
+        pruner = find_pruner()
+        if pruner.shared is not None:  # this share meets neither all tensors nor the first ones
+            settle_ties(run, options, [pruner.shared], pruner.means)
+        return lambda name: change_tensor(pruner, name, None)
+
+    is_adapter = run.checkpoints.tuned.kind == "adapter"
+    share = write_share(run, targets, options, marks, start, in_order=is_adapter)
     if not share.is_last:
-        return unfinished_report(run, options, pruner.share, share.rows, share.missing)
-    return _write(replace(pruner, options=replace(options, resume=True)), targets, marks, density_map, beside)
+        return unfinished_report(run, options, kept, share.rows, share.missing)
+    return _write(replace(find_pruner(), options=replace(options, resume=True)), targets, marks, density_map, beside)
 
 
 def _names_to_change(pruner: Pruner, targets: Targets) -> list[str]:

@@ -128,8 +128,10 @@ def merge(
             "names": run.chosen.names,
         }
         names, marks = list(run.checkpoints.base.index.tensors), fingerprint(run.checkpoints, settings)
+        change = partial(merge_tensor, run, options, inputs)
+        in_order = bool(inputs.subspaces) or inputs.solver is not None or run.checkpoints.tuned.kind == "adapter"
         if options.shard is not None:
-            share = write_share(run, targets, options, marks, partial(merge_tensor, run, options, inputs))
+            share = write_share(run, targets, options, marks, lambda: change, in_order=in_order)
             if not share.is_last:
                 return replace(_report(run, options, out, inputs, share.rows), missing=share.missing)
             options = replace(options, resume=True)
@@ -143,8 +145,7 @@ def merge(
             force=options.force,
         ) as rewrite:
             lora = open_lora(run, options, inputs.solver, rewrite)
-            in_order = bool(inputs.subspaces) or inputs.solver is not None or run.checkpoints.tuned.kind == "adapter"
-            rewrite.write_all(names, lambda name: merge_tensor(run, options, inputs, name), track, in_order=in_order)
+            rewrite.write_all(names, change, track, in_order=in_order)
             report = _make_report(run, options, out, inputs, rewrite.rows)
             if lora is not None and rewrite.folder is not None:
                 lora.finish(rewrite.folder, rewrite.rows, public_id(run.checkpoints.base_source))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fisherkit.errors import OptionError, counted, some_names
 from fisherkit.methods.merge.pair_run import Run
-from fisherkit.options import FapmOptions, MergeOptions, PairOptions
+from fisherkit.options import MergeOptions, PairOptions
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import Targets, check_targets
 from fisherkit.pairs.rewrite import Changed, TensorRow
@@ -46,10 +46,6 @@ def check_share(options: PairOptions, *, sparse: bool = False) -> None:
     """
     if sparse:
         raise OptionError("--shard writes files of a checkpoint; --sparse goes without it")
-    if isinstance(options, FapmOptions) and options.selects and options.scope != "tensor":
-        raise OptionError(
-            f"--shard goes with --scope tensor: the quota of --scope {options.scope} is not known to one process alone"
-        )
     if isinstance(options, MergeOptions) and options.lora_rank is not None:
         raise OptionError("--lora-rank makes an adapter of all tensors; it goes without --shard")
 
@@ -59,7 +55,9 @@ def write_share(
     targets: Targets,
     options: PairOptions,
     marks: Mapping[str, str],
-    change: Callable[[str], Changed],
+    start: Callable[[], Callable[[str], Changed]],
+    *,
+    in_order: bool = False,
 ) -> Share:
     """Write a share, and put all of them together if it was the last.
 
@@ -68,10 +66,12 @@ def write_share(
         targets: of the whole output.
         options: name the share.
         marks: fingerprint of the run.
-        change: from a name to the tensor as it is to be written.
+        start: called where there is something to write, for a function from a name to the tensor as it is to be
+            written; what becomes of a tensor must not depend on others that were written before it.
+        in_order: one tensor takes much more memory than it has, so that threads take one after the other.
 
     Raises:
-        CheckpointError: what ``change`` raises.
+        CheckpointError: what ``start`` and its function raise.
         OutputError: the output exists already, the disk is full, or another process makes this share.
         ResumeError: what is there belongs to another run.
     """
@@ -90,7 +90,7 @@ def write_share(
         names = [name for _, own in files for name in own]
         with writing_share(run.tensors, targets, part, files, marks, resume=options.resume) as rewrite:
             if rewrite is not None:
-                rewrite.write_all(names, change, run.request.track)
+                rewrite.write_all(names, start(), run.request.track, in_order=in_order)
                 rows = dict(rewrite.rows)
     missing = put_together(run.tensors, targets, shares, marks, force=options.force)
     if missing:
