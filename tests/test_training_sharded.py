@@ -10,7 +10,8 @@ WORKER = Path(__file__).parent / "support" / "sharded_worker.py"
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_masks_hold_on_what_fsdp2_spreads_over_two_processes(tmp_path: Path) -> None:
-    done = fork_server.run([str(WORKER), str(tmp_path / "store")])
+@pytest.mark.parametrize("size", [2, 3])
+def test_masks_hold_on_what_fsdp2_spreads_over_processes(size: int, tmp_path: Path) -> None:
+    done = fork_server.run([str(WORKER), str(size), str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("all held\n")

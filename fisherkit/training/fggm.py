@@ -31,8 +31,9 @@ from transformers import AutoTokenizer
 from fisherkit.checkpoint.atomic import swap_in, write_json
 from fisherkit.checkpoint.headers import parse_json
 from fisherkit.checkpoint.hub import resolve_model
+from fisherkit.checkpoint.index import open_index
 from fisherkit.engine.ranks.start import open_ranks
-from fisherkit.errors import OptionError, ResumeError
+from fisherkit.errors import CheckpointError, OptionError, ResumeError, TrainingError
 from fisherkit.methods.extract.measure import extract
 from fisherkit.methods.mask.build import mask
 from fisherkit.options import ExtractOptions, MaskOptions
@@ -123,6 +124,7 @@ class FGGM:
         Raises:
             ResumeError: the folder holds another run.
             RankFailedError: another process of the run has failed.
+        TrainingError: a Trainer saves no weights.
             FisherkitError: whatever extract, mask or the training refuses.
         """
         _join_processes()
@@ -180,7 +182,7 @@ class FGGM:
         trainer.train(resume_from_checkpoint=_once(lambda: _last_checkpoint(checkpoints)))
         staged = folder / "model.partial"
         _once(lambda: shutil.rmtree(staged, ignore_errors=True))
-        trainer.save_model(str(staged))  # all call it: the parts of one model may lie in all of them
+        _save_whole(trainer, staged)  # all call it: the parts of one model may lie in all of them
 
         has_tokenizer = getattr(trainer, "processing_class", None) is not None
 
@@ -192,6 +194,34 @@ class FGGM:
         _once(finish)
         del trainer
         gc.collect()  # weights and optimizer state of this task, before those of the next
+
+
+def _save_whole(trainer: Any, folder: Path) -> None:
+    """Save a Trainer's model as one checkpoint.
+
+    Where accelerate keeps FSDP's checkpoints in parts, ``save_model`` writes nothing, and does not say so.
+
+    Raises:
+        TrainingError: it has written no weights.
+    """
+    plugin = getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
+    if plugin is None:
+        trainer.save_model(str(folder))
+    else:
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            trainer.save_model(str(folder))
+        finally:
+            plugin.set_state_dict_type(kept)
+    _once(lambda: _refuse_without_weights(folder))
+
+
+def _refuse_without_weights(folder: Path) -> None:
+    try:
+        open_index(folder)
+    except (CheckpointError, OSError) as error:
+        raise TrainingError(f"the Trainer's save_model wrote no weights that can be read ({error})") from error
 
 
 def _join_processes() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.training.mask_input import Basis, Pull
-from fisherkit.training.shards import flags_like, local, replicated_like
+from fisherkit.training.shards import flags_like, is_sharded, local, put, replicated_like, share_bytes
 
 Rows = tuple[int, int, int] | None
 """Expert, first row and the row after the last of a part of a fused parameter; None for the whole of any parameter."""
@@ -31,8 +31,12 @@ class Rule(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are remembered from before a step to after it."""
-        return local(self.parameter).nbytes
+        """Bytes that are remembered from before a step to after it.
+
+        Of a spread parameter as many in every process: what it decides has to be the same where enforcing is a
+        collective, and one that holds no part of a parameter takes part all the same.
+        """
+        return share_bytes(self.parameter)
 
     @abstractmethod
     def remember(self) -> Tensor:
@@ -107,8 +111,10 @@ class _Freeze(Rule):
 
     @property
     def nbytes(self) -> int:
-        here = local(self.parameter)
-        return here.nbytes if self._frozen is None else self._frozen.numel() * here.shape[-1] * here.element_size()
+        whole = share_bytes(self.parameter)
+        if self._frozen is None or is_sharded(self.parameter):
+            return whole
+        return whole // max(self._flags.numel(), 1) * self._frozen.numel()
 
     def remember(self) -> Tensor:
         here = local(self.parameter.detach())
@@ -138,11 +144,11 @@ def _residual(parameter: nn.Parameter) -> Tensor | None:
 def _settle(after: Tensor, exact: Tensor, residual: Tensor | None) -> None:
     """Put ``exact`` (float32) and the residual into ``after``, and what rounding keeps from it into the residual."""
     if residual is None:
-        after.copy_(exact)
+        put(after, exact)
         return
     exact = exact + residual.float()
-    after.copy_(exact)
-    residual.copy_(exact - after.float())
+    put(after, exact)
+    put(residual, exact - after.float())
 
 
 class _Scale(Rule):
@@ -190,7 +196,7 @@ class _Project(Rule):
     def on_gradient(self, gradient: Tensor) -> None:
         for rows, basis in self._parts:
             part = _part(gradient, rows)
-            part.copy_(_outside(part.float(), basis))
+            put(part, _outside(part.float(), basis))
 
 
 class _Pull(Rule):
@@ -224,7 +230,7 @@ class _Pull(Rule):
         for rows, q, s, axis, _ in self._parts:
             part = _part(gradient, rows)
             inside = _turned(part.float(), axis) @ q
-            part.sub_(_turned((inside * (s / (1 + s))) @ q.mT, axis).to(part.dtype))
+            put(part, part - _turned((inside * (s / (1 + s))) @ q.mT, axis).to(part.dtype))
 
 
 def _turned(weight: Tensor, axis: int) -> Tensor:
@@ -245,10 +251,10 @@ class _Span(Rule):
 
     def enforce(self, before: Tensor) -> None:
         factor = self.parameter.detach()
-        factor.copy_(_outside(factor.float(), self._basis))
+        put(factor, _outside(factor.float(), self._basis))
 
     def on_gradient(self, gradient: Tensor) -> None:
-        gradient.copy_(_outside(gradient.float(), self._basis))
+        put(gradient, _outside(gradient.float(), self._basis))
 
 
 def _part(tensor: Tensor, rows: Rows) -> Tensor:

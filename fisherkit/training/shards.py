@@ -19,6 +19,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def share_bytes(parameter: Tensor) -> int:
+    """Return the bytes of the largest part that any process holds of a parameter: the same number in all of them."""
+    if not is_sharded(parameter):
+        return parameter.nbytes
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    return -(-parameter.nbytes // int(mesh.size()))
+
+
+def put(target: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor of their shape; DTensors are brought to where the target has its parts first."""
+    if is_sharded(target) and is_sharded(values):
+        values = values.redistribute(placements=target.placements)  # type: ignore[attr-defined]
+    target.copy_(values)
+
+
 def flags_like(flags: Tensor, parameter: Tensor) -> Tensor:
     """Return the flags of the part of ``parameter`` that lies here, on its device.
 
