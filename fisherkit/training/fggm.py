@@ -89,7 +89,7 @@ class FGGM:
         extract: how the Fisher is measured; over the answers (``loss="completion"``) by default.
         mask: how the mask is chosen; as published by default.
         parity: ``paper`` masks gradients, as published; None holds the updates themselves to the mask.
-        say: gets the lines meant for a person.
+        say: gets the lines meant for a person; of several processes the first one alone speaks.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class FGGM:
             FisherkitError: whatever extract, mask or the training refuses.
         """
         _join_processes()
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            self._say = lambda line: None
         _once(self._claim)
         done: list[TaskFiles] = []
         for number, task in enumerate(self._tasks):
