@@ -11,6 +11,10 @@ import pytest
 import torch
 from ranks_launch import Launch
 
+from fisherkit.engine.ranks import start
+from fisherkit.engine.ranks.places import Place, local_device, take_local_gpu
+from fisherkit.errors import OptionError
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 Checkpoint = Callable[[str], Path]
 
@@ -58,6 +62,49 @@ def test_only_the_first_rank_speaks(checkpoint: Checkpoint, prompts: Path, tmp_p
         "Error: fisher.pt: exists already; choose another name, or --force to replace it"
     ]
     assert (silent.stdout, silent.stderr) == ("", "")
+
+
+def test_one_process_under_torchrun_is_a_group_of_one(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = Launch(1, *words(checkpoint, prompts), cwd=tmp_path).wait()
+    assert plain.returncode == 0, plain.stderr
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    (tmp_path / "ranks").mkdir()
+    (one,) = Launch(1, *words(checkpoint, prompts), cwd=tmp_path / "ranks").wait()
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "ranks" / "fisher.pt").read_bytes() == (tmp_path / "fisher.pt").read_bytes()
+    assert json.loads((tmp_path / "ranks" / "fisher.json").read_bytes())["run"]["ranks"] == 1
+    assert "ranks" not in json.loads((tmp_path / "fisher.json").read_bytes())["run"]
+
+
+def test_ranks_on_devices_of_several_kinds_are_refused_by_all() -> None:
+    places = [Place(f"node{rank}", "", rank) for rank in range(3)]
+    start.refuse_other_kinds(places, ["cuda", "cuda", "cuda"])
+    with pytest.raises(OptionError, match=r"^rank 0 on node0 computes on cuda, rank 2 on node2 on cpu; .*--device$"):
+        start.refuse_other_kinds(places, ["cuda", "cuda", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rank", "gpus", "taken"),
+    [("auto", "3", 8, 3), ("cuda", "3", 1, 0), ("cuda:1", "3", 8, None), ("auto", "", 8, None), ("cpu", "3", 8, None)],
+)
+def test_every_rank_takes_its_own_gpu_before_anything_is_put_on_the_first(
+    wanted: str, rank: str, gpus: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[object] = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    take_local_gpu(wanted)
+    assert chosen == ([] if taken is None else [taken])
+    chosen.clear()
+    found = local_device(torch.device("cuda", 1), 5)
+    assert found == torch.device("cuda", 1 if rank else 5)  # a launcher's number, or that among the neighbours
+    assert chosen == [found]
+    assert local_device(torch.device("cpu"), 5) == torch.device("cpu")
 
 
 def test_a_rank_that_cannot_read_a_shard_ends_all(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:

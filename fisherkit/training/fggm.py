@@ -128,7 +128,7 @@ class FGGM:
             FisherkitError: whatever extract, mask or the training refuses.
         """
         _join_processes()
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        if _is_together() and dist.get_rank() > 0:
             self._say = lambda line: None
         _once(self._claim)
         done: list[TaskFiles] = []
@@ -170,7 +170,7 @@ class FGGM:
             self._say(f"{task.name}: measuring its Fisher at {start}")
             resume = _once(files.fisher.with_name(f"{files.fisher.name}.partial").exists)
             options = dataclasses.replace(self._extract, resume=resume, force=True)
-            extract(start, task.prompts, files.fisher, options, distributed=True, say=self._say)
+            extract(start, task.prompts, files.fisher, options, distributed=_is_together(), say=self._say)
         if not _once(lambda: _is_whole(files.mask)):
             _once(lambda: _forget(mask(files.fisher, files.mask, dataclasses.replace(self._mask, force=True))))
         self._say(f"{task.name}: training under {files.mask}")
@@ -234,8 +234,14 @@ def _join_processes() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
+def _is_together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _once(act: Callable[[], T]) -> T:
     """Return what ``act`` gives in the first of all processes, to each of them; what it raises is raised in all."""
+    if not _is_together():
+        return act()
     with open_ranks(torch.device("cpu")) as ranks:
         return ranks.from_first(act)
 

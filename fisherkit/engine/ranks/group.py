@@ -1,7 +1,8 @@
 """Several processes that measure together, over torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-Small things go over a group of gloo, sums over a group of the device's backend. Where processes must meet in another
-thread than the one that runs collectives (weights that are read ahead, commits), they count each other in a store.
+Small things go over a group of gloo, sums over one of NCCL where every rank has a GPU to itself. Where processes must
+meet in another thread than the one that runs collectives (weights that are read ahead, commits), they count each other
+in a store.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from fisherkit.checkpoint.work_folder import Work
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.model.findings import FINDINGS, decode_findings, encode_finding
 from fisherkit.engine.ranks.lifeline import GRACE, Failure, Lifeline
-from fisherkit.engine.ranks.places import Place, local_device
+from fisherkit.engine.ranks.places import Place
 from fisherkit.engine.ranks.rank_work import FollowerWork, claim_spools, drop_spools, sees_folder
 from fisherkit.engine.ranks.ranks import Ranks
 from fisherkit.engine.ranks.reduce import reduce_to_owners_
@@ -47,8 +48,10 @@ class RankGroup(Ranks):
     Args:
         rank: of this process.
         places: of all processes, by rank.
+        device: that this one computes on.
+        sharers: how many processes compute on that very GPU, this one included.
         control: a group of gloo.
-        data: a group for tensors on ``device``.
+        data: a group of NCCL for sums on ``device``; ``control`` where they go over the host.
         store: of all processes; shared by threads.
         lifeline: to the first process, or from it to all others.
 
@@ -62,17 +65,23 @@ class RankGroup(Ranks):
         rank: int,
         places: Sequence[Place],
         *,
+        device: torch.device,
+        sharers: int,
         control: dist.ProcessGroup,
         data: dist.ProcessGroup,
         store: Any,  # dist.Store, which torch does not declare
         lifeline: Lifeline,
     ) -> None:
         self.rank, self.size = rank, len(places)
-        self._places = places
+        self._places, self._device, self._sharers = places, device, sharers
         self._near = [number for number, place in enumerate(places) if place.machine == places[rank].machine]
         self.neighbours, self.hosts = len(self._near), len({place.machine for place in places})
         self._control, self._data, self._store, self._lifeline = control, data, store, lifeline
         self._counts: dict[str, int] = {}
+        if device.type == "cuda" and data is control:
+            self.remarks = (
+                "some ranks share a GPU, between which NCCL does not work: sums go through the host, over gloo",
+            )
         self._sees_files = True
         self._told = False
         self.sent_bytes = self.read_bytes = 0
@@ -94,7 +103,19 @@ class RankGroup(Ranks):
 
     def device(self, chosen: torch.device) -> torch.device:
         """Return the device of this process: of several GPUs in a machine, each process takes its own."""
-        return local_device(chosen, self._near.index(self.rank), self.neighbours)
+        assert chosen.type == self._device.type
+        return self._device
+
+    def try_sums(self) -> None:
+        """Add up a one of each rank: what does not work between them is seen now, and not after the first group.
+
+        NCCL also wants a first collective of all, before some of them send to each other.
+        """
+        ones = torch.ones(1, device=self._device if self._data is not self._control else "cpu")
+        with self._all_here():
+            dist.all_reduce(ones, group=self._data)
+            if int(ones) != self.size:
+                raise RankFailedError(f"the sum of a one from each of {self.size} ranks is {int(ones)}")
 
     def gather(self, item: T) -> list[T]:
         """Return every rank's item, in order; all ranks call it at the same point."""
@@ -164,15 +185,17 @@ class RankGroup(Ranks):
         return deal(lengths, self.size)[self.rank]
 
     def share(self, nbytes: int, device: torch.device) -> int:
-        """Return the memory that each rank may take: ranks of a machine share the host's."""
-        return self.least(nbytes // self.neighbours if device.type == "cpu" else nbytes)
+        """Return the memory that each rank may take: those of a machine share the host's, those of a GPU its own."""
+        return self.least(nbytes // (self.neighbours if device.type == "cpu" else self._sharers))
 
     # Tensors
 
     def reduce_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
         """Add each tensor up over all ranks, in its owner's memory; all ranks call it at the same point."""
         with self._all_here():
-            self.sent_bytes += reduce_to_owners_(tensors, owners, self.rank, self.size, self._data)
+            self.sent_bytes += reduce_to_owners_(
+                tensors, owners, self.rank, self.size, self._data, through_host=self._data is self._control
+            )
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Send a tensor of the CPU, which ``receive`` of the other rank takes."""

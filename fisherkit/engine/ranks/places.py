@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from fisherkit.errors import OptionError, counted
-
 
 @dataclass(frozen=True)
 class Place:
@@ -34,29 +32,36 @@ class Place:
         return cls(host, f"{host} {space}", os.getpid())
 
 
-def local_device(chosen: torch.device, number: int, neighbours: int) -> torch.device:
-    """Return the device of one of several processes of a machine.
-
-    A scheduler may show each process one GPU of its own; all of them call it number 0.
+def take_local_gpu(wanted: str) -> None:
+    """Make the GPU of this process the current one, before anything is put on the first.
 
     Args:
-        chosen: what ``--device`` says.
-        number: of the process among those of its machine.
-        neighbours: how many these are.
+        wanted: what ``--device`` says; a GPU that it names by number is left as it is.
+    """
+    number = os.environ.get("LOCAL_RANK", "")
+    if wanted not in ("auto", "cuda") or not number.isdecimal():
+        return
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a run chose
+        torch.cuda.set_device(int(number) % torch.cuda.device_count())
 
-    Raises:
-        OptionError: there are more processes than GPUs, or all of them are told to take the same.
+
+def local_device(chosen: torch.device, number: int) -> torch.device:
+    """Return the device of one of several processes of a machine, and make it the current one.
+
+    Where there are more processes than GPUs, or a scheduler shows each of them one GPU of its own, numbers start over.
+
+    Args:
+        chosen: of choose_device, after take_local_gpu.
+        number: of the process among those of its machine; asked only where no launcher says it.
     """
     if chosen.type != "cuda":
         return chosen
-    count = torch.cuda.device_count()
-    if count == 1 and neighbours > 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0:
-        number = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else number
-    if number >= count:
-        raise OptionError(
-            f"--device {chosen}: {counted(neighbours, 'process')[:-1]}es on this machine, but {counted(count, 'GPU')}; "
-            f"use --nproc-per-node {count}, or --device cpu"
-        )
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
+    if not os.environ.get("LOCAL_RANK"):
+        chosen = torch.device("cuda", number % torch.cuda.device_count())
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def name_of_gpu(device: torch.device) -> str | None:
+    """Return what only one GPU in the world is called; None for other devices."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None

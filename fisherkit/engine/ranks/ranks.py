@@ -29,12 +29,14 @@ class Ranks:
         size: number of processes.
         hosts: number of machines that they run on.
         neighbours: processes on this machine, this one included.
+        remarks: what a person should know about how they work together.
     """
 
     rank = 0
     size = 1
     hosts = 1
     neighbours = 1
+    remarks: tuple[str, ...] = ()
 
     @property
     def is_first(self) -> bool:

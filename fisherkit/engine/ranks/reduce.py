@@ -17,7 +17,13 @@ PIECE = 1 << 22
 
 
 def reduce_to_owners_(
-    tensors: Sequence[Tensor], owners: Sequence[int], rank: int, size: int, group: dist.ProcessGroup
+    tensors: Sequence[Tensor],
+    owners: Sequence[int],
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup,
+    *,
+    through_host: bool = False,
 ) -> int:
     """Add each tensor up over all ranks, in its owner's memory; return the bytes that this rank sent.
 
@@ -27,18 +33,19 @@ def reduce_to_owners_(
         rank: of this process in the group.
         size: of the group.
         group: of all processes, of a backend for the tensors' device.
+        through_host: the backend is gloo, which sends and receives in the host's memory alone.
     """
     sent = 0
     mine = [tensor for tensor, owner in zip(tensors, owners, strict=True) if owner == rank]
     largest = min(PIECE, max((tensor.numel() for tensor in mine), default=0))
-    arriving = mine[0].new_empty(largest) if mine else torch.empty(0)
+    arriving = mine[0].new_empty(largest, device="cpu" if through_host else None) if mine else torch.empty(0)
     for step in range(1, size):
         to, source = (rank + step) % size, (rank - step) % size
         theirs = [tensor for tensor, owner in zip(tensors, owners, strict=True) if owner == to]
         for leaving, place in zip_longest(_pieces(theirs), _pieces(mine)):
             operations = []
             if leaving is not None:
-                operations.append(dist.P2POp(dist.isend, leaving, to, group))
+                operations.append(dist.P2POp(dist.isend, leaving.cpu() if through_host else leaving, to, group))
                 sent += leaving.nbytes
             if place is not None:
                 received = arriving[: place.numel()]
@@ -46,7 +53,7 @@ def reduce_to_owners_(
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
             if place is not None:
-                place.add_(received)
+                place.add_(received.to(place.device))
     return sent
 
 

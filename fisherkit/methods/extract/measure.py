@@ -18,6 +18,7 @@ from typing import Any
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.work_folder import Work, is_remains, may_replace, read_progress
 from fisherkit.engine.model.device import choose_device
+from fisherkit.engine.ranks.places import take_local_gpu
 from fisherkit.engine.ranks.ranks import ALONE, Ranks
 from fisherkit.engine.ranks.start import open_ranks
 from fisherkit.errors import FisherkitError, OutputError, RankFailedError, ResumeError
@@ -62,6 +63,8 @@ def extract(
             ``<out>.partial/`` for ``resume``.
     """
     options = options or ExtractOptions()
+    if distributed:
+        take_local_gpu(options.device)
     joined = open_ranks(choose_device(options.device)) if distributed else nullcontext(ALONE)
     with joined as ranks:
         return _extract(os.fspath(model), prompts, Path(out), options, ranks.track(track), ranks.say(say), ranks)
@@ -78,6 +81,8 @@ def _extract(
         check_apart((*output.written, output.partial), prepared.source, prepared.skeleton, prompts)
     say(prepared.prompts.report.line())
     say(prepared.line())
+    for remark in ranks.remarks:
+        say(remark)
     ours = fingerprint(prepared)
     check_alike(ours, ranks)
     if ranks.from_first(lambda: may_be_finished and output.is_of(digest(ours))):

@@ -26,7 +26,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         options.pop(name)
     assert prepared.skeleton.index is not None
     assert prepared.prompts is not None
-    together = {"number of ranks": str(prepared.ranks.size)} if prepared.ranks.size > 1 else {}
+    together = {"number of ranks": str(prepared.ranks.size)} if prepared.ranks.described() else {}
     return {
         "model": prepared.skeleton.index.fingerprint() + _config_sha256(prepared),
         "prompts": prepared.prompts.report.sha256,
