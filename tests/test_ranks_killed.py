@@ -83,7 +83,9 @@ def test_another_number_of_ranks_does_not_go_on(command: list[object], whole: Pa
     for size in (1, 3):
         first, *others = Launch(size, *command, "--resume", cwd=place).wait()
         assert first.returncode == 1
-        assert "left by a run with other number of ranks; run it with the same again" in first.stderr.splitlines()[-1]
+        assert (
+            "left by a run with other number of ranks (2); run it with the same again" in first.stderr.splitlines()[-1]
+        )
         assert all(other.stderr == "" for other in others)
     shutil.rmtree(place / "fisher.pt.partial" / "rank-1")
     first, _ = Launch(2, *command, "--resume", cwd=place).wait()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,19 @@ def test_a_share_that_is_complete_is_not_written_again(scope: Scope, pair: Pair,
     seen: list[str] = []
     again = fapm(*pair, out, options, track=lambda stage, done, total: seen.append(stage))
     assert (again.missing, seen) == (("2/2",), [])
+
+
+def test_a_share_that_was_cut_short_is_named_and_can_be_written_again(pair: Pair, tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "out.part-1-of-2"
+    fapm(*pair, out, FapmOptions(shard=(1, 2)))
+    cut = next((folder / "output").rglob("*.safetensors"))
+    os.truncate(cut, cut.stat().st_size - 1)
+    with pytest.raises(OutputError, match=rf"{cut.name}: .*; delete {folder} and write that share again"):
+        fapm(*pair, out, FapmOptions(shard=(2, 2)))
+    shutil.rmtree(folder)
+    assert fapm(*pair, out, FapmOptions(shard=(1, 2))).missing == ()
+    fapm(*pair, tmp_path / "whole")
+    assert pairs.files(out) == pairs.files(tmp_path / "whole")
 
 
 def test_shares_of_another_run_are_not_mixed_in(pair: Pair, tmp_path: Path) -> None:

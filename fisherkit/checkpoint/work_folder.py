@@ -89,8 +89,9 @@ class Work:
         found = progress["fingerprint"]
         differing = [key for key in fingerprint.keys() | found.keys() if fingerprint.get(key) != found.get(key)]
         if differing:
+            shown = [f"{key} ({found[key]})" if len(found.get(key, "")) in range(1, 12) else key for key in differing]
             raise ResumeError(
-                f"{folder}: left by a run with other {', '.join(sorted(differing))}; "
+                f"{folder}: left by a run with other {', '.join(sorted(shown))}; "
                 "run it with the same again, or without --resume to start over"
             )
         work = cls(folder, progress)

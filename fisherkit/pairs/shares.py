@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.checkpoint.atomic import disk_errors
+from fisherkit.checkpoint.headers import read_header
 from fisherkit.checkpoint.work_folder import STAGING, Work, is_remains, read_progress
-from fisherkit.errors import OptionError, OutputError
+from fisherkit.errors import CheckpointError, OptionError, OutputError
 from fisherkit.kernels.deal import deal
 from fisherkit.options.part import Part
 from fisherkit.pairs.outputs import COMPLETE, PROGRESS, Targets
@@ -99,7 +100,7 @@ def put_together(
         The shares that are not complete, such as ``3/16``; none once all files are in place.
 
     Raises:
-        OutputError: another process puts them together at this moment, or the disk fails.
+        OutputError: another process puts them together at this moment, a file of a share is damaged, or the disk fails.
     """
     folders = {part: _folder(targets, part) for part in shares}
     if is_put_together(targets, fingerprint):
@@ -108,9 +109,11 @@ def put_together(
     missing = missing_shares(targets, shares, fingerprint)
     if missing:
         return missing
+    assert targets.checkpoint is not None
+    for part, folder in folders.items():
+        _refuse_damaged(folder, [folder / STAGING / targets.checkpoint.name / name for name, _ in shares[part]])
     rows: dict[str, Any] = {}
     with Work.start(targets.work_folder, fingerprint, may_replace=force) as work:
-        assert targets.checkpoint is not None
         place = work.staging / targets.checkpoint.name
         with disk_errors(place):
             place.mkdir()
@@ -123,6 +126,16 @@ def put_together(
         work.commit(rows={name: rows[name] for name in names})
     _drop(folders.values())
     return []
+
+
+def _refuse_damaged(share: Path, files: Iterable[Path]) -> None:
+    """Raise OutputError for a file of a share that is not as long as its header says."""
+    for file in files:
+        try:
+            read_header(file)
+        except CheckpointError as error:
+            reason = str(error).removesuffix("; fetch the file again")
+            raise OutputError(f"{reason}; delete {share} and write that share again") from None
 
 
 def missing_shares(targets: Targets, shares: Iterable[Part], fingerprint: Mapping[str, str]) -> list[str]:
