@@ -110,8 +110,8 @@ def test_every_rank_takes_its_own_gpu_before_anything_is_put_on_the_first(
 def test_a_rank_that_cannot_read_a_shard_ends_all(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     broken = (
         "from fisherkit.checkpoint import torch_reader as t; from fisherkit.errors import CheckpointError\n"
-        "def fail(self, info, *_): raise CheckpointError(f'{info.file.name}: cannot be read: Input/output error')\n"
-        "t.Reader._fill = fail\n0"
+        "def fail(self, part): raise CheckpointError(f'{part[0].file.name}: cannot be read: Input/output error')\n"
+        "t.Reader._missing = fail\n0"
     )
     began = time.monotonic()
     launch = Launch(3, *words(checkpoint, prompts), first={1: broken}, cwd=tmp_path)

@@ -104,7 +104,7 @@ class Spool:
 
     def _settle(self) -> None:
         """Wait until all that was put is written and can be read; any thread may ask."""
-        with self._settling:
+        with disk_errors(self.path), self._settling:
             while self._coming:
                 self._coming.popleft().result()
             if self._file is not None:

@@ -102,11 +102,13 @@ class Sweep:
     def _record(self) -> None:
         """Record the arguments of all blocks, and boundary 0."""
         fresh = "forward" not in self.job.work.progress
+        if fresh:  # also in a rank that has no batch
+            self._spool("boundary-0", fresh=True)
         with self.job.ranks.agreeing():
             for batch in range(len(self.job.batches)):
                 first = self.arguments.record(batch)
                 if fresh:
-                    self._spool("boundary-0", fresh=True).put(str(batch), *Boundary(first).pack())
+                    self._spool("boundary-0").put(str(batch), *Boundary(first).pack())
                 self.job.track("prompts", batch + 1, len(self.job.batches))
         if fresh:
             self._commit(["boundary-0"], [], forward=0)
@@ -181,7 +183,8 @@ class Sweep:
             if number == self.top and turn == 0:
                 loss["loss"] = self.losses.mean()
             job.deliver(group, sums, gather)
-        spent = [f"gradient-{number + 1}"] if number < self.top or len(replays) > 1 else []
+        is_kept = number < self.top or (len(replays) > 1 and job.batches)
+        spent = [f"gradient-{number + 1}"] if is_kept else []
         self._commit([f"gradient-{number}"], [*spent, f"boundary-{number}"], backward=number, **loss)
 
     def _next(self, number: int) -> Sequence[int]:
