@@ -283,7 +283,7 @@ class Sweep:
             progress: to note.
         """
         self._wait_for_commit()
-        state, finished = self.job.state(), [self._spool(name, fresh=True) for name in whole]
+        state, finished = self.job.state(), [self._spool(name) for name in whole]
 
         def commit() -> None:
             for spool in finished:
