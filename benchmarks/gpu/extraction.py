@@ -56,6 +56,7 @@ def against_scripts(shape: Shape, device: torch.device, folder: Path) -> list[tu
     rate = _rate(device)
     group = 8
     ways: dict[str, Callable[[], object]] = {
+        "extract, the first time": lambda: _extract(model, prompts, folder / "a.pt", shape, device, group_size=group),
         "extract": lambda: _extract(model, prompts, folder / "a.pt", shape, device, group_size=group),
         "extract, weights streamed": lambda: _streamed(model, prompts, folder / "a.pt", shape, device, group),
         "recipe, 8 layers a pass": lambda: scripts._script(model, prompts, folder / "r.pt", shape.tokens, 8, device),
