@@ -152,7 +152,7 @@ def _hold(optimizer: Any, model: nn.Module, rule: str, lora: bool, folder: Path)
         for name, weight in weights.items():
             held |= {f"{name}.V": directions(weight.shape[1]), f"{name}.S": torch.arange(RANK, 0, -1).float()}
         save_file(held, folder / "shield.safetensors")
-        constrain(optimizer, model, folder / "shield.safetensors", pull=PULL)
+        constrain(optimizer, model, folder / "shield.safetensors", pull=PULL, steps=1)
 
 
 def _flags(name: str, weight: Tensor) -> Tensor:

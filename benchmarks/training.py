@@ -224,7 +224,7 @@ def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _constrain(optimizer: torch.optim.Optimizer, model: nn.Module, mask: Any) -> Handle:
     """Hold to a mask; softly where it is a file, which is a soft subspace here."""
-    return constrain(optimizer, model, mask, pull=0.2 if isinstance(mask, Path) else None)
+    return constrain(optimizer, model, mask, pull=0.2 if isinstance(mask, Path) else None, steps=1)
 
 
 def _soft(model: nn.Module, rank: int) -> Path:

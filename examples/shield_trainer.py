@@ -1,6 +1,6 @@
 """Fine-tune behind a shield: learn new questions, keep what the model reads on old ones, with transformers' Trainer.
 
-    python examples/shield_trainer.py MODEL old.jsonl new.jsonl OUT --pull 0.2
+    python examples/shield_trainer.py MODEL old.jsonl new.jsonl OUT --pull 5
 
 ``old.jsonl`` is of what must stay; what goes into each layer is measured on it. After every step the weights are drawn
 back in those directions. A larger pull keeps more and learns less, so it wants a larger learning rate than plain
@@ -19,7 +19,7 @@ def main() -> None:
     parser = arguments(
         __doc__, old="rows of prompt and completion that must stay", new="rows of prompt and completion to learn"
     )
-    parser.add_argument("--pull", type=float, default=0.2)
+    parser.add_argument("--pull", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=2e-5)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

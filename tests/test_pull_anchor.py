@@ -35,7 +35,7 @@ def test_weights_without_gradients_go_to_the_anchor_in_the_directions_and_nowher
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     moved = copies(dict(model.named_parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    handle = constrain(optimizer, model, tmp_path / "s.safetensors", anchor=checkpoint("llama"))
+    handle = constrain(optimizer, model, tmp_path / "s.safetensors", anchor=checkpoint("llama"), steps=1)
     handle.turn_bytes = turns
     assert not handle.is_anchored_here
     wanted = {name: weight.double() for name, weight in moved.items()}
@@ -59,7 +59,7 @@ def test_the_checkpoint_that_training_starts_from_is_the_anchor_that_nobody_name
     for anchor in (None, checkpoint("llama"), str(other), tmp_path / "renamed.safetensors"):
         model = llama()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        handle = constrain(optimizer, model, tmp_path / "s.safetensors", anchor=anchor)
+        handle = constrain(optimizer, model, tmp_path / "s.safetensors", anchor=anchor, steps=1)
         assert handle.is_anchored_here == (anchor is None)
         learn(model, optimizer, 2)
         ends.append(copies(dict(model.named_parameters())))
@@ -72,7 +72,7 @@ def test_an_anchor_in_bfloat16_is_taken_at_its_values(tmp_path: Path) -> None:
     anchor = {name: weight.detach().bfloat16() for name, weight in model.items()}
     safetensors.torch.save_file(anchor, tmp_path / "anchor.safetensors")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "anchor.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "anchor.safetensors", steps=1)
     start = copies(dict(model.named_parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -96,10 +96,10 @@ def test_an_anchor_of_another_model_is_refused(tmp_path: Path) -> None:
     for message, tensors in anchors.items():
         safetensors.torch.save_file(tensors, tmp_path / "anchor.safetensors")
         with pytest.raises(CheckpointError, match=message) as caught:
-            constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "anchor.safetensors")
+            constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "anchor.safetensors", steps=1)
         assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no such file or directory"):
-        constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "absent")
+        constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "absent", steps=1)
     assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -121,7 +121,7 @@ def test_a_pull_or_an_anchor_where_nothing_is_soft_is_refused(checkpoint: Checkp
     for given, options in nothing:
         what = next(iter(options))
         with pytest.raises(OptionError, match=f"^{what} .*soft subspace.*preset shield"):
-            constrain(optimizer, model, given, **options)
+            constrain(optimizer, model, given, **options, steps=1)
     assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -133,7 +133,7 @@ def test_two_sides_or_no_spectrum_cannot_be_pulled(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.safetensors"
         safetensors.torch.save_file({name: part.contiguous() for name, part in parts.items()}, path)
         with pytest.raises(OptionError, match=r"pull.*one side.*spectrum"):
-            constrain(optimizer, model, path, pull=0.2)
+            constrain(optimizer, model, path, pull=0.2, steps=1)
 
 
 @pytest.mark.parametrize("pull", [0, 0.0, -0.2, math.nan, math.inf, 1e6, "0.2"])
@@ -141,7 +141,7 @@ def test_a_pull_that_is_no_pull_is_refused(pull: Any, tmp_path: Path) -> None:
     model = three_weights()
     write(tmp_path / "s.safetensors", held(model))
     with pytest.raises(OptionError, match=r"--pull.*above 0"):
-        constrain(torch.optim.SGD(model.parameters()), model, tmp_path / "s.safetensors", pull=pull)
+        constrain(torch.optim.SGD(model.parameters()), model, tmp_path / "s.safetensors", pull=pull, steps=1)
     with pytest.raises(OptionError, match=r"--pull.*above 0"):
         MaskOptions(svd_rank=2, basis="activation", pull=pull)
 
@@ -151,15 +151,27 @@ def test_a_file_that_says_nonsense_of_its_pull_is_refused(pull: Any, checkpoint:
     model = llama()
     write(tmp_path / "s.safetensors", matrices(model))
     beside = tmp_path / "s.json"
-    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"options": {"pull": pull}}))
+    options = {"pull": pull, "pull_per": "course"}
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"options": options}))
     with pytest.raises(CheckpointError, match=r"s\.json: .*no pull"):
-        constrain(torch.optim.SGD(model.parameters()), model, tmp_path / "s.safetensors")
+        constrain(torch.optim.SGD(model.parameters()), model, tmp_path / "s.safetensors", steps=1)
     if pull == "hard":
         tuned = pairs.fine_tune(checkpoint("llama"), tmp_path / "tuned")
         merged = MergeOptions(subspace=tmp_path / "s.safetensors")
         with pytest.raises(CheckpointError, match=r"'hard'.*no pull"):
             fisherkit.merge(checkpoint("llama"), tuned, tmp_path / "out", merged)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_file_whose_pull_is_one_per_step_is_refused_unless_another_is_named(tmp_path: Path) -> None:
+    model = three_weights()
+    write(tmp_path / "s.safetensors", held(model))
+    beside = tmp_path / "s.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"options": {"pull": 0.2}}))
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(CheckpointError, match=r"s\.json: its pull of 0\.2 is one per step.*make the subspace anew"):
+        constrain(optimizer, model, tmp_path / "s.safetensors", steps=24)
+    constrain(optimizer, model, tmp_path / "s.safetensors", pull=5, steps=24).remove()
 
 
 def test_a_file_without_options_is_a_hard_subspace(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The preset shield: what it makes of a Fisher, on the command line too, and what merge makes of it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,11 @@ def test_shield_is_a_soft_subspace_of_inputs(measured: Callable[[str], Path], tm
     out = tmp_path / "s.safetensors"
     report = fisherkit.mask(measured("llama"), out, MaskOptions(preset="shield"))
     wanted = {"preset": "shield", "basis": "activation", "svd_energy": 0.99, "svd_rank": None}
-    assert wanted | {"pull": 0.2, "side": "right"} == {key: made_with(out)[key] for key in (*wanted, "pull", "side")}
+    assert wanted | {"pull": 5.0, "side": "right"} == {key: made_with(out)[key] for key in (*wanted, "pull", "side")}
     assert report.energy is not None
     assert report.energy >= 0.99
     with open_mask(out) as file:
-        assert (file.kind, file.direction, file.pull) == ("subspace", "protect", 0.2)
+        assert (file.kind, file.direction, file.pull) == ("subspace", "protect", 5.0)
         assert file.modes(DOWN).u is None
 
 
@@ -58,7 +59,7 @@ def test_other_options_win_over_shield(
 ) -> None:
     out = tmp_path / "s.safetensors"
     fisherkit.mask(measured("llama"), out, MaskOptions(preset="shield", **changes))
-    default = {"svd_rank": None, "svd_energy": None if "svd_rank" in changes else 0.99, "pull": 0.2}
+    default = {"svd_rank": None, "svd_energy": None if "svd_rank" in changes else 0.99, "pull": 5.0}
     wanted = default | {key: value for key, value in changes.items() if key != "protect"}
     assert {key: made_with(out)[key] for key in wanted} == wanted
     rank = changes.get("svd_rank")
@@ -76,8 +77,8 @@ def test_a_subspace_that_lost_its_description_is_refused(measured: Callable[[str
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match=r"alone\.json.*missing"):
-        constrain(optimizer, model, alone)
-    constrain(optimizer, model, alone, pull=0.2).remove()
+        constrain(optimizer, model, alone, steps=1)
+    constrain(optimizer, model, alone, pull=0.2, steps=1).remove()
 
 
 def test_a_fisher_is_no_anchor_and_modes_of_a_weight_cannot_be_pulled(
@@ -88,15 +89,15 @@ def test_a_fisher_is_no_anchor_and_modes_of_a_weight_cannot_be_pulled(
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="a fisher, not a model"):
-        constrain(optimizer, model, shield, anchor=fisher)
+        constrain(optimizer, model, shield, anchor=fisher, steps=1)
     modes = fisherkit.mask(fisher, tmp_path / "modes.safetensors", MaskOptions(svd_rank=2, side="right")).path
     with pytest.raises(OptionError, match=r"pull.*--basis activation.*--basis fisher"):
-        constrain(optimizer, model, modes, pull=0.2)
+        constrain(optimizer, model, modes, pull=0.2, steps=1)
 
 
 def test_inspect_says_that_a_subspace_is_soft(measured: Callable[[str], Path], tmp_path: Path) -> None:
     made = fisherkit.mask(measured("llama"), tmp_path / "shield.safetensors", MaskOptions(preset="shield"))
-    assert "soft (pull 0.2)" in headline(fisherkit.inspect(made.path))
+    assert "soft (pull 5.0)" in headline(fisherkit.inspect(made.path))
 
 
 def test_a_subspace_of_activations_is_hard_unless_told(measured: Callable[[str], Path], tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_command_line_has_it(measured: Callable[[str], Path], tmp_path: Path
     given = ["mask", str(measured("llama")), "--preset", "shield", "-o", str(out), "-q"]
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
-    assert made_with(out)["pull"] == 0.2
+    assert made_with(out)["pull"] == 5
     done = CliRunner().invoke(app, [*given, "--pull", "0.5", "--svd-rank", "3", "--force"])
     assert done.exit_code == 0, done.output
     assert (made_with(out)["pull"], made_with(out)["svd_rank"]) == (0.5, 3)
@@ -148,9 +149,15 @@ def test_the_command_line_has_it(measured: Callable[[str], Path], tmp_path: Path
 # merge
 
 
+def as_a_course(pull: tuple[Any, list[float], int]) -> tuple[Any, list[float], int]:
+    """Strengths t of one step that leave what a course of strengths s leaves: 1 / (1 + t) = (1 - exp(-s)) / s."""
+    q, strengths, axis = pull
+    return q, [s / (1 - math.exp(-s)) - 1 if s else 0.0 for s in strengths], axis
+
+
 @pytest.mark.parametrize(("architecture", "weight"), [("llama", DOWN), ("gpt2", CONV)])
 @pytest.mark.parametrize("pull", [0.2, 30.0])
-def test_merge_takes_what_one_pull_takes_from_the_delta(
+def test_merge_takes_what_a_course_takes_from_a_constant_update(
     pull: float,
     architecture: str,
     weight: str,
@@ -163,7 +170,7 @@ def test_merge_takes_what_one_pull_takes_from_the_delta(
     base, tuned = checkpoint(architecture), pairs.fine_tune(checkpoint(architecture), tmp_path / "tuned")
     fisherkit.merge(base, tuned, tmp_path / "out", MergeOptions(subspace=mask))
     ours, theirs, merged = (pairs.tensors(path) for path in (base, tuned, tmp_path / "out"))
-    pulls = of_file(mask, pull)
+    pulls = {name: as_a_course(own) for name, own in of_file(mask, pull).items()}
     wanted = {n: drawn(theirs[n], ours[n], pulls[n]) if n in pulls else theirs[n] for n in ours}
     close(merged, wanted, 1e-6)
     change, full = (float((one[weight].double() - ours[weight].double()).norm()) for one in (merged, theirs))

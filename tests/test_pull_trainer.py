@@ -17,6 +17,7 @@ from training_runs import copies, learn, llama, matrices
 
 from fisherkit.errors import TrainingError
 from fisherkit.training import MaskedUpdate, constrain
+from fisherkit.training.course import peak_steps
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -30,10 +31,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 class Formula(transformers.TrainerCallback):  # type: ignore[misc]
-    """The formula in a hook, in place of MaskedUpdate."""
+    """The formula in a hook, in place of MaskedUpdate, over a course of ``steps`` at the peak rate."""
 
-    def __init__(self, pulls: Pulls) -> None:
-        self._pulls = pulls
+    def __init__(self, pulls: Pulls, steps: float) -> None:
+        self._pulls = {name: (q, [one / steps for one in s], axis) for name, (q, s, axis) in pulls.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"].optimizer
@@ -42,18 +43,60 @@ class Formula(transformers.TrainerCallback):  # type: ignore[misc]
         optimizer.register_step_post_hook(lambda o, args, kwargs: by_hand.draw(o.param_groups[0]["lr"] / peak))
 
 
-def test_a_trainer_draws_back_at_the_pace_of_its_schedule(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({"warmup_steps": 2, "max_steps": 4}, 0 + 0.5 + 1 + 0.5),
+        ({"max_steps": 6}, 6 / 2 + 0.5),
+        ({"lr_scheduler_type": "constant", "max_steps": 3}, 3),
+    ],
+)
+def test_a_trainer_draws_back_at_the_pace_of_its_schedule_over_its_whole_course(
+    schedule: dict[str, Any], steps: float, tmp_path: Path
+) -> None:
     model = llama()
     before = copies(matrices(model))
-    pulls = write(tmp_path / "s.safetensors", matrices(model), sides="VU")
+    pulls = write(tmp_path / "s.safetensors", matrices(model), sides="VU", pull=2)
     twin, free = copy.deepcopy(model), copy.deepcopy(model)
-    options = {"warmup_steps": 2, "max_steps": 4, "optim": "sgd", "learning_rate": 0.1}
+    options = {"optim": "sgd", "learning_rate": 0.1, **schedule}
     train(model, tmp_path / "a", MaskedUpdate(tmp_path / "s.safetensors"), **options)
-    train(twin, tmp_path / "b", Formula(pulls), **options)
+    train(twin, tmp_path / "b", Formula(pulls, steps), **options)
     train(free, tmp_path / "c", None, **options)
     close(matrices(model), matrices(twin), 1e-5)
     ends = [copies(matrices(one))[DOWN] for one in (model, free)]
     assert float((ends[0] - ends[1]).norm()) > 0.05 * float((ends[1] - before[DOWN]).norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("polynomial", {}),
+        ("constant_with_warmup", {}),
+        ("cosine_with_min_lr", {"min_lr": 1e-3}),
+        ("warmup_stable_decay", {"num_decay_steps": 10}),
+    ],
+)
+def test_the_length_of_a_course_is_the_sum_of_its_rates_over_their_peak(name: str, options: dict[str, Any]) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = transformers.get_scheduler(name, optimizer, 5, 40, scheduler_specific_kwargs=options)
+    found = [peak_steps(scheduler, 40)]
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    found.append(peak_steps(scheduler, 40))  # as at the end, so on the way, where a run is resumed
+    assert found == pytest.approx([sum(rates) / 0.01] * 2, rel=1e-9)
+
+
+def test_a_course_whose_rates_cannot_be_known_counts_half_and_one_without_a_rate_is_no_error() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    assert peak_steps(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40), 40) == 20
+    assert peak_steps(None, 40) == 40
+    nothing = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    assert [peak_steps(one, steps) for one, steps in ((nothing, 40), (nothing, 0), (None, 0))] == [1, 1, 1]
 
 
 def test_a_run_that_is_resumed_needs_its_anchor_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
@@ -74,7 +117,7 @@ def test_a_run_that_is_resumed_needs_its_anchor_and_ends_as_one_that_was_not(tmp
 
 
 def begin(callback: MaskedUpdate, model: nn.Module, optimizer: torch.optim.Optimizer, *, at: int) -> None:
-    state = transformers.TrainerState(global_step=at)
+    state = transformers.TrainerState(global_step=at, max_steps=4)
     callback.on_train_begin(object(), state, None, model=model, optimizer=optimizer)
 
 
@@ -120,7 +163,7 @@ def test_lora_is_drawn_back_to_nothing_through_the_factor_that_has_the_direction
     pulls = write(tmp_path / "s.safetensors", {name: weight for name, (weight, _) in weights.items()}, sides=side)
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (model, twin)]
     before = copies(dict(model.named_parameters()))
-    handle = constrain(optimizers[0], model, tmp_path / "s.safetensors")
+    handle = constrain(optimizers[0], model, tmp_path / "s.safetensors", steps=1)
     assert not handle.is_anchored_here
     assert len(list(handle.rules())) == len(weights)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # nothing before a step
@@ -184,11 +227,11 @@ def test_what_cannot_be_drawn_back_on_lora_is_refused(tmp_path: Path) -> None:
     dora = adapted(use_dora=True)
     write(tmp_path / "s.safetensors", adapted_matrices(dora))
     with pytest.raises(TrainingError, match="DoRA"):
-        constrain(torch.optim.SGD(dora.parameters()), dora, tmp_path / "s.safetensors")
+        constrain(torch.optim.SGD(dora.parameters()), dora, tmp_path / "s.safetensors", steps=1)
     experts = peft.get_peft_model(
         llama("qwen3-moe"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_parameters=["mlp.experts.down_proj"])
     )
     name = "model.layers.0.mlp.experts.0.down_proj.weight"
     write(tmp_path / "e.safetensors", {name: torch.empty(32, 16)})
     with pytest.raises(TrainingError, match="LoRA on fused experts"):
-        constrain(torch.optim.SGD(experts.parameters()), experts, tmp_path / "e.safetensors")
+        constrain(torch.optim.SGD(experts.parameters()), experts, tmp_path / "e.safetensors", steps=1)

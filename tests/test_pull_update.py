@@ -38,7 +38,7 @@ def test_a_step_divides_the_whole_change_in_the_directions_and_is_free_outside(a
     pulls = write(tmp_path / "s.safetensors", held(model), sides="UV"[axis])
     start = copies(dict(model.named_parameters()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    constrain(optimizer, model, tmp_path / "s.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors", steps=1)
     for seed in range(3):
         before = copies(dict(model.named_parameters()))
         step(model, optimizer, seed)
@@ -57,7 +57,7 @@ def test_every_optimizer_is_drawn_back_once_per_step(name: str, tmp_path: Path, 
     model, twin = three_weights(), three_weights()
     pulls = write(tmp_path / "s.safetensors", held(model), sides="VU")
     optimizer = OPTIMIZERS[name](model.parameters())
-    constrain(optimizer, model, tmp_path / "s.safetensors").turn_bytes = turns
+    constrain(optimizer, model, tmp_path / "s.safetensors", steps=1).turn_bytes = turns
     by_hand = ByHand(twin, OPTIMIZERS[name](twin.parameters()), pulls)
     for seed in range(4):
         step(model, optimizer, seed)
@@ -69,7 +69,7 @@ def test_a_handle_that_is_removed_draws_no_more(tmp_path: Path) -> None:
     model, free = three_weights(), three_weights()
     write(tmp_path / "s.safetensors", held(model))
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, free)]
-    handle = constrain(optimizers[0], model, tmp_path / "s.safetensors")
+    handle = constrain(optimizers[0], model, tmp_path / "s.safetensors", steps=1)
     handle.remove()
     for one, optimizer in zip((model, free), optimizers, strict=True):
         step(one, optimizer, 1)
@@ -85,7 +85,7 @@ def test_fused_experts_are_drawn_back_one_by_one(checkpoint: Checkpoint, tmp_pat
     before = experts.gate_up_proj.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     anchor = checkpoint("qwen3-moe")
-    constrain(optimizer, model, tmp_path / "s.safetensors", anchor=anchor)
+    constrain(optimizer, model, tmp_path / "s.safetensors", anchor=anchor, steps=1)
     step(model, optimizer, 0)
     wanted = before.double() - 0.1 * experts.gate_up_proj.grad.double()
     for name, expert, rows in zip(names, (1, 1, 3), (slice(16, 32), slice(16), slice(16, 32)), strict=True):
@@ -113,7 +113,7 @@ def test_what_fsdp2_spreads_is_drawn_back_with_adapters_and_without(tmp_path: Pa
             if sharded:
                 fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            constrain(optimizer, model, tmp_path / "s.safetensors")
+            constrain(optimizer, model, tmp_path / "s.safetensors", steps=1)
             learn(model, optimizer, 2)
             whole = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in model.named_parameters()}
             ends.append(copies(whole))
@@ -127,11 +127,11 @@ def test_a_shield_holds_on_a_model_as_the_formula_says(
     architecture: str, weight: str, checkpoint: Checkpoint, measured: Callable[[str], Path], tmp_path: Path
 ) -> None:
     fisherkit.mask(measured(architecture), tmp_path / "s.safetensors", MaskOptions(preset="shield"))
-    pulls = of_file(tmp_path / "s.safetensors", 0.2)
+    pulls = of_file(tmp_path / "s.safetensors", 5.0)
     assert pulls[weight][2] == (0 if architecture == "gpt2" else 1)  # of the inputs, however the weight is stored
     model, twin = (llama(architecture).eval() for _ in range(2))  # no dropout
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (model, twin)]
-    constrain(optimizers[0], model, tmp_path / "s.safetensors")
+    constrain(optimizers[0], model, tmp_path / "s.safetensors", steps=1)
     start = copies(dict(twin.named_parameters()))
     for one, optimizer in zip((model, twin), optimizers, strict=True):
         learn(one, optimizer, 1)
@@ -150,7 +150,7 @@ def test_a_warm_up_pulls_by_its_share_of_the_peak_and_a_rate_of_zero_not_at_all(
     paces = (0.0, 0.5, 1.0, 0.25, 0.0)
     optimizer, other = (torch.optim.AdamW(one.parameters(), lr=0.1) for one in (model, twin))
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda n: (*paces, 0)[n]) for one in (optimizer, other)]
-    constrain(optimizer, model, tmp_path / "s.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors", steps=1)
     by_hand = ByHand(twin, other, pulls)
     for seed, pace in enumerate(paces):
         before = copies(dict(model.named_parameters()))
@@ -171,7 +171,7 @@ def test_a_rate_raised_by_hand_becomes_the_peak_of_its_group(tmp_path: Path) -> 
         return torch.optim.SGD([{"params": [one["one"]], "lr": 0.1}, {"params": [one["other"], one["free"]]}], lr=0.01)
 
     optimizer, other = optimizer_of(model), optimizer_of(twin)
-    constrain(optimizer, model, tmp_path / "s.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors", steps=1)
     by_hand = {name: ByHand(twin, other, {name: pulls[name]}) for name in pulls}
     for seed, (one, many, paces) in enumerate(
         [
@@ -206,7 +206,7 @@ def test_an_optimizer_that_tells_no_rate_is_at_its_peak(kind: str, tmp_path: Pat
     model, twin = three_weights(), three_weights()
     pulls = write(tmp_path / "s.safetensors", held(model))
     optimizer = make(model.parameters())
-    constrain(optimizer, model, tmp_path / "s.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors", steps=1)
     by_hand = ByHand(twin, make(twin.parameters()), pulls)
     for seed in range(2):
         step(model, optimizer, seed)
@@ -225,7 +225,7 @@ def test_a_huge_pull_is_the_hard_subspace_and_a_tiny_one_the_free_run(tmp_path: 
         model = three_weights()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         if file is not None:
-            constrain(optimizer, model, tmp_path / file, pull=pull)
+            constrain(optimizer, model, tmp_path / file, pull=pull, steps=1)
         for seed in range(3):
             step(model, optimizer, seed)
         return copies(dict(model.named_parameters()))
@@ -243,7 +243,7 @@ def test_paper_parity_divides_the_gradient_and_not_the_change(tmp_path: Path) ->
     pulls = write(tmp_path / "s.safetensors", held(model), sides="VU")
     start = copies(dict(model.named_parameters()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = constrain(optimizer, model, tmp_path / "s.safetensors", parity="paper")
+    handle = constrain(optimizer, model, tmp_path / "s.safetensors", parity="paper", steps=1)
     assert not handle.is_anchored_here
     total = {name: torch.zeros(12, 10, dtype=torch.float64) for name in start}
     for seed in range(3):
@@ -272,7 +272,7 @@ def test_in_bfloat16_a_pull_far_below_the_spacing_is_not_lost(
         model = nn.ParameterDict({"w": start.clone().to(dtype)})
         write(tmp_path / "s.safetensors", {"w": start}, rank=20, pull=0.02, energies=torch.ones)
         optimizer = torch.optim.SGD(model.parameters(), lr=spacing)
-        constrain(optimizer, model, tmp_path / "s.safetensors")
+        constrain(optimizer, model, tmp_path / "s.safetensors", steps=1)
         for _ in range(16):
             model["w"].grad = signs.to(dtype)
             optimizer.step()
@@ -293,7 +293,7 @@ def test_bfloat16_weights_settle_at_an_anchor_between_two_of_their_values(tmp_pa
     model = nn.ParameterDict({"w": start.bfloat16()})
     write(tmp_path / "s.safetensors", {"w": start}, rank=20, energies=torch.ones)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "anchor.safetensors")
+    constrain(optimizer, model, tmp_path / "s.safetensors", anchor=tmp_path / "anchor.safetensors", steps=1)
     for _ in range(20):
         model["w"].grad = torch.zeros_like(model["w"])
         optimizer.step()

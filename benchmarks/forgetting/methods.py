@@ -171,7 +171,8 @@ def _ewc(stage: Stage, setting: str) -> None:
 
 
 def _under(stage: Stage, mask: Path, **options: Any) -> None:
-    _train(stage, watch=lambda optimizer: constrain(optimizer, stage.model, mask, **options))
+    """Hold to a mask; pulls are per step of the peak rate here."""
+    _train(stage, watch=lambda optimizer: constrain(optimizer, stage.model, mask, steps=1, **options))
 
 
 def _random_rows(stage: Stage, setting: str) -> None:
@@ -290,7 +291,7 @@ def _lora_shield(stage: Stage, setting: str) -> None:
 
 def _lora_under(stage: Stage, mask: Path) -> None:
     stage.model = model = _with_adapter(stage)
-    watch: Watch = lambda optimizer: constrain(optimizer, model, mask)  # noqa: E731
+    watch: Watch = lambda optimizer: constrain(optimizer, model, mask, steps=1)  # noqa: E731
     _train(stage, rate=_LORA_RATE, weights=_factors(model), watch=watch)
 
 

@@ -117,25 +117,28 @@ class MaskFile:
 
     @property
     def pull(self) -> float | None:
-        """Pull of a soft subspace, see kernels.pull; None for a hard one.
+        """Pull of a soft subspace over a whole course, see kernels.pull; None for a hard one.
 
         Raises:
-            CheckpointError: what the JSON says is no pull, or there is none where there has to be.
+            CheckpointError: what the JSON says is no pull, or one per step, or there is none where there has to be.
         """
         if self.kind == "subspace" and not self.made and any(self._may_be_soft(name) for name in self.names):
-            beside = self.path.with_suffix(".json").name
+            name = self.path.with_suffix(".json").name
             raise CheckpointError(
-                f"{self.path}: {beside}, which says whether its directions are protected softly, is missing; put it "
+                f"{self.path}: {name}, which says whether its directions are protected softly, is missing; put it "
                 "beside the subspace"
             )
-        found = self.options.get("pull")
+        found, beside = self.options.get("pull"), self.path.with_suffix(".json")
         try:
             if found is not None:
                 check_pull(found)
         except OptionError:
+            raise CheckpointError(f"{beside}: {found!r} is no pull; make the subspace anew") from None
+        if found is not None and self.options.get("pull_per") != "course":
             raise CheckpointError(
-                f"{self.path.with_suffix('.json')}: {found!r} is no pull; make the subspace anew"
-            ) from None
+                f"{beside}: its pull of {found} is one per step, and what is meant now is one per course; make the "
+                "subspace anew"
+            )
         return found
 
     @property

@@ -53,7 +53,7 @@ def mask(
         choices.Preset | None,
         typer.Option(
             help="fggm (rows, 0.3 of every tensor, train), fish (entries, 0.005 global, train), ssu (columns, 0.5 of "
-            "every tensor, protect), shield (a soft subspace: activation, energy 0.99, pull 0.2); other options win.",
+            "every tensor, protect), shield (a soft subspace: activation, energy 0.99, pull 5); other options win.",
             rich_help_panel=WHICH,
         ),
     ] = None,
@@ -85,7 +85,7 @@ def mask(
     pull: Annotated[
         float | None,
         typer.Option(
-            help="Soft: every training step draws updates back out of the directions, this hard; activation only.",
+            help="Soft: a course of training draws updates back out of the directions, this hard; activation only.",
             rich_help_panel=SUBSPACE,
         ),
     ] = None,

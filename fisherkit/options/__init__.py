@@ -5,6 +5,7 @@ Standard library only: building options must not import torch.
 
 from fisherkit.options.checks import (
     check_pull,
+    check_steps,
     exact_share,
     parse_bytes,
     parse_json,
@@ -35,6 +36,7 @@ __all__ = [
     "Selection",
     "Side",
     "check_pull",
+    "check_steps",
     "exact_share",
     "parse_bytes",
     "parse_field",

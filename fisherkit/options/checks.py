@@ -68,6 +68,14 @@ def check_weights(weights: Sequence[float], typed: str | None = None) -> None:
         raise OptionError(f"--weights takes numbers above 0 such as 1,3, not {shown[:80]!r}")
 
 
+def check_steps(steps: float | None) -> None:
+    """Check that the length of a course is not given, or above 0 and finite."""
+    if steps is not None and (
+        isinstance(steps, bool) or not (isinstance(steps, numbers.Real) and 0 < steps < float("inf"))
+    ):
+        raise OptionError(f"steps must be a number above 0, not {steps!r}")
+
+
 def check_device(device: str) -> None:
     """Check that a device is called as torch calls it, or auto."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", device):

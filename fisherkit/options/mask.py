@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[Direction, float, Aggregate, Scope]] = {
     "ssu": ("protect", 0.5, "output", "tensor"),
 }
 """Direction, keep, aggregate and scope of what was published; see methods.mask.build."""
-SHIELD: tuple[Basis, float, float] = ("activation", 0.99, 0.2)
+SHIELD: tuple[Basis, float, float] = ("activation", 0.99, 5.0)
 """Basis, energy and pull of the preset ``shield``; see methods.mask.build."""
 
 
@@ -68,8 +68,8 @@ class MaskOptions:
         contrast: how the two are compared; None for ``ratio``.
         svd_rank: singular modes per matrix.
         svd_energy: as many modes as hold this share of a matrix's sum of squares, above 0 and at most 1.
-        pull: how hard an update is drawn back out of the directions of the basis ``activation``, above 0; see
-            training.rules.pull. None for a hard subspace, of which an update stays out.
+        pull: how hard a whole course of training draws updates back out of the directions of the basis
+            ``activation``, above 0; see kernels.pull. None for a hard subspace, of which an update stays out.
         basis: the matrix whose modes are taken; None for ``fisher``.
         delta: a fine-tune of ``weights``, for the basis ``delta``.
         activations: what ``extract --statistics activations`` wrote, for the bases ``activation`` and ``kron``; None

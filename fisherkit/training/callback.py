@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from fisherkit.artefacts.layer_importance import FLOOR, POWER
 from fisherkit.errors import TrainingError
+from fisherkit.training.course import peak_steps
 from fisherkit.training.mask_input import MaskLike
 from fisherkit.training.names import DEEPSPEED
 from fisherkit.training.optimizer_hooks import Handle, Parity, constrain
@@ -21,7 +22,7 @@ class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes
         parity: ``paper`` masks the gradients instead, as it was published.
         power: of layer scales.
         floor: the smallest layer scale.
-        pull: how soft a subspace is, in place of what its file says.
+        pull: how soft a subspace is, in place of what its file says; spread over the Trainer's whole course.
         anchor: the checkpoint that a soft subspace draws back to; the weights at the start of training otherwise. A
             run that is resumed has to name it (full fine-tuning; LoRA does not).
 
@@ -50,7 +51,8 @@ class MaskedUpdate(TrainerCallback):  # type: ignore[misc]  # transformers comes
         refuse_deepspeed(args)
         self.on_train_end(args, state, control)  # an earlier run may have ended in an error
         model: nn.Module = kwargs["model"]
-        self._handle = constrain(kwargs["optimizer"], model, self._mask, **self._options)
+        steps = peak_steps(kwargs.get("lr_scheduler"), state.max_steps)
+        self._handle = constrain(kwargs["optimizer"], model, self._mask, **self._options, steps=steps)
         if state.global_step and self._options["anchor"] is None and self._handle.is_anchored_here:
             self.on_train_end(args, state, control)
             raise TrainingError(

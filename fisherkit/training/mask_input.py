@@ -24,7 +24,7 @@ from fisherkit.checkpoint.names.spelling import spelling
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.floats import widen
 from fisherkit.kernels.pull import pull_strengths
-from fisherkit.options import check_pull
+from fisherkit.options import check_pull, check_steps
 
 Shape = tuple[int, ...]
 MaskLike = str | Path | MaskFile | Mapping[str, Any] | Sequence[float]
@@ -38,7 +38,7 @@ class Basis(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """Directions q [n, k] (orthonormal columns) that are drawn back by strengths [k], see kernels.pull.
+    """Directions q [n, k] (orthonormal columns) that each step draws back by strengths [k], see kernels.pull.
 
     ``axis`` of the weight [a, b] is the one that they are of: 0 (n = a) or 1 (n = b).
     """
@@ -116,6 +116,7 @@ def read_constraint(
     floor: float = FLOOR,
     pull: float | None = None,
     anchor: str | Path | None = None,
+    steps: float | None = None,
 ) -> Constraint:
     """Bring what a caller gave to one form; files are opened, their tensors not read.
 
@@ -125,10 +126,12 @@ def read_constraint(
         floor: of layer scales.
         pull: of a subspace with a spectrum, in place of what its file says.
         anchor: the checkpoint that a soft subspace draws back to.
+        steps: the length of the course in steps at its peak rate, over which a pull is spread.
 
     Raises:
         CheckpointError: a file that is none of these or damaged, or a mapping of something else.
-        OptionError: power, floor or pull outside their range, or a pull or anchor for what is no soft subspace.
+        OptionError: power, floor, pull or steps outside their range, a pull or anchor for what is no soft subspace, or
+            no steps for one.
     """
     file = _opened(mask)
     if pull is not None:
@@ -137,8 +140,9 @@ def read_constraint(
     if (pull or anchor) and (file is None or file.kind != "subspace" or strength is None):
         what = "anchor" if pull is None else "pull"
         raise OptionError(f"{what} is for a soft subspace, as `fisherkit mask --preset shield` writes it; this is none")
+    check_steps(steps)
     if file is not None:
-        return _from_file(file, strength, anchor)
+        return _from_file(file, strength, anchor, steps)
     assert not isinstance(mask, MaskFile)
     if isinstance(mask, Mapping) and any(isinstance(value, Tensor) for value in mask.values()):
         return _from_tensors(mask)
@@ -156,7 +160,7 @@ def _opened(mask: MaskLike) -> MaskFile | None:
     return mask if isinstance(mask, MaskFile) else None
 
 
-def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) -> Constraint:
+def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None, steps: float | None) -> Constraint:
     label, names = str(file.path), file.names
     if file.kind == "mask":
         return Constraint(kind="mask", label=label, names=names, flags=lambda n, s: _flags(file, n, s))
@@ -166,8 +170,13 @@ def _from_file(file: MaskFile, pull: float | None, anchor: str | Path | None) ->
     basis_of = file.options.get("basis")
     if basis_of not in (None, "activation"):
         raise OptionError(f"{label}: a pull is for --basis activation, and this is --basis {basis_of}")
+    if steps is None:
+        raise OptionError(
+            f"{label}: a soft subspace is pulled over a whole course; say how long it is, in steps at the peak rate: "
+            "constrain(..., steps=...)"
+        )
     shared: dict[bytes, Tensor] = {}
-    soft: Callable[[str, Shape], Pull] = lambda n, s: _pull(file, n, s, pull, shared)  # noqa: E731
+    soft: Callable[[str, Shape], Pull] = lambda n, s: _pull(file, n, s, pull / steps, shared)  # noqa: E731
     start = None if anchor is None else _Anchor(anchor)
     return Constraint(kind="subspace", label=label, names=names, basis=basis, pull=soft, anchor=start)
 
@@ -202,7 +211,7 @@ class _Anchor:
 
 
 def _pull(file: MaskFile, name: str, shape: Shape, pull: float, shared: dict[bytes, Tensor]) -> Pull:
-    """Directions that are the same, as those of q, k and v are, are one tensor in ``shared``."""
+    """Return what a step pulls; the same directions, as those of q, k and v are, are one tensor in ``shared``."""
     u, s, v = file.modes(name, shape)
     directions = v if u is None else u
     if s is None or directions is None or (u is not None and v is not None):

@@ -43,6 +43,7 @@ def constrain(
     floor: float = FLOOR,
     pull: float | None = None,
     anchor: str | Path | None = None,
+    steps: float | None = None,
 ) -> "Handle":
     """Make every coming step of ``optimizer`` obey ``mask``, until the handle is removed.
 
@@ -64,20 +65,23 @@ def constrain(
         power: of layer scales, ``(median(I) / I) ** power``.
         floor: the smallest layer scale.
         pull: how soft a subspace is, in place of what its file says.
+        steps: how long the course is, in steps at its peak rate: all of them at a constant rate, half of them where it
+            falls to zero in a line or a cosine. A soft subspace spreads its pull over it; others do not need it.
         anchor: the checkpoint (folder, file or ``org/name``) that a soft subspace draws back to; None for the weights
             as they are now. LoRA needs none: its delta is drawn back to nothing.
 
     Raises:
         CheckpointError: the mask or the anchor cannot be read, or was made for another model.
         TrainingError: DeepSpeed, FSDP1, a binary mask on LoRA, or an optimizer that does not hold the masked weights.
-        OptionError: an option is not a possible value, or is given for a mask that has no use for it.
+        OptionError: an option is not a possible value, is given for a mask that has no use for it, or is missing:
+            ``steps`` of a soft subspace.
     """
     if parity not in (None, "paper"):
         raise OptionError(f"parity must be None or 'paper', not {parity!r}")
     if parity is None:
         refuse_copies(optimizer)
     optimizer = unwrap(optimizer)
-    constraint = read_constraint(mask, power=power, floor=floor, pull=pull, anchor=anchor)
+    constraint = read_constraint(mask, power=power, floor=floor, pull=pull, anchor=anchor, steps=steps)
     check_held(model, constraint, set(parameters_of(optimizer)).__contains__)
     rules = ActiveRules(optimizer, model, constraint)
     rules()  # what cannot be held is refused now, not at the first step

@@ -58,7 +58,9 @@ def write(
         entries[name] = MaskEntry(tuple(weight.shape))
         found[name] = (q.double(), strengths(pull or 0.0, c.tolist(), len(q)), axis)
     safetensors.torch.save_file(stored, path)
-    described = header("subspace", path.name, entries, direction="protect", options={"pull": pull})
+    described = header(
+        "subspace", path.name, entries, direction="protect", options={"pull": pull, "pull_per": "course"}
+    )
     path.with_suffix(".json").write_text(json.dumps(described))
     return found
 

@@ -206,6 +206,7 @@ def _settings(options: MaskOptions, made_from: MaskInputs) -> dict[str, Any]:
             "basis": options.basis or "fisher",
             "side": options.stored_side,
             "pull": options.pull,
+            "pull_per": None if options.pull is None else "course",
             "delta": options.delta,
             "activations": str(options.activations) if options.activations else None,
         }

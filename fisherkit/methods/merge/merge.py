@@ -1,9 +1,9 @@
 """merge: a fine-tuned delta put onto its base as far as a mask, a subspace, the layers' importance and a factor allow.
 
 The four act in this order: ``mask`` (FT's entries only where it allows change), ``subspace`` (nothing of the delta in
-protected directions; of a soft subspace, what one step of its pull leaves), ``layer_scale`` (the more Fisher in a
-layer, the gentler), ``alpha``. None of them given, it is the interpolation ``(1 - alpha) base + alpha FT`` of Wise-FT
-(arXiv 2109.01903). No mask is promised to protect. ``regmean`` solves for the delta instead.
+protected directions; of a soft subspace, what a course of training under its pull would leave), ``layer_scale`` (the
+more Fisher in a layer, the gentler), ``alpha``. None of them given, it is the interpolation ``(1 - alpha) base + alpha
+FT`` of Wise-FT (arXiv 2109.01903). No mask is promised to protect. ``regmean`` solves for the delta instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
