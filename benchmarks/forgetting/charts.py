@@ -1,10 +1,12 @@
-"""Curves of General against the new task's score, after one task, as SVG files written by hand."""
+"""Fronts of old against new loss after one task, each method's of its settings' means, as SVG written by hand."""
 
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.forgetting.results import Arm, Results, one_general, one_new
+from benchmarks.forgetting import results as figures
+from benchmarks.forgetting.measures import Point, front
+from benchmarks.forgetting.results import Results
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 520, 380, 60, 56, 210
 _COLOURS = (
@@ -43,12 +45,12 @@ class Scale:
 
 
 def curves(title: str, results: Results, methods: Sequence[str]) -> str:
-    """A line per method through its settings, plain fine-tuning's from the untuned model on; means over all runs.
+    """A line per method through its settings, from the untuned model on; means over all runs.
 
     Colours come back as rings.
     """
-    plain = [(0.0, 100 * results.untuned_general), *_points(results, "plain")]
-    lines = {method: _points(results, method) for method in methods if method != "plain" and results.settings(method)}
+    plain = _points(results, "plain")
+    lines = {method: _points(results, method) for method in methods if method != "plain"}
     every = [point for points in (plain, *lines.values()) for point in points]
     scale = Scale(_ends([x for x, _ in every]), _ends([y for _, y in every]))
     body = _axes(scale) + _line(plain, scale, "plain", "var(--ink)", "plain (learning rates)", 0)
@@ -64,9 +66,13 @@ def curves(title: str, results: Results, methods: Sequence[str]) -> str:
     )
 
 
-def _points(results: Results, method: str) -> list[tuple[float, float]]:
-    arms: list[Arm] = [(method, setting) for setting in results.settings(method)]
-    return [(100 * results.mean(arm, one_new).mean, 100 * results.mean(arm, one_general).mean) for arm in arms]
+def _points(results: Results, method: str) -> list[Point]:
+    arms = [("base", "-"), *((method, setting) for setting in results.settings("one", method))]
+    reads = (figures.new, figures.old)
+    return front(
+        (100 * new, 100 * old)
+        for new, old in ([results.mean("one", *arm, read).mean for read in reads] for arm in arms)
+    )
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
@@ -85,7 +91,7 @@ def _axes(scale: Scale) -> str:
         body += f'<path class="grid" d="M{across:.1f} {bottom:.1f}v{-_HEIGHT}"/>'
         body += _text(across, bottom + 16, f"{x:.0f}", "middle")
     body += _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 36, "new task, exact match, %", "middle")
-    return body + _text(_LEFT - 44, _TOP - 12, "General, %")
+    return body + _text(_LEFT - 44, _TOP - 12, "old tasks, %")
 
 
 def _ticks(ends: tuple[float, float]) -> Sequence[int]:
@@ -109,7 +115,7 @@ def _line(
     body = f'<polyline class="{css}" stroke="{colour}" points="{path}"/>'
     mark = f'fill="var(--paper)" stroke="{colour}" stroke-width="2"' if ring else f'fill="{colour}"'
     for (x, y), (new_score, old) in zip(placed, points, strict=True):
-        tooltip = html.escape(f"{name}: new {new_score:.1f}, General {old:.1f}")
+        tooltip = html.escape(f"{name}: new {new_score:.1f}, old {old:.1f}")
         body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {mark}><title>{tooltip}</title></circle>'
     left, top = _LEFT + _WIDTH + 18, _TOP + 10 + 18 * row
     return body + f'<circle cx="{left}" cy="{top}" r="4" {mark}/>' + _text(left + 10, top + 4, name)

@@ -1,46 +1,92 @@
-"""Figures of runs: general ability, new tasks, forgetting, intervals, and comparison at a match.
+"""Figures of runs: means with the task as the unit, fronts of old against new, and comparison at equal new loss.
 
-Pure functions of numbers; ``tests/test_forgetting.py`` has the cases worked out by hand.
+Pure functions of numbers; ``tests/test_forgetting_measures.py`` has slow oracles and cases worked out by hand.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-Line = dict[str, Any]
-"""A finished run, see ``runs.do``."""
+Key = TypeVar("Key")
 TEXT = "text"
 """The name of held-out plain text among the old tests."""
+LEVELS = (0.5, 0.7, 0.9)
+"""Where methods are compared: shares of the way from the base's loss on the new task to plain fine-tuning's best, on a
+scale of logarithms."""
 
 Point = tuple[float, float]
-"""New-task score and general score; higher is better in both."""
+"""New score and old score; higher is better in both."""
+Verdict = Literal["better", "worse", "equal", "not shown"]
 
 
-class Mean(NamedTuple):
-    """A mean and half of its 95 % interval (NaN with fewer than two values)."""
+class Cell(NamedTuple):
+    """Where a run is made: which base, which draw of the tasks, and the task that is learnt (or learnt first)."""
+
+    base: int
+    seed: int
+    task: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks and half of its 95 % interval (NaN with fewer than two tasks).
+
+    Attributes:
+        mean: of the tasks' means; NaN of nothing.
+        half: by Student's t over these.
+        tasks: how many.
+        seeds: draws of the tasks behind it.
+        bases: the mean of each base.
+    """
 
     mean: float
     half: float
+    tasks: int
     seeds: int
+    bases: Mapping[int, float]
 
     @property
-    def decided(self) -> bool:
-        """True if the interval leaves out zero."""
-        return self.half == self.half and abs(self.mean) > self.half
+    def is_decided(self) -> bool:
+        """True if the interval leaves out zero and every base says the same."""
+        signs = {math.copysign(1, mean) for mean in self.bases.values() if mean}
+        return self.half == self.half and abs(self.mean) > self.half and len(signs) == 1
+
+    def verdict(self, margin: float) -> Verdict:
+        """Return what it shows of a difference; ``equal`` is an interval within the margin named beforehand."""
+        if self.is_decided:
+            return "better" if self.mean > 0 else "worse"
+        return "equal" if abs(self.mean) + self.half <= margin else "not shown"
 
 
-def mean_interval(values: Sequence[float]) -> Mean:
-    """With Student's t; of nothing, NaN."""
+def by_task(values: Mapping[Cell, float]) -> Estimate:
+    """Return the mean with the task as the unit: draws and bases of one task are put together first; NaN is none."""
+    known = {cell: value for cell, value in values.items() if not math.isnan(value)}
+    means = list(_means(known, lambda cell: cell.task).values())
+    mean = math.fsum(means) / len(means) if means else math.nan
+    return Estimate(
+        mean=mean,
+        half=_half(means, mean),
+        tasks=len(means),
+        seeds=len({cell.seed for cell in known}),
+        bases=_means(known, lambda cell: cell.base),
+    )
+
+
+def _means(values: Mapping[Cell, float], key: Callable[[Cell], Key]) -> dict[Key, float]:
+    groups: dict[Key, list[float]] = {}
+    for cell, value in values.items():
+        groups.setdefault(key(cell), []).append(value)
+    return {name: math.fsum(group) / len(group) for name, group in groups.items()}
+
+
+def _half(values: Sequence[float], mean: float) -> float:
     count = len(values)
-    if not count:
-        return Mean(math.nan, math.nan, 0)
-    mean = math.fsum(values) / count
     if count < 2:
-        return Mean(mean, math.nan, count)
+        return math.nan
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Mean(mean, student_t(count - 1) * deviation / math.sqrt(count), count)
+    return student_t(count - 1) * deviation / math.sqrt(count)
 
 
 def student_t(freedom: int, share: float = 0.95) -> float:
@@ -72,123 +118,44 @@ def _between(t: float, freedom: int) -> float:
     return 2 / math.pi * (theta + sine * total)
 
 
-def backward_transfer(exact: Mapping[int, Mapping[str, float]]) -> float:
-    """BWT: mean over all tasks but the last of (score at the end - score right after learning it).
+# Fronts.
 
-    Args:
-        exact: by stage (from 1), score of every task learnt so far, in the order of learning.
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """Return the points that no other beats in both, from the least to the most learnt; old falls along it."""
+    best: list[Point] = []
+    for point in sorted(set(points), reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
+def height(curve: Sequence[Point], new: float) -> float:
+    """Return a front's old score at a new score, between its points on straight lines; NaN beyond its end.
+
+    Below its beginning, which is the best of the old, it is that.
     """
-    stages = sorted(exact)
-    if len(stages) < 2:
-        return math.nan
-    last = exact[stages[-1]]
-    learnt = [list(exact[stage])[-1] for stage in stages[:-1]]
-    changes = [last[task] - exact[stage][task] for stage, task in zip(stages, learnt, strict=False)]
-    return math.fsum(changes) / len(changes)
-
-
-class Crossing(NamedTuple):
-    """Greatest general score of a curve at a new-task score, and whether the curve gets there at all.
-
-    ``beyond`` is the end that it does not reach: 1 above, -1 below, 0 inside.
-    """
-
-    general: float
-    beyond: int
-
-
-def best_at(curve: Sequence[Point], new: float) -> Crossing:
-    """Look up a curve, between its points on straight lines.
-
-    Args:
-        curve: one point or more, in the order of the sweep, from no fine-tuning to the strongest.
-        new: where to look.
-
-    Returns:
-        Beyond the ends of the curve, its general score at the nearest end (the best, where several points share it).
-    """
-    ends = min(x for x, _ in curve), max(x for x, _ in curve)
-    at = min(max(new, ends[0]), ends[1])
-    found = [general for score, general in curve if score == at]
+    if new <= curve[0][0]:
+        return curve[0][1]
     for (x1, y1), (x2, y2) in itertools.pairwise(curve):
-        if min(x1, x2) < at < max(x1, x2):
-            found.append(y1 + (y2 - y1) * (at - x1) / (x2 - x1))
-    return Crossing(max(found), (new > at) - (new < at))
+        if x1 < new <= x2:
+            return y1 + (y2 - y1) * (new - x1) / (x2 - x1)
+    return math.nan
 
 
-def above(curve: Sequence[Point], run: Point) -> tuple[float, bool]:
-    """General of a run over that of a curve at the same new-task score, and whether the curve gets there.
-
-    Returns:
-        Beyond an end of the curve, first the difference to that end where it says which is better: who learns more is
-        better if it keeps as much, who learns less is worse if it keeps less. NaN otherwise: neither is better.
-    """
-    there = best_at(curve, run[0])
-    gain = run[1] - there.general
-    return (math.nan if there.beyond * gain < 0 else gain), not there.beyond
+def lead(ours: Sequence[Point], theirs: Sequence[Point], at: Collection[float]) -> float:
+    """Return by how much one front is above another, the mean over the new scores that both reach; NaN if none."""
+    gaps = [height(ours, new) - height(theirs, new) for new in at]
+    known = [gap for gap in gaps if not math.isnan(gap)]
+    return math.fsum(known) / len(known) if known else math.nan
 
 
-# Of a line of results.
+def reached(curve: Sequence[Point], at: Collection[float]) -> float:
+    """Return the share of new scores that a front reaches."""
+    return sum(not math.isnan(height(curve, new)) for new in at) / len(at)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """A run in numbers; shares from 0 to 1, losses in nats.
-
-    Attributes:
-        general: mean exact match of the base's tasks at the end of the sequence; NaN where only one task was learnt, as
-            all that follows down to ``bwt``.
-        general_loss: mean loss of the same.
-        text_loss: of held-out plain text.
-        new: OP, mean exact match of the new tasks at the end.
-        new_loss: mean loss of the same.
-        learnt: mean exact match of each task right after it was learnt; NaN too where only the end is known.
-        bwt: see ``backward_transfer``; NaN likewise.
-        single: new and general score, exact match, after the first task alone.
-        single_losses: the same as losses.
-        single_text: loss of held-out plain text then.
-    """
-
-    general: float
-    general_loss: float
-    text_loss: float
-    new: float
-    new_loss: float
-    learnt: float
-    bwt: float
-    single: Point
-    single_losses: Point
-    single_text: float
-
-
-def figures(line: Line) -> Figures:
-    """Return the figures of a line with one stage or more."""
-    stages = {int(stage): found for stage, found in line["stages"].items()}
-    last = stages[max(stages)]
-    exact = {stage: {task: score[0] for task, score in found["new"].items()} for stage, found in stages.items()}
-    every = max(stages) > 1 and sorted(stages) == list(range(1, max(stages) + 1))
-    at_end = last if max(stages) != 1 else None
-    learnt = [list(exact[stage].values())[-1] for stage in sorted(exact)] if every else []
-    return Figures(
-        general=_mean_of(at_end["old"], 0) if at_end else math.nan,
-        general_loss=_mean_of(at_end["old"], 1) if at_end else math.nan,
-        text_loss=at_end["old"][TEXT][1] if at_end else math.nan,
-        new=_mean_of(at_end["new"], 0) if at_end else math.nan,
-        new_loss=_mean_of(at_end["new"], 1) if at_end else math.nan,
-        learnt=mean_interval(learnt).mean,
-        bwt=backward_transfer(exact) if every else math.nan,
-        single=_after_one(stages, 0),
-        single_losses=_after_one(stages, 1),
-        single_text=(stages.get(1) or stages[0])["old"][TEXT][1],
-    )
-
-
-def _after_one(stages: Mapping[int, Line], which: int) -> Point:
-    """Return the scores of the untuned model on what comes first."""
-    found = stages.get(1) or stages[0]
-    return next(iter(found["new"].values()))[which], _mean_of(found["old"], which)
-
-
-def _mean_of(scores: Mapping[str, Sequence[float]], which: int) -> float:
-    values = [score[which] for name, score in scores.items() if name != TEXT]
-    return math.fsum(values) / len(values)
+def backward_transfer(learnt: Mapping[str, float], end: Mapping[str, float]) -> float:
+    """BWT: mean over all tasks but the last of (score at the end - score right after learning it), in their order."""
+    names = list(learnt)[:-1]
+    return math.fsum(end[name] - learnt[name] for name in names) / len(names) if names else math.nan

@@ -1,15 +1,15 @@
-"""Methods that act while a task is learnt: each changes a model, given the task's items and a setting.
+"""Methods that act while a task is learnt, without a mask: plain, penalties, pulls, distillation, replay.
 
-All train the matrices of the blocks by the same course and differ in one thing. ``SETTING@RATE`` is a setting at a
-share of the course's learning rate, which many methods need larger than plain fine-tuning does. Masks, subspaces,
-Fishers and hooks are fisherkit's public ones; LoRA is peft's; penalties, pulls without directions and the replay are
-written here.
+All train the matrices of the blocks by the course of their setting and differ in one thing. Those with masks are in
+``held``. What is old comes from the probes alone, which are of half of the old tasks.
 """
 
 import gc
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import fisherkit
 from benchmarks.forgetting import model as models
 from benchmarks.forgetting.model import Course
+from benchmarks.forgetting.settings import Setting
 from benchmarks.forgetting.tasks import Item
 from benchmarks.forgetting.text import Tokens
-from benchmarks.forgetting.world import World, write_prompts
-from fisherkit import ExtractOptions, MaskOptions, MergeOptions
-from fisherkit.training import MIGU, constrain
+from benchmarks.forgetting.world import Look, World
 
 Watch = Callable[[Optimizer], object]
+_TASK_SHARE = 50
+"""Replay keeps one item in so many of each task that it has learnt."""
 
 
 @dataclass(kw_only=True)
@@ -37,34 +37,54 @@ class Stage:
     Attributes:
         world: what all runs share.
         model: as the tasks before it left it.
+        setting: of the method.
         seed: of the run.
         number: of the task in its order, from 0.
         name: of the task.
         items: its training items.
-        rows: the same as tokens.
         folder: for what a method writes; empty.
-        rate: a share of the course's learning rate.
         kept: what a method wants to find again at the next task.
     """
 
     world: World
     model: Any
+    setting: Setting
     seed: int
     number: int
     name: str
     items: list[Item]
-    rows: list[Tokens]
     folder: Path
-    rate: float = 1.0
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def course(self) -> Course:
-        """Course of plain fine-tuning."""
-        return self.world.size.course
+        """Course of the setting."""
+        return self.world.size.course.changed(self.setting.rate, self.setting.length)
+
+    @property
+    def strength(self) -> float:
+        """Strength of the setting, where that is a number."""
+        return float(self.setting.strength)
+
+    @cached_property
+    def rows(self) -> list[Tokens]:
+        """Training items as tokens."""
+        return self.world.chat.tokens(self.items)
+
+    def batches(self) -> Iterator[list[Tokens]]:
+        """Yield batches, the same ones for every method."""
+        return models.batches(self.rows, self.course, f"{self.seed} {self.name}")
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Return the base's matrices, whatever was learnt since."""
+        if "base" not in self.kept:
+            weights = models.matrices(self.world.load_base())
+            self.kept["base"] = {name: weight.detach() for name, weight in weights.items()}
+        found: dict[str, Tensor] = self.kept["base"]
+        return found
 
 
-def _train(
+def train(
     stage: Stage,
     *,
     rate: float = 1.0,
@@ -73,12 +93,11 @@ def _train(
     data: Iterator[list[Tokens]] | None = None,
     penalty: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Train the course on the task; ``rate`` is a share of the course's, on top of the stage's own."""
-    course = replace(stage.course, rate=rate * stage.rate * stage.course.rate)
+    """Train the setting's course on the task; ``rate`` is a share of its rate."""
     models.train(
         stage.model,
-        data or _batches(stage),
-        course,
+        data or stage.batches(),
+        stage.course.changed(rate, 1),
         stage.world.size.device,
         weights=weights or list(models.matrices(stage.model).values()),
         watch=watch,
@@ -86,256 +105,134 @@ def _train(
     )
 
 
-def _batches(stage: Stage) -> Iterator[list[Tokens]]:
-    """Yield batches, the same ones for every method."""
-    return models.batches(stage.rows, stage.course, f"{stage.seed} {stage.name}")
+def _plain(stage: Stage) -> None:
+    train(stage)
 
 
-# Controls.
+# Penalties in the loss.
 
 
-def _plain(stage: Stage, setting: str) -> None:
-    _train(stage, rate=float(setting))
+def _l2_sp(stage: Stage) -> None:
+    """Half the strength times the squared distance from the base (arXiv 1802.01483)."""
+    _penalised(stage, {name: torch.ones(()) for name in models.matrices(stage.model)})
 
 
-def _plain_all_weights(stage: Stage, setting: str) -> None:
-    _train(stage, rate=float(setting), weights=list(stage.model.parameters()))
+def _ewc(stage: Stage, look: Look = "sampled") -> None:
+    """The same, each weight by its Fisher over the mean of all; labels that the base draws (arXiv 1612.00796)."""
+    if "ewc" not in stage.kept:
+        fisher = load_file(stage.world.fisher(look), device=stage.world.size.device)
+        mean = sum(float(v.double().sum()) for v in fisher.values()) / sum(v.numel() for v in fisher.values())
+        stage.kept["ewc"] = {name: values / mean for name, values in fisher.items()}
+    _penalised(stage, stage.kept["ewc"])
 
 
-def _early_stop(stage: Stage, setting: str) -> None:
-    """Train the course as it is, cut off."""
-    steps = round(float(setting) * stage.course.steps)
-    _train(stage, data=(rows for _, rows in zip(range(steps), _batches(stage), strict=False)))
+def _ewc_data(stage: Stage) -> None:
+    """With the labels of the data, whose gradients vanish where the base is sure."""
+    _ewc(stage, "data")
 
 
-def _pull(stage: Stage, setting: str) -> None:
-    """After every step, back towards the base, every weight by the same share (L2-SP, decoupled from the gradient)."""
-    _pulled(stage, {name: torch.tensor(float(setting)) for name in models.matrices(stage.model)})
+def _penalised(stage: Stage, importance: Mapping[str, Tensor]) -> None:
+    base, weights = stage.base_weights(), models.matrices(stage.model)
+
+    def penalty() -> Tensor:
+        parts = [(importance[name] * (weight - base[name]).square()).sum() for name, weight in weights.items()]
+        return stage.strength / 2 * torch.stack(parts).sum()
+
+    train(stage, penalty=penalty)
 
 
-def _pull_fisher(stage: Stage, setting: str) -> None:
-    """Pull, by the square root of the base's Fisher over its mean in the matrix (as RecAdam, but for the root)."""
-    fisher = {name: values.to(stage.world.size.device) for name, values in load_file(stage.world.fisher).items()}
+def _distil(stage: Stage) -> None:
+    """KL from the base on as many of the probes as the batch has items, drawn anew each step."""
+    world, rng = stage.world, random.Random(f"distil {stage.seed} {stage.name}")
+
+    def penalty() -> Tensor:
+        drawn = rng.sample(range(len(world.probe_rows)), min(stage.course.batch, len(world.probe_rows)))
+        rows, taught = [world.probe_rows[at] for at in drawn], [world.taught[at] for at in drawn]
+        return stage.strength * models.kl_from(stage.model, rows, taught, world.size.device)
+
+    train(stage, penalty=penalty)
+
+
+# Pulls after the step, decoupled from the gradient.
+
+
+def _pull(stage: Stage) -> None:
+    """Towards the base, every weight by the same share: the shield's rule without directions."""
+    _pulled(stage, {name: torch.tensor(stage.strength) for name in models.matrices(stage.model)})
+
+
+def _pull_fisher(stage: Stage) -> None:
+    """By the square root of the base's Fisher over its mean in the matrix."""
+    fisher = load_file(stage.world.fisher("sampled"), device=stage.world.size.device)
     weights = models.matrices(stage.model)
-    _pulled(stage, {name: float(setting) * (fisher[name] / fisher[name].mean()).sqrt() for name in weights})
+    _pulled(stage, {name: stage.strength * (fisher[name] / fisher[name].mean()).sqrt() for name in weights})
 
 
 def _pulled(stage: Stage, strengths: Mapping[str, Tensor]) -> None:
-    """Train; after a step at a share p of the peak rate, what weights have changed is divided by 1 + p strength."""
-    weights = models.matrices(stage.model)
-    if "start" not in stage.kept:
-        stage.kept["start"] = {name: weight.detach().clone() for name, weight in weights.items()}
-    start = stage.kept["start"]
+    """Train; after a step at a share p of the peak rate the drift is divided by 1 + p strength / sum of all p."""
+    base, weights, course = stage.base_weights(), models.matrices(stage.model), stage.course
 
     def watch(optimizer: Optimizer) -> None:
-        peak = optimizer.param_groups[0]["lr"]
-
         @torch.no_grad()
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            pace = optimizer.param_groups[0]["lr"] / peak
+            pace = optimizer.param_groups[0]["lr"] / course.rate / course.peak_steps
             for name, weight in weights.items():
-                weight.copy_(start[name] + (weight - start[name]) / (1 + pace * strengths[name]))
+                weight.copy_(base[name] + (weight - base[name]) / (1 + pace * strengths[name]))
 
         optimizer.register_step_post_hook(after)
 
-    _train(stage, watch=watch)
+    train(stage, watch=watch)
 
 
-def _replay(stage: Stage, setting: str) -> None:
-    """A quarter of every batch is old: a hundredth of what the base learnt from, and of each task before this one."""
+def _recadam(stage: Stage) -> None:
+    """Anneal from the pull to the task by a sigmoid at half of the course (arXiv 2004.12651).
+
+    A step of AdamW counts by the sigmoid, and by the rest of it the drift from the base shrinks by the strength.
+    """
+    base, weights, course = stage.base_weights(), models.matrices(stage.model), stage.course
+    before: dict[str, Tensor] = {}
+    step = iter(range(course.steps))
+
+    def watch(optimizer: Optimizer) -> None:
+        def remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            before.update({name: weight.detach().clone() for name, weight in weights.items()})
+
+        @torch.no_grad()
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            share = 1 / (1 + math.exp(-10 * (next(step) / course.steps - 0.5)))
+            pull = (1 - share) * stage.strength * optimizer.param_groups[0]["lr"] / course.rate
+            for name, weight in weights.items():
+                weight.copy_(before[name] + share * (weight - before[name]) - pull * (before[name] - base[name]))
+
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(after)
+
+    train(stage, watch=watch)
+
+
+# Old data.
+
+
+def _replay(stage: Stage) -> None:
+    """On top of every batch a share of it (the strength): probes with answers, a few items of each task before."""
     rng = random.Random(f"replay {stage.seed} {stage.name}")
-    store: list[Tokens] = stage.kept.setdefault("store", stage.world.replayed(stage.seed))
-    quarter = stage.course.batch // 4
-    _train(stage, data=(rows[quarter:] + rng.sample(store, quarter) for rows in _batches(stage)))
-    store += stage.rows[: max(1, len(stage.rows) // 100)]
+    store: list[Tokens] = stage.kept.setdefault("store", list(stage.world.probe_rows))
+    more = max(1, round(stage.strength * stage.course.batch))
+    train(stage, data=(rows + rng.sample(store, more) for rows in stage.batches()))
+    store += stage.rows[: max(1, len(stage.rows) // _TASK_SHARE)]
 
 
-def _ewc(stage: Stage, setting: str) -> None:
-    """A penalty on leaving the base, weighted by its Fisher; the setting is the weight of a Fisher whose mean is 1."""
-    weights = models.matrices(stage.model)
-    if "ewc" not in stage.kept:
-        fisher = {name: values.to(stage.world.size.device) for name, values in load_file(stage.world.fisher).items()}
-        mean = sum(float(values.double().sum()) for values in fisher.values()) / sum(v.numel() for v in fisher.values())
-        start = {name: weight.detach().clone() for name, weight in weights.items()}
-        stage.kept["ewc"] = {name: (values / mean, start[name]) for name, values in fisher.items()}
-    anchored = [(weights[name], *pair) for name, pair in stage.kept["ewc"].items()]
-
-    def penalty() -> Tensor:
-        parts = [(fisher * (weight - start).square()).sum() for weight, fisher, start in anchored]
-        return float(setting) / 2 * torch.stack(parts).sum()
-
-    _train(stage, penalty=penalty)
-
-
-# Masks.
-
-
-def _under(stage: Stage, mask: Path, **options: Any) -> None:
-    """Hold to a mask; pulls are per step of the peak rate here."""
-    _train(stage, watch=lambda optimizer: constrain(optimizer, stage.model, mask, steps=1, **options))
-
-
-def _random_rows(stage: Stage, setting: str) -> None:
-    """As many rows as FGGM's, drawn anew for every task."""
-    seed = 100 * stage.seed + stage.number
-    options = MaskOptions(preset="fggm", keep=float(setting), score="random", seed=seed)
-    _under(stage, stage.world.mask(f"random-{setting}-{seed}", options))
-
-
-def _migu(stage: Stage, setting: str) -> None:
-    _train(stage, watch=lambda optimizer: MIGU(float(setting)).attach(optimizer, stage.model))
-
-
-def _fggm(stage: Stage, setting: str) -> None:
-    """A mask from the Fisher of the new task's own items at the current weights; for the first task too."""
-    aggregate, scope, keep = setting.split("-")
-    save(stage.model, stage.world, stage.folder / "now")
-    prompts = write_prompts(stage.folder / "prompts.jsonl", stage.items)
-    fisher, mask = stage.folder / "fisher.safetensors", stage.folder / "mask.safetensors"
-    fisherkit.extract(stage.folder / "now", prompts, fisher, stage.world.extract_options())
-    options: dict[str, Any] = {"aggregate": aggregate, "scope": scope, "keep": float(keep)}
-    fisherkit.mask(fisher, mask, MaskOptions(train="top", **options))
-    _under(stage, mask)
-
-
-def _protect(stage: Stage, setting: str) -> None:
-    """Protect the top of the base's Fisher may not change."""
-    aggregate, keep = setting.split("-")
-    options: dict[str, Any] = {"protect": "top", "aggregate": aggregate, "keep": float(keep)}
-    _under(stage, stage.world.mask(f"protect-{setting}", MaskOptions(**options)))
-
-
-def _layer_scale(stage: Stage, setting: str) -> None:
-    """Layers with more of the base's Fisher move less; the setting is the power."""
-    _under(stage, stage.world.fisher.with_name("layer_importance.json"), power=float(setting))
-
-
-# Subspaces: of the base, a share of its width or of the energy.
-
-
-def _fisher_subspace(stage: Stage, setting: str) -> None:
-    """As the card describes: singular modes of the Fisher, on both sides."""
-    options = MaskOptions(svd_rank=stage.world.rank(float(setting)), basis="fisher")
-    _under(stage, stage.world.mask(f"fisher-subspace-{setting}", options))
-
-
-def _weight_subspace(stage: Stage, setting: str) -> None:
-    rank, weights = stage.world.rank(float(setting)), str(stage.world.base)
-    options = MaskOptions(svd_rank=rank, basis="weight", weights=weights)
-    _under(stage, stage.world.mask(f"weight-subspace-{setting}", options))
-
-
-def _activation(stage: Stage, setting: str) -> None:
-    _under(stage, _activation_mask(stage.world, setting))
-
-
-def _activation_mask(world: World, setting: str) -> Path:
-    return world.mask(f"activation-{setting}", MaskOptions(svd_energy=float(setting), basis="activation"))
-
-
-def _kron(stage: Stage, setting: str) -> None:
-    options = MaskOptions(svd_energy=float(setting), basis="kron")
-    _under(stage, stage.world.mask(f"kron-{setting}", options))
-
-
-def _shield(stage: Stage, setting: str) -> None:
-    """Drawn back to the base, whatever was learnt since; the setting is the pull."""
-    _under(stage, shield_mask(stage.world, setting), anchor=stage.world.base)
-
-
-def _shield_onward(stage: Stage, setting: str) -> None:
-    """Drawn back to where the task began, as when a fine-tune is fine-tuned."""
-    _under(stage, shield_mask(stage.world, setting))
-
-
-def shield_mask(world: World, pull: str) -> Path:
-    """Return the preset's mask, pulling so hard."""
-    return world.mask(f"shield-{pull}", MaskOptions(preset="shield", pull=float(pull)))
-
-
-def _regmean_onward(stage: Stage, setting: str) -> None:
-    """After every task, the solve over base and all fine-tunes so far is where the next task starts."""
-    _train(stage)
-    place = stage.folder.parent / f"tune-{stage.number}"
-    save(stage.model, stage.world, place)
-    prompts, new = write_prompts(place / "new.jsonl", stage.items), place.with_suffix(".safetensors")
-    options = ExtractOptions(statistics="inputs", limit=stage.world.size.probes, device=stage.world.size.device)
-    fisherkit.extract(place, prompts, new, options)
-    tunes = stage.kept.setdefault("tunes", [])
-    tunes.append((str(place), new))
-    chosen = MergeOptions(
-        regmean=(stage.world.old_inputs(text=False), tunes[0][1]), also=tuple(tunes[1:]), old_weight=float(setting)
-    )
-    fisherkit.merge(stage.world.base, tunes[0][0], stage.folder / "merged", chosen)
-    stage.model = models.load(stage.folder / "merged", stage.world.size.device)
-
-
-# LoRA: one adapter for all tasks, so that what is learnt is one low-rank delta in the end.
-
-_LORA_RATE = 4.0
-"""Share of the course's rate: adapters start at nothing, and are usually trained ten times faster than weights."""
-
-
-def _lora(stage: Stage, setting: str) -> None:
-    stage.model = _with_adapter(stage)
-    _train(stage, rate=_LORA_RATE * float(setting), weights=_factors(stage.model))
-
-
-def _lora_activation(stage: Stage, setting: str) -> None:
-    _lora_under(stage, _activation_mask(stage.world, setting))
-
-
-def _lora_shield(stage: Stage, setting: str) -> None:
-    _lora_under(stage, shield_mask(stage.world, setting))
-
-
-def _lora_under(stage: Stage, mask: Path) -> None:
-    stage.model = model = _with_adapter(stage)
-    watch: Watch = lambda optimizer: constrain(optimizer, model, mask, steps=1)  # noqa: E731
-    _train(stage, rate=_LORA_RATE, weights=_factors(model), watch=watch)
-
-
-def _with_adapter(stage: Stage) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    if stage.number:
-        return stage.model
-    torch.manual_seed(stage.seed)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(stage.model, config)
-
-
-def _factors(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
-
-
-# All of them.
-
-LEARN: Mapping[str, Callable[[Stage, str], None]] = {
+WITHOUT_MASKS: Mapping[str, Callable[[Stage], None]] = {
     "plain": _plain,
-    "plain-all-weights": _plain_all_weights,
-    "early-stop": _early_stop,
-    "random-rows": _random_rows,
-    "migu": _migu,
-    "fggm": _fggm,
-    "protect": _protect,
-    "layer-scale": _layer_scale,
-    "fisher-subspace": _fisher_subspace,
-    "weight-subspace": _weight_subspace,
-    "activation": _activation,
-    "kron": _kron,
-    "shield": _shield,
-    "shield-onward": _shield_onward,
+    "l2-sp": _l2_sp,
     "ewc": _ewc,
+    "ewc-data": _ewc_data,
+    "distil": _distil,
     "pull": _pull,
     "pull-fisher": _pull_fisher,
+    "recadam": _recadam,
     "replay": _replay,
-    "regmean-onward": _regmean_onward,
-    "lora": _lora,
-    "lora+activation": _lora_activation,
-    "lora+shield": _lora_shield,
 }
-"""By name: learn one task in place."""
 
 
 def save(model: Any, world: World, folder: Path) -> None:

@@ -6,7 +6,7 @@ Axes: B items, T tokens. Steps are counted, not seconds: the same seed gives the
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,25 @@ _IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """Length, rate and batches of a model's training."""
+    """Length, rate and batches of a model's training: a warm-up, then a line down to zero."""
 
     steps: int
     rate: float
     batch: int = 16
     warmup: int = 4
+
+    def pace(self, step: int) -> float:
+        """Return the rate of a step as a share of the peak."""
+        return min((step + 1) / self.warmup, 1 - step / self.steps)
+
+    @property
+    def peak_steps(self) -> float:
+        """Length in steps at the peak rate."""
+        return sum(map(self.pace, range(self.steps)))
+
+    def changed(self, rate: float, length: int) -> "Course":
+        """Return the course at a share of its rate, so many times as long."""
+        return replace(self, rate=rate * self.rate, steps=length * self.steps, warmup=length * self.warmup)
 
 
 class Score(NamedTuple):
@@ -108,6 +121,23 @@ def loss_of(model: Any, rows: Sequence[Tokens], device: str) -> Tensor:
     return token_losses(model, ids, labels)[0].sum() / (labels[:, 1:] != _IGNORED).sum()
 
 
+def kl_from(model: Any, rows: Sequence[Tokens], taught: Sequence[Tensor], device: str) -> Tensor:
+    """KL(teacher || model) in nats, the mean over all places of all rows.
+
+    Args:
+        model: the student.
+        rows: B of them.
+        taught: the teacher's log-probabilities of each row, [T, V].
+        device: of the model.
+    """
+    ids, _ = batch_of(rows, device)
+    found = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float(), -1)
+    teacher = nn.utils.rnn.pad_sequence(list(taught), batch_first=True)
+    lengths = torch.tensor([len(tokens) for tokens, _ in rows], device=device)
+    real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    return (teacher.exp() * (teacher - found)).sum(-1)[real].mean()
+
+
 @torch.no_grad()
 def measure(model: Any, sets: dict[str, list[Tokens]], device: str, batch: int = 128) -> dict[str, Score]:
     """Score of each set of items; items of similar length go together, whatever their set."""
@@ -172,7 +202,7 @@ def train(
     model.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, lr=course.rate, weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(weights, lr=course.rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     watch(optimizer)
     _learn(model, data, course, device, [optimizer], penalty)
 
@@ -190,7 +220,7 @@ def _learn(
     rates = [group["lr"] for group in groups]
     for step, rows in enumerate(data):
         for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * min((step + 1) / course.warmup, 1 - step / course.steps)
+            group["lr"] = rate * course.pace(step)
         loss = loss_of(model, rows, device)
         if penalty is not None:
             loss = loss + penalty()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fisherkit
-from benchmarks.forgetting.methods import shield_mask
+from benchmarks.forgetting.held import shield_mask
 from benchmarks.forgetting.tasks import Item
 from benchmarks.forgetting.world import World, write_prompts
 from fisherkit import ExtractOptions, FapmOptions, MergeOptions
@@ -19,7 +19,7 @@ class Finished:
     Attributes:
         world: what all runs share.
         tuned: folder of the fine-tune, a model or an adapter.
-        items: training items of the tasks that it learnt.
+        items: training items of the task that it learnt.
         seed: of the run.
         folder: for what a method writes; empty.
     """
@@ -31,9 +31,14 @@ class Finished:
     folder: Path
 
     def inputs(self) -> Path:
-        """Covariances of what goes into the layers on the new items; of the base where the fine-tune is an adapter."""
-        model = self.world.base if (self.tuned / "adapter_config.json").exists() else self.tuned
-        return new_inputs(self.world, model, self.items, self.folder / "new.safetensors")
+        """Covariances of what goes into the fine-tune's layers on the new items."""
+        prompts, out = write_prompts(self.folder / "new.jsonl", self.items), self.folder / "inputs.safetensors"
+        size = self.world.size
+        options = ExtractOptions(
+            statistics="inputs", limit=size.probes, batch_tokens=4096, device=size.device, force=True
+        )
+        fisherkit.extract(self.tuned, prompts, out, options)
+        return out
 
     def fisher(self) -> Path:
         """Return the fine-tune's own Fisher on the new items."""
@@ -42,25 +47,17 @@ class Finished:
         return out
 
 
-def new_inputs(world: World, model: Path, items: list[Item], out: Path) -> Path:
-    """Measure the covariances of what goes into a model's layers on items of new tasks."""
-    prompts = write_prompts(out.with_suffix(".jsonl"), items)
-    options = ExtractOptions(statistics="inputs", limit=world.size.probes, batch_tokens=4096, device=world.size.device)
-    fisherkit.extract(model, prompts, out, options)
-    return out
-
-
 @dataclass(frozen=True)
 class PostHoc:
     """A way to keep part of a fine-tune.
 
     Attributes:
         how: a metric of fapm, whose setting is the sparsity; or options of merge, made from fine-tune and setting.
-        of: method and setting of the fine-tune; controls are of plain fine-tuning at its full rate.
+        of: method and setting of the fine-tune.
     """
 
     how: Metric | Callable[[Finished, str], MergeOptions]
-    of: tuple[str, str] = ("plain", "1")
+    of: tuple[str, str] = ("plain", "-@1")
 
 
 def _interpolated(run: Finished, setting: str) -> MergeOptions:
@@ -71,18 +68,19 @@ def _shielded(run: Finished, setting: str) -> MergeOptions:
     return MergeOptions(subspace=shield_mask(run.world, setting))
 
 
+def _layer_scaled(run: Finished, setting: str) -> MergeOptions:
+    """As the card of Gemma 4 Masks describes; the setting is the power."""
+    layers = run.world.fisher("prompts").with_name("layer_importance.json")
+    return MergeOptions(layer_scale=layers, power=float(setting))
+
+
 def _regmean(run: Finished, setting: str) -> MergeOptions:
     """Solve with the covariances of old and new inputs; the setting is the weight of the old ones."""
-    return MergeOptions(regmean=(run.world.old_inputs(text=False), run.inputs()), old_weight=float(setting))
-
-
-def _regmean_text(run: Finished, setting: str) -> MergeOptions:
-    """Solve with plain text among the old prompts."""
-    return MergeOptions(regmean=(run.world.old_inputs(text=True), run.inputs()), old_weight=float(setting))
+    return MergeOptions(regmean=(run.world.fisher(), run.inputs()), old_weight=float(setting))
 
 
 def _fisher(run: Finished, setting: str) -> MergeOptions:
-    return MergeOptions(fisher=(run.world.fisher, run.fisher()), old_weight=float(setting))
+    return MergeOptions(fisher=(run.world.fisher(), run.fisher()), old_weight=float(setting))
 
 
 POSTHOC: Mapping[str, PostHoc] = {
@@ -93,15 +91,13 @@ POSTHOC: Mapping[str, PostHoc] = {
     "dare": PostHoc("dare"),
     "wise-ft": PostHoc(_interpolated),
     "shield-merge": PostHoc(_shielded),
+    "layer-scale-merge": PostHoc(_layer_scaled),
     "regmean": PostHoc(_regmean),
-    "regmean-text": PostHoc(_regmean_text),
     "fisher-merge": PostHoc(_fisher),
-    "lora+regmean": PostHoc(_regmean, ("lora", "0.25")),
-    "shield+regmean": PostHoc(_regmean, ("shield", "0.2@2")),
-    "shield+fapm": PostHoc("fapm", ("shield", "0.2@2")),
-    "fggm+fapm": PostHoc("fapm", ("fggm", "input-tensor-0.3")),
-    "lora+fapm": PostHoc("fapm", ("lora", "0.25")),
-    "lora+magnitude": PostHoc("magnitude", ("lora", "0.25")),
+    "long+fapm": PostHoc("fapm", ("plain", "-@1x4")),
+    "fggm+fapm": PostHoc("fapm", ("fggm", "0.3@1")),
+    "lora+fapm": PostHoc("fapm", ("lora", "16@1")),
+    "lora+layer-scale-merge": PostHoc(_layer_scaled, ("lora", "16@1")),
 }
 """By name."""
 

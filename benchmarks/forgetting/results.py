@@ -1,76 +1,120 @@
-"""All finished runs of a size, by method and setting, and what is asked of them. Numbers only."""
+"""All finished runs of a size, by kind, method and setting, and what is asked of them. Numbers only."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from benchmarks.forgetting.measures import Figures, Line, Mean, Point, above, figures, mean_interval
+from benchmarks.forgetting.lines import Kind, Line, Run
+from benchmarks.forgetting.measures import (
+    LEVELS,
+    TEXT,
+    Cell,
+    Estimate,
+    Point,
+    backward_transfer,
+    by_task,
+    front,
+    lead,
+    reached,
+)
+from benchmarks.forgetting.settings import Setting
+from benchmarks.forgetting.tasks import PROBED, UNSEEN
 
-_NEXT_TO_NOTHING = 0.1
-Arm = tuple[str, str]
-"""Method and setting."""
-Pair = tuple[int, str]
-"""Seed and order: what runs are paired by."""
-Read = Callable[[Figures], float]
-ByPoint = Callable[[Figures], Point]
-PLAIN: Arm = ("plain", "1")
-_UNTUNED: Arm = ("base", "-")
-_HOLDING = ("shield", "ewc", "pull", "pull-fisher", "activation")
-"""Methods of which a larger setting changes less."""
-
-
-def general(found: Figures) -> float:
-    """Exact match of the old tasks."""
-    return found.general
-
-
-def new(found: Figures) -> float:
-    """Exact match of the new tasks at the end (OP)."""
-    return found.new
+Scores = Mapping[str, tuple[float, float]]
+"""Exact match and loss by task."""
 
 
-def one_general(found: Figures) -> float:
-    """Exact match of the old tasks after one task."""
-    return found.single[1]
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of one run.
 
-
-def one_new(found: Figures) -> float:
-    """Exact match of that task."""
-    return found.single[0]
-
-
-def by_exact(found: Figures) -> Point:
-    """New and general score as exact match."""
-    return found.new, found.general
-
-
-def by_loss(found: Figures) -> Point:
-    """New and general score as negative loss."""
-    return -found.new_loss, -found.general_loss
-
-
-def by_one(found: Figures) -> Point:
-    """After one task, as exact match."""
-    return found.single
-
-
-def by_one_loss(found: Figures) -> Point:
-    """After one task, as negative loss."""
-    return -found.single_losses[0], -found.single_losses[1]
-
-
-class Gain(NamedTuple):
-    """General score above a curve at the same new-task score, and how many runs say so.
-
-    ``outside`` of ``runs`` are beyond the curve's ends and counted all the same; ``dropped`` ones are there and neither
-    better nor worse than the end.
+    Attributes:
+        new: of the new tasks at the end, in the order of learning.
+        old: of the base's tasks, and of TEXT.
+        learnt: of each new task right after it was learnt; empty for a run of one task.
     """
 
-    gain: Mean
-    outside: int
-    runs: int
-    dropped: int
+    new: Scores
+    old: Scores
+    learnt: Scores
+
+
+Read = Callable[[Outcome], float]
+Runs = Mapping[Cell, Outcome]
+
+
+def mean_of(scores: Scores, which: int, names: Iterable[str] | None = None) -> float:
+    """Return the mean exact match (0) or loss (1) of some tasks; of all that are there, by default."""
+    values = [scores[name][which] for name in (scores if names is None else names) if name in scores]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def new(run: Outcome) -> float:
+    """Exact match of the new tasks."""
+    return mean_of(run.new, 0)
+
+
+def new_loss(run: Outcome) -> float:
+    """Loss of the new tasks."""
+    return mean_of(run.new, 1)
+
+
+def progress(run: Outcome) -> float:
+    """How far the new tasks are learnt: minus the logarithm of their loss."""
+    return -math.log(max(new_loss(run), 1e-6))
+
+
+def old(run: Outcome) -> float:
+    """Exact match of all old tasks."""
+    return mean_of(run.old, 0, (*PROBED, *UNSEEN))
+
+
+def average(run: Outcome) -> float:
+    """Mean of old and new exact match."""
+    return (old(run) + new(run)) / 2
+
+
+def old_loss(run: Outcome) -> float:
+    """Loss of all old tasks."""
+    return mean_of(run.old, 1, (*PROBED, *UNSEEN))
+
+
+def probed(run: Outcome) -> float:
+    """Exact match of the old tasks that a method may look at."""
+    return mean_of(run.old, 0, PROBED)
+
+
+def unseen(run: Outcome) -> float:
+    """Exact match of the old tasks that no method sees."""
+    return mean_of(run.old, 0, UNSEEN)
+
+
+def probed_loss(run: Outcome) -> float:
+    """Loss of the old tasks that a method may look at."""
+    return mean_of(run.old, 1, PROBED)
+
+
+def unseen_loss(run: Outcome) -> float:
+    """Loss of the old tasks that no method sees."""
+    return mean_of(run.old, 1, UNSEEN)
+
+
+def text_loss(run: Outcome) -> float:
+    """Loss of held-out plain text."""
+    return mean_of(run.old, 1, (TEXT,))
+
+
+def learnt(run: Outcome) -> float:
+    """Mean exact match of each new task right after it was learnt."""
+    return mean_of(run.learnt, 0)
+
+
+def transfer(run: Outcome) -> float:
+    """Return what later tasks did to the new ones before them (BWT)."""
+    return backward_transfer(*({name: score[0] for name, score in part.items()} for part in (run.learnt, run.new)))
+
+
+LOSSES = frozenset((new_loss, old_loss, probed_loss, unseen_loss, text_loss))
 
 
 class Results:
@@ -81,114 +125,94 @@ class Results:
     """
 
     def __init__(self, lines: Iterable[Line]) -> None:
-        self.lines = list(lines)
-        self.arms: dict[Arm, dict[Pair, Figures]] = {}
-        for line in self.lines:
-            arm = self.arms.setdefault((line["method"], line["setting"]), {})
-            arm[line["seed"], line["order"]] = figures(line)
-        self.untuned = self.arms.pop(_UNTUNED, {})
+        self._arms: dict[tuple[Kind, str, str], dict[Cell, Outcome]] = {}
+        for line in lines:
+            run = Run.of(line["key"])
+            arm = self._arms.setdefault((run.kind, run.method, run.setting), {})
+            parts = (
+                {name: tuple(score) for name, score in line.get(part, {}).items()} for part in ("new", "old", "learnt")
+            )
+            arm[run.cell] = Outcome(*parts)
 
-    @property
-    def seeds(self) -> list[int]:
-        """All that have a line."""
-        return sorted({line["seed"] for line in self.lines})
+    def runs(self, kind: Kind, method: str, setting: str) -> Runs:
+        """Return the runs of a setting, by cell."""
+        return self._arms.get((kind, method, setting), {})
 
-    @property
-    def orders(self) -> list[str]:
-        """All that have a line."""
-        return sorted({line["order"] for line in self.lines})
+    def settings(self, kind: Kind, method: str, *, length: int | None = 1) -> list[str]:
+        """Return the settings of a method that have runs, with courses of one length, or of any."""
+        found = [setting for where, name, setting in self._arms if (where, name) == (kind, method)]
+        return [setting for setting in found if length in (None, Setting.of(setting).length)]
 
-    def settings(self, method: str) -> list[str]:
-        """Return the settings of a method, the weakest first where they are numbers."""
-        found = [setting for name, setting in self.arms if name == method]
-        return sorted(found, key=_as_number)
+    def methods(self, kind: Kind) -> list[str]:
+        """Return the methods that have runs, in the order of the lines; the untuned base is none."""
+        return [
+            name for name in dict.fromkeys(name for where, name, _ in self._arms if where == kind) if name != "base"
+        ]
 
-    def mean(self, arm: Arm, read: Read) -> Mean:
-        """Over seeds, orders put together first."""
-        return over_seeds({pair: read(found) for pair, found in self.arms.get(arm, {}).items()})
+    def mean(self, kind: Kind, method: str, setting: str, read: Read) -> Estimate:
+        """Return a figure of a setting."""
+        return by_task({cell: read(run) for cell, run in self.runs(kind, method, setting).items()})
 
-    def difference(self, ours: Arm, theirs: Arm, read: Read) -> Mean:
-        """Paired by seed and order."""
-        a, b = self.arms.get(ours, {}), self.arms.get(theirs, {})
-        return over_seeds({pair: read(a[pair]) - read(b[pair]) for pair in a if pair in b})
+    def untuned(self, kind: Kind, read: Read) -> Estimate:
+        """Return a figure of the base."""
+        return self.mean(kind, "base", "-", read)
 
-    def gains(self, arm: Arm, point: ByPoint = by_one, against: str = "plain") -> dict[Pair, tuple[float, bool]]:
-        """By pair: general score above the curve of ``against`` (see ``above``), and whether the curve gets there."""
-        curves, found = self.curves(point, against), {}
-        for pair, one in self.arms.get(arm, {}).items():
-            at = point(one)
-            if pair in curves and not math.isnan(at[0]):
-                found[pair] = above(curves[pair], at)
+    # Curves.
+
+    def curves(
+        self, kind: Kind, method: str, read: Read, settings: Iterable[str] | None = None
+    ) -> dict[Cell, list[Point]]:
+        """Return for each cell the front of progress and ``read``, of a method's settings and the untuned base.
+
+        Args:
+            kind: of runs.
+            method: whose.
+            read: of the old; a loss counts negative.
+            settings: of the front; all of the method with courses of the usual length by default.
+        """
+        chosen = self.settings(kind, method) if settings is None else list(settings)
+        sign = -1 if read in LOSSES else 1
+        found = {}
+        for cell, start in self.runs(kind, "base", "-").items():
+            runs = [own[cell] for setting in chosen if cell in (own := self.runs(kind, method, setting))]
+            if runs:
+                found[cell] = front((progress(run), sign * read(run)) for run in (start, *runs))
         return found
 
-    def gain(self, arm: Arm, point: ByPoint = by_one, against: str = "plain", orders: str = "") -> Gain:
-        """Return the gain, all put together; of the named orders only."""
-        found = {pair: one for pair, one in self.gains(arm, point, against).items() if pair[1] in (orders or pair[1])}
-        gains = {pair: gain for pair, (gain, _) in found.items()}
-        dropped = sum(map(math.isnan, gains.values()))
-        outside = sum(not inside for _, inside in found.values()) - dropped
-        return Gain(over_seeds(gains), outside, len(found), dropped)
+    def levels(self, kind: Kind) -> dict[Cell, list[float]]:
+        """Return for each cell the progress at which methods are compared, see LEVELS."""
+        found = {}
+        for cell, start in self.runs(kind, "base", "-").items():
+            plain = [
+                own[cell] for one in self.settings(kind, "plain") if cell in (own := self.runs(kind, "plain", one))
+            ]
+            if plain:
+                begin, end = progress(start), max(map(progress, plain))
+                found[cell] = [begin + share * (end - begin) for share in LEVELS]
+        return found
 
-    def gain_over(self, ours: Arm, theirs: Arm, point: ByPoint = by_one) -> Mean:
-        """Difference of two arms' gains, paired."""
-        a, b = self.gains(ours, point), self.gains(theirs, point)
-        return over_seeds({pair: a[pair][0] - b[pair][0] for pair in a if pair in b})
+    def lead(self, kind: Kind, ours: str, theirs: str, read: Read = old, **settings: Iterable[str] | None) -> Estimate:
+        """Return by how much one method's curve lies above another's at equal new loss; plus is better.
 
-    def curves(self, point: ByPoint, method: str = "plain") -> dict[Pair, list[Point]]:
-        """Return for every seed and order the untuned model, then a method's settings, the weakest first.
-
-        Interpolation ends at the plain fine-tune, which is its setting 1.
+        Args:
+            kind: of runs.
+            ours: a method.
+            theirs: another.
+            read: of the old.
+            settings: ``of_ours`` and ``of_theirs``, in place of all that have the usual length.
         """
-        settings = self.settings(method)
-        arms = [(method, setting) for setting in (settings[::-1] if method in _HOLDING else settings)]
-        arms += [PLAIN] if method == "wise-ft" else []
-        curves = {}
-        for pair, start in self.untuned.items():
-            runs = [self.arms[arm][pair] for arm in arms if pair in self.arms.get(arm, {})]
-            curves[pair] = [at for at in map(point, (start, *runs)) if not math.isnan(at[0])]
-        return curves
+        a = self.curves(kind, ours, read, settings.get("of_ours"))
+        b = self.curves(kind, theirs, read, settings.get("of_theirs"))
+        levels = self.levels(kind)
+        return by_task({cell: lead(a[cell], b[cell], levels[cell]) for cell in a if cell in b and cell in levels})
 
-    def learners(self, share: float) -> list[Arm]:
-        """Arms whose first task is learnt at least this share as well as by plain fine-tuning."""
-        least = share * self.mean(PLAIN, one_new).mean
-        return [arm for arm in self.arms if self.mean(arm, one_new).mean >= least]
+    def reach(self, kind: Kind, method: str) -> Estimate:
+        """Return the share of levels that a method's curve reaches."""
+        levels = self.levels(kind)
+        curves = self.curves(kind, method, old)
+        return by_task({cell: reached(curve, levels[cell]) for cell, curve in curves.items() if cell in levels})
 
-    def forgotten(self, arm: Arm, *, single: bool) -> Mean:
-        """FAPM's CF: by how much of it general ability fell, after the first task alone or after all."""
-        lost = {}
-        for pair, found in self.arms.get(arm, {}).items():
-            start = self.untuned[pair].general if pair in self.untuned else 0.0
-            if start:
-                lost[pair] = 1 - (found.single[1] if single else found.general) / start
-        return over_seeds(lost)
-
-    def retained(self, arm: Arm, of: Arm, *, single: bool) -> Mean:
-        """New-task score as a share of the whole fine-tune's; runs where that has next to nothing are left out."""
-        shares = {}
-        for pair, found in self.arms.get(arm, {}).items():
-            whole = self.arms.get(of, {}).get(pair)
-            full = 0.0 if whole is None else whole.single[0] if single else whole.new
-            if full >= _NEXT_TO_NOTHING:
-                shares[pair] = (found.single[0] if single else found.new) / full
-        return over_seeds(shares)
-
-    @cached_property
-    def untuned_general(self) -> float:
-        """Exact match of the base on its own tasks."""
-        return over_seeds({pair: found.general for pair, found in self.untuned.items()}).mean
-
-
-def over_seeds(values: Mapping[Pair, float]) -> Mean:
-    """Mean and interval over seeds, orders of one seed put together first, as they share their tasks; NaN is none."""
-    seeds: dict[int, list[float]] = {}
-    for (seed, _), value in values.items():
-        if not math.isnan(value):
-            seeds.setdefault(seed, []).append(value)
-    return mean_interval([math.fsum(of_seed) / len(of_seed) for of_seed in seeds.values()])
-
-
-def _as_number(setting: str) -> tuple[float, str]:
-    try:
-        return float(setting.partition("@")[0]), setting
-    except ValueError:
-        return math.inf, setting
+    def difference(self, kind: Kind, ours: tuple[str, str], theirs: tuple[str, str], read: Read) -> Estimate:
+        """Return ours less theirs, paired by cell."""
+        a, b = self.runs(kind, *ours), self.runs(kind, *theirs)
+        return by_task({cell: read(a[cell]) - read(b[cell]) for cell in a if cell in b})

@@ -1,75 +1,62 @@
-"""Runs: what there is to do, doing one, and the file of finished ones, a JSON line each; a line is never made again.
+"""Runs: which there are to do, doing one, and doing all that are left, some at a time.
 
-A run is a size, a seed, an order of tasks, a method and a setting. Runs of methods that act on a finished fine-tune
-come after those fine-tunes, whose folders are kept for them (and made again if they are gone).
+Runs of one task come first. The sequences wait for them: each method learns the sequence at its two best settings.
 """
 
-import json
 import os
-import platform
-import random
-import re
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from benchmarks.forgetting import model as models
-from benchmarks.forgetting import tasks
-from benchmarks.forgetting.measures import Line
-from benchmarks.forgetting.methods import LEARN, Stage, save
+from benchmarks.forgetting.choose import best_settings
+from benchmarks.forgetting.held import LEARN
+from benchmarks.forgetting.lines import Line, Run, add_line, begin_session, read_lines
+from benchmarks.forgetting.methods import Stage, save
 from benchmarks.forgetting.posthoc import POSTHOC, Finished, keep_part
-from benchmarks.forgetting.sizes import Size
+from benchmarks.forgetting.results import Results
+from benchmarks.forgetting.settings import Setting, grid
+from benchmarks.forgetting.sizes import Size, order_of
 from benchmarks.forgetting.world import World
 
-UNTUNED = "base"
-"""The method of a run that does nothing: what the base is worth."""
-_SINGLE = 1
+UNTUNED = ("base", "-")
+"""Method and setting of a run that does nothing: what the base is worth."""
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run; see the module."""
-
-    size: str
-    seed: int
-    order: str
-    method: str
-    setting: str
-
-    @property
-    def key(self) -> str:
-        """Names its line."""
-        return f"{self.size}/{self.seed}/{self.order}/{self.method}/{self.setting}"
+# What there is to do.
 
 
-def planned(size: Size) -> list[list[Run]]:
-    """In waves: a later one reads what an earlier one left. Seed by seed, so that a run cut short has whole seeds."""
-    waves: list[list[Run]] = [[], []]
-    for seed in range(size.seeds):
-        for order in tasks.ORDERS:
-            waves[0].append(Run(size.name, seed, order, UNTUNED, "-"))
-            for method, settings in size.plan.items():
-                runs = [Run(size.name, seed, order, method, setting) for setting in settings]
-                waves[1 if method in POSTHOC else 0].extend(runs)
-    return waves
+def of_one_task(size: Size) -> list[Run]:
+    """Return the runs of one task, draw by draw, so that a run cut short has whole draws."""
+    found = []
+    for at, cell in enumerate(size.cells()):
+        arms = [UNTUNED, *((method, setting) for method in size.learners for setting in grid(method))]
+        for part in (size.extra, size.posthoc):
+            arms += [(method, setting) for method, settings in part.items() for setting in settings]
+        if at < len(size.tasks):  # the first draw on the first base
+            arms += [(method, setting) for method, settings in size.courses.items() for setting in settings]
+        found += [Run(cell, "one", *arm) for arm in arms]
+    return found
 
 
-def order_of(size: Size, order: str, seed: int) -> tuple[str, ...]:
-    """Return the size's new tasks in an order that begins at another one for each seed: every task comes first once."""
-    names = [task for task in tasks.ORDERS[order] if task in size.tasks]
-    start = seed % len(names)
-    return (*names[start:], *names[:start])
+def of_sequences(size: Size, lines: Iterable[Line]) -> list[Run]:
+    """Return the runs of sequences, with the settings that the runs of one task chose; none before these are done."""
+    lines = list(lines)
+    done = {line["key"] for line in lines}
+    if any(run.key not in done for run in of_one_task(size)):
+        return []
+    results = Results(lines)
+    chosen = {method: best_settings(results, method, grid(method), size.design_bases()) for method in size.learners}
+    chosen |= {method: chosen[other] for method, other in size.sequences.items()}
+    arms = [UNTUNED, *((method, setting) for method, settings in chosen.items() for setting in settings)]
+    return [Run(cell, "all", *arm) for cell in size.sequence_cells() for arm in arms]
 
 
 # Doing one.
@@ -79,147 +66,149 @@ def do(world: World, run: Run) -> Line:
     """Run it and say what was measured.
 
     Returns:
-        The line: the run, ``seconds``, and ``stages``: after so many tasks, exact match and loss of the ``new`` tasks
-        so far and of the ``old`` ones, each ``[exact, loss]``. A run that learns one task alone has the stage 1 only.
+        The line: its key, ``seconds``, and ``[exact match, loss]`` of the ``new`` tasks and of the ``old`` ones at the
+        end, and of each new task right after it was ``learnt``.
     """
     started = time.monotonic()
-    if run.method == UNTUNED:
-        stages = {0: _measure(world, world.load_base(), run, order_of(world.size, run.order, run.seed))}
+    names = order_of(world.size, run.cell.task) if run.kind == "all" else (run.cell.task,)
+    learnt: Line = {}
+    if (run.method, run.setting) == UNTUNED:
+        model = world.load_base()
     elif run.method in POSTHOC:
-        stages = _do_posthoc(world, run)
+        model = _kept_part(world, run)
     else:
-        stages = _learn(world, run)
-    line = {"key": run.key, **vars(run), "stages": {str(stage): found for stage, found in stages.items()}}
+        model, learnt = _learn(world, run, names)
+    found = {
+        "new": _measure(world, model, run, names),
+        "old": _rounded(models.measure(model, world.old_tests, _on(world))),
+    }
+    line = {"key": run.key, **found} | ({"learnt": learnt} if run.kind == "all" else {})
     return line | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def _learn(world: World, run: Run) -> dict[int, Line]:
-    """Learn the tasks of the order, one after the other."""
-    model, stages = world.load_base(), {}
+def _learn(world: World, run: Run, names: Sequence[str], keep: Path | None = None) -> tuple[Any, Line]:
+    """Learn tasks one after the other; the model, and what each was worth right after it."""
+    model, learnt = world.load_base(), {}
     kept: dict[str, Any] = {}
-    setting, _, rate = run.setting.partition("@")
-    names = _names(world.size, run)
     with tempfile.TemporaryDirectory(prefix="fisherkit-forgetting-") as scratch:
         for number, name in enumerate(names):
             folder = Path(scratch, str(number))
             folder.mkdir()
-            items = world.new_items(name, run.seed, "train")
             stage = Stage(
                 world=world,
                 model=model,
-                seed=run.seed,
+                setting=Setting.of(run.setting),
+                seed=run.cell.seed,
                 number=number,
                 name=name,
-                items=items,
-                rows=world.chat.tokens(items),
+                items=world.new_items(name, run.cell.seed, "train"),
                 folder=folder,
-                rate=float(rate or 1),
                 kept=kept,
             )
-            LEARN[run.method](stage, setting)
+            LEARN[run.method](stage)
             model = stage.model
-            stages[number + 1] = _measure(world, model, run, names[: number + 1])
-            if number + 1 in (_SINGLE, len(world.size.tasks)) and _is_kept(world.size, run):
-                _keep(world, model, _folder_of(world, run, number + 1))
+            if run.kind == "all":
+                learnt |= _measure(world, model, run, [name])
             shutil.rmtree(folder)
-    return stages
+    if keep is not None:
+        save(model, world, keep)
+    return model, learnt
 
 
-def _names(size: Size, run: Run) -> tuple[str, ...]:
-    """Return the names of what a run learns: all tasks of its order, or the first alone."""
-    names = order_of(size, run.order, run.seed)
-    return names if run.setting in size.sequences.get(run.method, ()) else names[:_SINGLE]
-
-
-def _is_kept(size: Size, run: Run) -> bool:
-    return any(POSTHOC[method].of == (run.method, run.setting) for method in size.plan if method in POSTHOC)
-
-
-def _folder_of(world: World, run: Run, stage: int) -> Path:
-    return world.folder / "tuned" / run.key.replace("/", "_") / str(stage)
-
-
-def _keep(world: World, model: Any, folder: Path) -> None:
-    staged = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    save(model, world, staged)
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
-
-
-def _do_posthoc(world: World, run: Run) -> dict[int, Line]:
-    """On the fine-tune of the first task alone, as FAPM was published, and on that of all of them."""
-    names = _names(world.size, run)
-    tuned_by = Run(run.size, run.seed, run.order, *POSTHOC[run.method].of)
-    folders = {stage: _folder_of(world, tuned_by, stage) for stage in sorted({_SINGLE, len(names)})}
-    if not all(folder.is_dir() for folder in folders.values()):
-        _learn(world, tuned_by)
-    stages = {}
+def _kept_part(world: World, run: Run) -> Any:
+    """Make the fine-tune, unless another run has, and keep the part of it that the method keeps."""
+    of = Run(run.cell, "one", *POSTHOC[run.method].of)
+    name = f"tuned-{of.key.replace('/', '_')}"
+    tuned = world.made(name, lambda folder: void(_learn(world, of, [run.cell.task], folder)))
     with tempfile.TemporaryDirectory(prefix="fisherkit-forgetting-") as scratch:
-        for stage, folder in folders.items():
-            out, own = Path(scratch, str(stage)), Path(scratch, f"{stage}-files")
-            own.mkdir()
-            items = [item for name in names[:stage] for item in world.new_items(name, run.seed, "train")]
-            random.Random(f"posthoc {run.seed}").shuffle(items)  # a Fisher and covariances are of the first ones
-            tuned = Finished(world=world, tuned=folder, items=items, seed=run.seed, folder=own)
-            keep_part(tuned, run.method, run.setting, out)
-            stages[stage] = _measure(world, models.load(out, world.size.device), run, names[:stage])
-    return stages
+        out, own = Path(scratch, "out"), Path(scratch, "files")
+        own.mkdir()
+        items = world.new_items(run.cell.task, run.cell.seed, "train")
+        keep_part(
+            Finished(world=world, tuned=tuned, items=items, seed=run.cell.seed, folder=own),
+            run.method,
+            run.setting,
+            out,
+        )
+        return models.load(out, _on(world))
+
+
+def void(value: object) -> None:
+    """Take a value where none is wanted."""
 
 
 def _measure(world: World, model: Any, run: Run, names: Iterable[str]) -> Line:
-    new = {name: world.chat.tokens(world.new_items(name, run.seed, "test")) for name in names}
-    old = world.old_tests()
-    scores = models.measure(model, new | old, world.size.device)
-    rounded = {name: [round(score.exact, 6), round(score.loss, 6)] for name, score in scores.items()}
-    return {"new": {name: rounded[name] for name in new}, "old": {name: rounded[name] for name in old}}
+    new = {name: world.chat.tokens(world.new_items(name, run.cell.seed, "test")) for name in names}
+    return _rounded(models.measure(model, new, _on(world)))
+
+
+def _rounded(scores: Mapping[str, models.Score]) -> Line:
+    return {name: [round(score.exact, 4), round(score.loss, 5)] for name, score in scores.items()}
+
+
+def _on(world: World) -> str:
+    return world.size.device
 
 
 # Doing all.
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Finished runs; a last line that was cut off by a kill is not one."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found
-
-
-def do_all(world: World, results: Path, *, workers: int, threads: int, until: float, say: Callable[[str], None]) -> int:
-    """Do what is not in ``results`` yet, ``workers`` at a time, each in ``threads`` threads.
+class Bench:
+    """Worlds of a size, and the file that its lines go to.
 
     Args:
-        world: see World.
+        work: folder of models and masks.
+        size: see Size.
         results: a line is added for every run that ends.
-        workers: processes.
-        threads: of each.
-        until: no run begins after this time (``time.monotonic()``).
-        say: gets a line per run.
-
-    Returns:
-        How many runs are left to do.
+        given: a checkpoint to take as base; None to train some.
     """
-    done = {line["key"] for line in read_lines(results)}
-    waves = [[run for run in wave if run.key not in done] for wave in planned(world.size)]
-    left, finished, made = sum(map(len, waves)), 0, _machine(world.size.device, threads)
-    if not left:
-        return 0
-    _end_line(results)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,)) as pool:
-        for wave in waves:
-            for line in _in_turn(pool, world, iter(wave), workers, until):
-                finished += 1
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line | {"made": made}) + "\n")
-                say(f"{finished}/{left} {line['key']}: {line['seconds']:.1f} s")
-    return left - finished
+
+    def __init__(self, work: Path, size: Size, results: Path, given: str | None = None) -> None:
+        self.size, self.results = size, results
+        self.worlds = {base: World(work, size, base, given) for base in size.bases}
+
+    def left(self) -> list[Run]:
+        """Return what is to do now; sequences once the runs of one task are done."""
+        lines = read_lines(self.results)
+        done = {line["key"] for line in lines}
+        return [run for run in (*of_one_task(self.size), *of_sequences(self.size, lines)) if run.key not in done]
+
+    def do_all(self, *, workers: int, threads: int, until: float, say: Say) -> int:
+        """Do what is left, ``workers`` at a time, each in ``threads`` threads; begin none after ``until``.
+
+        Returns:
+            How many runs are known to be left.
+        """
+        if not self.left():
+            return 0
+        begin_session(self.results, self.size.device, threads)
+        with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads, self.worlds)) as pool:
+            bases = [pool.submit(_prepare, base) for base in self.worlds]
+            for base in bases:
+                say(base.result())
+            while (runs := self.left()) and time.monotonic() < until:
+                for at, line in enumerate(_in_turn(pool, iter(runs), workers, until), 1):
+                    add_line(self.results, line)
+                    say(f"{at}/{len(runs)} {line['key']}: {line['seconds']:.1f} s")
+        return len(self.left())
 
 
-def _begin(threads: int) -> None:
+_WORLDS: dict[int, World] = {}
+"""Of a worker: what it has loaded stays loaded from run to run."""
+
+
+def _prepare(base: int) -> str:
+    """Make the base and what most methods read."""
+    started, world = time.monotonic(), _WORLDS[base]
+    world.fisher("data")
+    return f"{world.base}: the base and its Fisher, {time.monotonic() - started:.0f} s"
+
+
+def _do(run: Run) -> Line:
+    return do(_WORLDS[run.cell.base], run)
+
+
+def _begin(threads: int, worlds: dict[int, World]) -> None:
     """Begin a worker: it ends with the process that started it, however that one ends."""
     parent = parent_process()
     assert parent is not None
@@ -230,44 +219,17 @@ def _begin(threads: int) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     models.be_repeatable(threads)
+    _WORLDS.update(worlds)
 
 
-def _in_turn(
-    pool: ProcessPoolExecutor, world: World, runs: Iterator[Run], workers: int, until: float
-) -> Iterator[Line]:
+def _in_turn(pool: ProcessPoolExecutor, runs: Iterator[Run], workers: int, until: float) -> Iterator[Line]:
     """Lines as they come; no more runs are handed out than can begin."""
     going: set[Future[Line]] = set()
     while True:
         while len(going) < workers and time.monotonic() < until and (run := next(runs, None)) is not None:
-            going.add(pool.submit(do, world, run))
+            going.add(pool.submit(_do, run))
         if not going:
             return
         ended, going = wait(going, return_when=FIRST_COMPLETED)
         for one in ended:
             yield one.result()
-
-
-def _machine(device: str, threads: int) -> dict[str, str]:
-    """Return the machine and versions that made a line."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    try:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        names = []
-    card = torch.cuda.get_device_name() if device.startswith("cuda") else f"{threads} thread(s) a run"
-    return {
-        "commit": described.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "CPU": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
-        "on": card,
-    }
-
-
-def _end_line(results: Path) -> None:
-    """A line that was cut off must not swallow the next."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    if results.exists() and (data := results.read_bytes()) and not data.endswith(b"\n"):
-        with results.open("ab") as file:
-            file.write(b"\n")
-            os.fsync(file.fileno())

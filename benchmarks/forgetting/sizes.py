@@ -1,15 +1,13 @@
-"""Sizes of the benchmark: the model, the courses, the tasks, the seeds, and which methods at which settings.
+"""Sizes of the benchmark: the model, the courses, the tasks, and which methods are compared over what."""
 
-A setting is one number or word that a method knows how to read; where it is a strength, several are swept.
-"""
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
+from benchmarks.forgetting.measures import Cell
 from benchmarks.forgetting.model import Course
 
-Plan = Mapping[str, tuple[str, ...]]
-"""Settings by method."""
+SEQUENCE_SHIFT = 50
+"""Sequences draw the tasks of other seeds than the runs of one task from which their settings are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,23 +15,28 @@ class Size:
     """One size of the benchmark.
 
     Attributes:
-        name: of it; part of every run's key.
+        name: of it.
         hidden: width of the base.
         layers: blocks of the base.
         base: course of the base.
         base_items: items of the base's tasks, all taking turns.
         text_bytes: of plain text that the base reads, the held-out end of it not counted.
         window: tokens of a piece of plain text.
-        course: of each new task under plain fine-tuning; methods change its rate.
+        course: of each new task under plain fine-tuning; settings change its rate and length.
         tasks: the new tasks.
         task_items: training items of each.
         test_items: test items of each new task.
         old_items: test items of each of the base's.
         windows: pieces of held-out text, four windows each.
-        probes: samples of a Fisher.
-        seeds: how many.
-        plan: what is run.
-        sequences: those of them that learn all tasks, one after the other; the others end with the first.
+        probes: old items that methods may look at.
+        bases: base models, each trained from a seed of its own. Of several, nothing is chosen by the last one.
+        seeds: draws of the new tasks.
+        crossed: every draw on every base, where each draw has one base otherwise.
+        learners: methods whose whole grid is run on one task, and whose two best settings learn the sequence.
+        extra: settings on one task besides the grids.
+        courses: settings of longer courses, for the first draw on the first base alone.
+        posthoc: settings of methods that act on a finished fine-tune.
+        sequences: methods that learn sequences with the settings of another.
         device: of the models.
     """
 
@@ -45,113 +48,112 @@ class Size:
     text_bytes: int
     window: int = 40
     course: Course
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ("cipher", "order", "stack", "unit", "table")
     task_items: int
     test_items: int
     old_items: int
     windows: int
     probes: int = 208
-    seeds: int = 5
-    plan: Plan
-    sequences: Plan
+    bases: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    crossed: bool = False
+    learners: tuple[str, ...]
+    extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    courses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    posthoc: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sequences: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
 
+    def cells(self) -> Iterator[Cell]:
+        """Yield the places of runs of one task: tasks by draws, by bases where all are crossed."""
+        for at, seed in enumerate(self.seeds):
+            for base in self.bases if self.crossed else (self.bases[at % len(self.bases)],):
+                yield from (Cell(base, seed, task) for task in self.tasks)
 
-_RATES = ("0.1", "0.3", "0.6", "1", "2")
-"""Shares of the course's learning rate: the sweep that makes the curve of plain fine-tuning."""
+    def sequence_cells(self) -> Iterator[Cell]:
+        """Yield the places of sequences, each of which begins with another task."""
+        for at, task in enumerate(self.tasks):
+            own = self.bases if self.crossed else (self.bases[at % len(self.bases)],)
+            for base in own:
+                yield Cell(base, SEQUENCE_SHIFT + self.seeds[self.bases.index(base) % len(self.seeds)], task)
 
-_QUICK: Plan = {
-    "plain": ("0.15", "0.3", "0.6", "1", "2"),
-    "random-rows": ("0.3",),
-    "migu": ("0.7",),
-    "fggm": ("input-tensor-0.3",),
-    "protect": ("none-0.5",),
-    "fisher-subspace": ("0.25",),
-    "weight-subspace": ("0.25",),
-    "activation": ("0.9@3",),
-    "ewc": ("0.1@2", "0.3", "0.3@2", "1"),
-    "pull": ("0.06@2", "0.2@2"),
-    "shield": ("0.06@2", "0.2@2", "0.6@2"),
-    "shield-onward": ("0.2@2",),
-    "replay": ("1",),
+    def design_bases(self) -> tuple[int, ...]:
+        """Return the bases by which settings may be chosen."""
+        return self.bases[:-1] or self.bases
+
+
+def order_of(size: Size, first: str) -> tuple[str, ...]:
+    """Return the order of a sequence: the size's tasks, beginning with one of them."""
+    at = size.tasks.index(first)
+    return (*size.tasks[at:], *size.tasks[:at])
+
+
+_QUICK_LEARNERS = (
+    "plain",
+    "random-rows",
+    "migu",
+    "fggm",
+    "fisher-subspace",
+    "activation",
+    "ewc",
+    "pull",
+    "distil",
+    "replay",
+    "lora",
+    "shield",
+)
+_FULL_LEARNERS = (
+    *_QUICK_LEARNERS,
+    "fggm-output",
+    "protect",
+    "layer-scale",
+    "weight-subspace",
+    "kron",
+    "ewc-data",
+    "l2-sp",
+    "recadam",
+    "pull-fisher",
+    "lora+shield",
+    "lora+layer-scale",
+    "regmean-onward",
+    "shield-text",
+)
+_COURSES = {
+    "plain": ("-@0.1x4", "-@0.3x4", "-@1x4"),
+    "ewc": ("1@1x4",),
+    "distil": ("5@1x4",),
+    "shield": ("5@1x4",),
+}
+_LONG_COURSES = {
+    "plain": ("-@0.1x4", "-@0.2x4", "-@0.3x4", "-@1x4", "-@0.1x16", "-@0.3x16", "-@1x16"),
+    "ewc": ("1@1x4", "1@2.5x4", "1@1x16"),
+    "distil": ("5@1x4", "5@2.5x4", "5@1x16"),
+    "shield": ("5@1x4", "5@2.5x4", "15@1x4", "5@1x16", "15@1x16"),
+    "lora": ("4@0.4x4", "4@1x4", "16@1x4"),
+}
+_POSTHOC = {
     "fapm": ("0.5", "0.9"),
     "magnitude": ("0.5", "0.9"),
     "random": ("0.5", "0.9"),
-    "relative": ("0.9",),
-    "dare": ("0.9",),
     "wise-ft": ("0.3", "0.6"),
-    "regmean": ("0.1", "0.3", "1", "3", "10"),
-    "regmean-text": ("0.3", "1", "3"),
-    "fisher-merge": ("0.3", "3"),
-    "shield+regmean": ("1",),
-    "regmean-onward": ("1",),
-    "fggm+fapm": ("0.9",),
+    "regmean": ("0.3", "3"),
 }
-
-_FULL: Plan = {
-    "plain": _RATES,
-    "plain-all-weights": ("0.5",),
-    "early-stop": ("0.25", "0.5"),
-    "random-rows": ("0.3",),
-    "migu": ("0.7",),
-    "fggm": ("input-tensor-0.5", "input-tensor-0.3", "input-tensor-0.1", "output-tensor-0.3", "none-global-0.3"),
-    "protect": ("none-0.5", "none-0.8"),
-    "layer-scale": ("0.5",),
-    "fisher-subspace": ("0.25",),
-    "weight-subspace": ("0.25",),
-    "activation": ("0.9", "0.9@3", "0.98@3"),
-    "kron": ("0.9@3",),
-    "ewc": ("0.1@2", "0.3", "1"),
-    "pull": ("0.06@2", "0.2@2"),
-    "pull-fisher": ("0.2@2", "0.6@2"),
-    "shield": ("0.06@2", "0.2@2", "0.6@2"),
-    "shield-onward": ("0.2@2",),
-    "replay": ("1",),
-    "lora": ("0.25", "1"),
-    "lora+activation": ("0.9",),
-    "lora+shield": ("0.2@0.5", "0.2"),
-    "fapm": ("0.5", "0.7", "0.9", "0.95", "0.99"),
-    "magnitude": ("0.5", "0.9", "0.99"),
+_LONG_POSTHOC = {
+    "fapm": ("0.3", "0.5", "0.7", "0.9", "0.95"),
+    "magnitude": ("0.5", "0.9"),
     "random": ("0.5", "0.9"),
     "relative": ("0.5", "0.9"),
     "dare": ("0.5", "0.9"),
-    "wise-ft": ("0.1", "0.3", "0.5", "0.7"),
+    "wise-ft": ("0.1", "0.3", "0.6", "0.8"),
     "regmean": ("0.1", "0.3", "1", "3", "10"),
-    "regmean-text": ("0.1", "0.3", "1", "3", "10"),
-    "fisher-merge": ("0.1", "0.3", "1", "3", "10"),
-    "lora+regmean": ("0.3", "1", "3"),
-    "shield+regmean": ("0.3", "1", "3"),
-    "regmean-onward": ("1",),
-    "shield-merge": ("0.1", "0.3", "1"),
-    "shield+fapm": ("0.5", "0.9"),
-    "fggm+fapm": ("0.8", "0.9", "0.95"),
-    "lora+fapm": ("0.05", "0.1", "0.3", "0.5"),
-    "lora+magnitude": ("0.1", "0.5"),
+    "fisher-merge": ("0.3", "1", "3"),
+    "layer-scale-merge": ("0.5", "1"),
+    "shield-merge": ("1.5", "5"),
+    "long+fapm": ("0.5", "0.9"),
+    "lora+fapm": ("0.1", "0.5"),
+    "lora+layer-scale-merge": ("0.5", "1"),
+    "fggm+fapm": ("0.5", "0.9"),
 }
-
-_SEQUENCES: Plan = {
-    "plain": ("0.3", "1"),
-    "random-rows": ("0.3",),
-    "migu": ("0.7",),
-    "fggm": ("input-tensor-0.3",),
-    "fisher-subspace": ("0.25",),
-    "activation": ("0.9@3",),
-    "ewc": ("0.3",),
-    "pull": ("0.2@2",),
-    "shield": ("0.2@2",),
-    "shield-onward": ("0.2@2",),
-    "replay": ("1",),
-    "lora": ("0.25",),
-    "fapm": ("0.5", "0.9"),
-    "magnitude": ("0.9",),
-    "random": ("0.9",),
-    "wise-ft": ("0.3",),
-    "regmean": ("1",),
-    "regmean-text": ("1",),
-    "regmean-onward": ("1",),
-    "fggm+fapm": ("0.9",),
-}
-_FIVE = ("cipher", "order", "stack", "unit", "table")
 
 SIZES = {
     "toy": Size(
@@ -168,46 +170,49 @@ SIZES = {
         test_items=4,
         old_items=4,
         windows=2,
-        probes=4,
-        seeds=2,
-        plan={
-            **{method: settings[:1] for method, settings in _FULL.items()},
-            "plain": ("0.5", "1"),
-            "fggm": ("input-tensor-0.3", "none-global-0.3"),
-        },
-        sequences=_SEQUENCES | {"plain": ("1",), "ewc": ("0.1@2",)},
+        probes=7,
+        bases=(0, 1),
+        seeds=(0, 1),
+        learners=_FULL_LEARNERS,
+        courses={"plain": ("-@0.1x4",), "shield": ("5@1x4",)},
+        posthoc={method: settings[:1] for method, settings in _LONG_POSTHOC.items()},
+        sequences={"shield-onward": "shield"},
     ),
     "quick": Size(
         name="quick",
-        hidden=128,
+        hidden=96,
         layers=4,
         base=Course(steps=1400, rate=2e-2, batch=24, warmup=30),
         base_items=24_000,
         text_bytes=600_000,
         course=Course(steps=48, rate=3e-3, batch=8, warmup=6),
-        tasks=_FIVE,
         task_items=400,
-        test_items=48,
-        old_items=16,
+        test_items=32,
+        old_items=14,
         windows=8,
-        plan=_QUICK,
-        sequences=_SEQUENCES,
+        learners=_QUICK_LEARNERS,
+        courses=_COURSES,
+        posthoc=_POSTHOC,
+        sequences={"shield-onward": "shield"},
     ),
     "full": Size(
         name="full",
-        hidden=192,
-        layers=6,
-        base=Course(steps=2500, rate=2e-2, batch=48, warmup=60),
-        base_items=120_000,
-        text_bytes=1_500_000,
-        course=Course(steps=48, rate=2.5e-3, batch=8, warmup=6),
-        tasks=_FIVE,
-        task_items=600,
-        test_items=64,
-        old_items=24,
-        windows=16,
-        plan=_FULL,
-        sequences=_SEQUENCES,
+        hidden=128,
+        layers=4,
+        base=Course(steps=1600, rate=2e-2, batch=32, warmup=40),
+        base_items=40_000,
+        text_bytes=1_000_000,
+        course=Course(steps=48, rate=3e-3, batch=8, warmup=6),
+        task_items=400,
+        test_items=48,
+        old_items=20,
+        windows=12,
+        crossed=True,
+        learners=_FULL_LEARNERS,
+        extra={"shield": ("15@1", "15@2.5"), "fisher-subspace": ("0.1@1", "0.75@1")},
+        courses=_LONG_COURSES,
+        posthoc=_LONG_POSTHOC,
+        sequences={"shield-onward": "shield"},
     ),
     "gpu": Size(
         name="gpu",
@@ -218,14 +223,15 @@ SIZES = {
         text_bytes=8_000_000,
         window=128,
         course=Course(steps=64, rate=5e-4, batch=16, warmup=8),
-        tasks=(*_FIVE, "date"),
         task_items=1000,
         test_items=100,
-        old_items=64,
+        old_items=48,
         windows=64,
-        probes=200,
-        plan=_QUICK,
-        sequences=_SEQUENCES,
+        bases=(0,),
+        learners=_QUICK_LEARNERS,
+        courses=_COURSES,
+        posthoc=_POSTHOC,
+        sequences={"shield-onward": "shield"},
         device="cuda",
     ),
 }

@@ -1,15 +1,17 @@
-"""World that all runs of a size share, on disk: base model, Fisher and covariances, masks; items of a seed."""
+"""World that all runs on one base share, on disk: the base, its Fishers and covariances, masks; items of a seed."""
 
+import copy
 import fcntl
 import json
-import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 import fisherkit
@@ -20,21 +22,27 @@ from benchmarks.forgetting.sizes import Size
 from benchmarks.forgetting.text import Chat, Tokens, corpus, new_tokenizer
 from fisherkit import ExtractOptions, MaskOptions
 
+Look = Literal["data", "sampled", "prompts", "text"]
+"""Fishers of the probes: by their answers, by labels that the base draws itself, by the prompts alone, and with plain
+text among them."""
 _TEXT_SHARE = 12
 """One row in so many of the base's is plain text."""
+_TEXT_PROBES = 4
+"""Where text is among the probes, one window to so many items."""
 
 
 class World:
-    """Shared things of a size; made when first asked for, by whichever process is first.
+    """Shared things of one base; made when first asked for, by whichever process is first.
 
     Args:
         folder: where they are kept.
         size: see Size.
+        base: number of the base, which is the seed of its weights, its items and its batches.
         given: a checkpoint, or ``org/name``, to take as base; None to train one.
     """
 
-    def __init__(self, folder: Path, size: Size, given: str | None = None) -> None:
-        self.folder, self.size, self._given = folder, size, given
+    def __init__(self, folder: Path, size: Size, base: int, given: str | None = None) -> None:
+        self.folder, self.size, self.number, self._given = folder / f"base-{base}", size, base, given
 
     # The base.
 
@@ -45,34 +53,37 @@ class World:
             from huggingface_hub import snapshot_download
 
             return Path(snapshot_download(self._given))
-        return Path(self._given) if self._given is not None else self._made("base", self._train_base)
+        return Path(self._given) if self._given is not None else self.made("base", self._train_base)
 
     @cached_property
     def chat(self) -> Chat:
         """Return the base's tokenizer and template."""
         return Chat.of(AutoTokenizer.from_pretrained(self.base))
 
-    def load_base(self) -> Any:
-        """Load the base model, to be changed at will."""
+    @cached_property
+    def _model(self) -> Any:
         return models.load(self.base, self.size.device)
+
+    def load_base(self) -> Any:
+        """Return a copy of the base model, to be changed at will."""
+        return copy.deepcopy(self._model)
 
     def _train_base(self, folder: Path) -> None:
         size, tokenizer = self.size, new_tokenizer()
-        model: Any = models.new_llama(len(tokenizer), size.hidden, size.layers, seed=0).to(size.device)
+        model: Any = models.new_llama(len(tokenizer), size.hidden, size.layers, seed=self.number).to(size.device)
         models.learn_base(model, self._base_batches(Chat.of(tokenizer)), size.base, size.device)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     def _base_batches(self, chat: Chat) -> Iterator[list[Tokens]]:
-        size, rng = self.size, random.Random("base")
-        conversations = chat.tokens(self._base_items())
+        size, rng = self.size, random.Random(f"base {self.number}")
+        conversations = chat.tokens(
+            list(tasks.takes_turns(tasks.BASE, "train", size.base_items, f"base {self.number}"))
+        )
         text = self._windows(chat, self._pieces()[size.windows :])
         plain = size.base.batch // _TEXT_SHARE
         for _ in range(size.base.steps):
             yield rng.sample(conversations, size.base.batch - plain) + rng.sample(text, plain)
-
-    def _base_items(self) -> list[tasks.Item]:
-        return list(tasks.takes_turns(tasks.BASE, "train", self.size.base_items, "base"))
 
     def _pieces(self) -> list[str]:
         """Return pieces of plain text, four windows each, in one fixed random order; the first are held out."""
@@ -86,11 +97,12 @@ class World:
 
     # What is measured.
 
+    @cached_property
     def old_tests(self) -> dict[str, list[Tokens]]:
         """Test items of the base's tasks, and TEXT: held-out plain text."""
         count = self.size.old_items
         found = {
-            name: self.chat.tokens(tasks.items(task, "test", count, f"test {name}"))
+            name: self.chat.tokens(tasks.items(task, "test", count, f"test {name} {self.number}"))
             for name, task in tasks.BASE.items()
         }
         return found | {TEXT: self._windows(self.chat, self._pieces()[: self.size.windows])}
@@ -100,73 +112,77 @@ class World:
         count = self.size.task_items if split == "train" else self.size.test_items
         return tasks.items(tasks.new_task(name, seed), split, count, f"{split} {name} {seed}")
 
-    def replayed(self, seed: int) -> list[Tokens]:
-        """A hundredth of what the base learnt from, rows of plain text among them."""
-        rng, items, pieces = random.Random(f"replay {seed}"), self._base_items(), self._pieces()[self.size.windows :]
-        text = self._windows(self.chat, rng.sample(pieces, math.ceil(len(pieces) / 100)))
-        return self.chat.tokens(rng.sample(items, math.ceil(len(items) / 100))) + text
-
-    # What fisherkit makes of the base.
+    # What methods may look at: the probes, of half of the old tasks.
 
     @cached_property
-    def fisher(self) -> Path:
-        """Measure the base's Fisher on its own tasks' training items, with the covariances of its inputs."""
-        return self._made("fisher", self._extract) / "fisher.safetensors"
+    def probes(self) -> list[tasks.Item]:
+        """Old items that a method may look at."""
+        return list(tasks.takes_turns(tasks.PROBED, "train", self.size.probes, f"probes {self.number}"))
 
-    def _extract(self, folder: Path) -> None:
-        rows = list(tasks.takes_turns(tasks.BASE, "train", self.size.probes, "probes"))
-        prompts = write_prompts(folder / "prompts.jsonl", rows)
-        options = self.extract_options(statistics="activations")
-        fisherkit.extract(self.base, prompts, folder / "fisher.safetensors", options)
+    @cached_property
+    def probe_rows(self) -> list[Tokens]:
+        """Return the same as tokens."""
+        return self.chat.tokens(self.probes)
 
-    def old_inputs(self, *, text: bool) -> Path:
-        """Measure what goes into the base's layers on its own tasks' items, with windows of plain text among them."""
+    @cached_property
+    def taught(self) -> list[Tensor]:
+        """Log-probabilities [T, V] of the base at every place of every probe row."""
+        with torch.no_grad():
+            return [
+                torch.log_softmax(self._model(input_ids=torch.tensor([ids], device=self.size.device)).logits[0], -1)
+                for ids, _ in self.probe_rows
+            ]
+
+    def fisher(self, look: Look = "data") -> Path:
+        """Measure the base's Fisher on the probes, with the covariances of its inputs; see Look."""
 
         def make(folder: Path) -> None:
-            items = list(tasks.takes_turns(tasks.BASE, "train", self.size.probes, "probes"))
-            texts = self._pieces()[self.size.windows :][: self.size.probes // 4] if text else []
-            rows = [self.chat.text(item) for item in items] + texts
             prompts = folder / "prompts.jsonl"
-            prompts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
-            options = ExtractOptions(
-                statistics="inputs", limit=0, chat_template="off", batch_tokens=4096, device=self.size.device
-            )
-            fisherkit.extract(self.base, prompts, folder / "old.safetensors", options)
+            if look in ("data", "sampled"):
+                write_prompts(prompts, self.probes)
+                options = self.extract_options(statistics="activations", labels=look)
+            else:
+                rows = [question for question, _ in self.probes] if look == "prompts" else self._with_text()
+                kind = "prompt" if look == "prompts" else "text"
+                prompts.write_text("".join(json.dumps({kind: row}) + "\n" for row in rows), encoding="utf-8")
+                chat = "auto" if look == "prompts" else "off"
+                options = self.extract_options(statistics="activations", loss="all", chat_template=chat, limit=0)
+            fisherkit.extract(self.base, prompts, folder / "fisher.safetensors", options)
 
-        return self._made("inputs-text" if text else "inputs", make) / "old.safetensors"
+        return self.made(f"fisher-{look}", make) / "fisher.safetensors"
+
+    def _with_text(self) -> list[str]:
+        texts = self._pieces()[self.size.windows :][: max(1, self.size.probes // _TEXT_PROBES)]
+        return [self.chat.text(item) for item in self.probes] + texts
 
     def extract_options(self, **changes: Any) -> ExtractOptions:
         """Return the options with which every Fisher here is measured."""
-        return ExtractOptions(
-            limit=self.size.probes,
-            loss="completion",
-            store="fp32",
-            batch_tokens=4096,
-            device=self.size.device,
-            **changes,
-        )
+        given = {"limit": self.size.probes, "loss": "completion", "store": "fp32", "batch_tokens": 4096}
+        return ExtractOptions(**{**given, "device": self.size.device, **changes})
 
-    def mask(self, name: str, options: MaskOptions) -> Path:
-        """A mask or subspace made of the base's Fisher."""
+    def mask(self, name: str, options: MaskOptions, look: Look = "data") -> Path:
+        """A mask or subspace made of one of the base's Fishers."""
 
         def make(folder: Path) -> None:
-            fisherkit.mask(self.fisher, folder / "mask.safetensors", options)
+            fisherkit.mask(self.fisher(look), folder / "mask.safetensors", options)
 
-        return self._made(f"mask-{name}", make) / "mask.safetensors"
+        return self.made(f"mask-{name}-{look}", make) / "mask.safetensors"
 
     def rank(self, share: float) -> int:
         """Directions that are this share of the base's width."""
         config = json.loads((self.base / "config.json").read_text())
         return max(1, round(share * int(config["hidden_size"])))
 
-    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+    def made(self, name: str, make: Callable[[Path], None]) -> Path:
         """A folder that one process makes while the others wait; there when it is whole."""
         done = self.folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{name}.lock").open("w") as lock:
+        if done.is_dir():
+            return done
+        done.parent.mkdir(parents=True, exist_ok=True)
+        with done.with_name(f"{done.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.is_dir():
-                staged = self.folder / f"{name}.partial"
+                staged = done.with_name(f"{done.name}.partial")
                 shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
                 staged.mkdir()
                 make(staged)

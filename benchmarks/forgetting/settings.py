@@ -1,0 +1,65 @@
+"""A setting of a method, ``STRENGTH@RATExLENGTH``, and the grid that every method that learns gets alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+RATES = ("0.4", "1", "2.5")
+"""Shares of the learning rate of plain fine-tuning, for every method that has a strength of its own."""
+PLAIN_RATES = ("0.1", "0.2", "0.4", "0.7", "1", "2.5")
+"""Plain fine-tuning has nothing else to turn: as many settings as the others."""
+NO_STRENGTH = "-"
+
+STRENGTHS: Mapping[str, tuple[str, str]] = {
+    "random-rows": ("0.1", "0.3"),
+    "migu": ("0.7", "0.9"),
+    "fggm": ("0.1", "0.3"),
+    "fggm-output": ("0.1", "0.3"),
+    "protect": ("0.5", "0.8"),
+    "layer-scale": ("0.5", "1"),
+    "fisher-subspace": ("0.25", "0.5"),
+    "weight-subspace": ("0.25", "0.5"),
+    "activation": ("0.9", "0.98"),
+    "kron": ("0.9", "0.98"),
+    "ewc": ("0.1", "1"),
+    "ewc-data": ("0.1", "1"),
+    "l2-sp": ("0.1", "1"),
+    "recadam": ("0.1", "0.3"),
+    "pull": ("1.5", "5"),
+    "pull-fisher": ("1.5", "5"),
+    "distil": ("1", "5"),
+    "replay": ("0.25", "0.5"),
+    "lora": ("4", "16"),
+    "lora+shield": ("1.5", "5"),
+    "lora+layer-scale": ("0.5", "1"),
+    "regmean-onward": ("0.3", "3"),
+    "shield": ("1.5", "5"),
+    "shield-text": ("1.5", "5"),
+    "shield-onward": ("1.5", "5"),
+}
+"""A method's own knob, at two places: what each means is said where the method is."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Strength, share of the learning rate, and how many times as many steps."""
+
+    strength: str = NO_STRENGTH
+    rate: float = 1.0
+    length: int = 1
+
+    @classmethod
+    def of(cls, text: str) -> "Setting":
+        """Read ``0.3@2.5x4``; rate and length are 1 where they are not said."""
+        strength, _, rest = text.partition("@")
+        rate, _, length = rest.partition("x")
+        return cls(strength, float(rate or 1), int(length or 1))
+
+    def __str__(self) -> str:
+        return f"{self.strength}@{self.rate:g}" + (f"x{self.length}" if self.length > 1 else "")
+
+
+def grid(method: str) -> tuple[str, ...]:
+    """Return the settings of a method: three rates by two strengths, or six rates of plain fine-tuning."""
+    if method == "plain":
+        return tuple(f"{NO_STRENGTH}@{rate}" for rate in PLAIN_RATES)
+    return tuple(f"{strength}@{rate}" for strength in STRENGTHS[method] for rate in RATES)
