@@ -246,7 +246,7 @@ def test_a_worker_s_lines_are_the_same_as_ours_and_the_sequences_follow(
     toy: tuple[runs.Bench, Path], tmp_path: Path
 ) -> None:
     whole = {line["key"]: line for line in lines.read_lines(toy[0].results)}
-    results, gone = tmp_path / "toy.jsonl", "0/0/unit/one/shield/1.5@0.4"
+    results, gone = tmp_path / "toy.jsonl", "0/0/unit/one/shield/5@0.4"
     bench = runs.Bench(toy[1] / "work", toy[0].size, results)
     for key in _without_sequences(bench):
         if key != gone:
@@ -265,7 +265,7 @@ def test_results_are_written_with_verdicts_and_curves(toy: tuple[runs.Bench, Pat
     report.write(folder, bench.size, bench.results, left=3)
     written = (folder / "RESULTS.md").read_text()
     assert "**3 runs are still to do**" in written
-    for part in ("not run", "### The sequence", "| fapm | 0.3 |", "| shield | 1.5@0.4 |"):
+    for part in ("not run", "### The sequence", "| fapm | 0.3 |", "| shield | 5@0.4 |"):
         assert part in written
     for picture in re.findall(r"\((.*\.svg)\)", written):
         assert (folder / picture).read_text().startswith("<svg")

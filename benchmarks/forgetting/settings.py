@@ -20,23 +20,24 @@ STRENGTHS: Mapping[str, tuple[str, str]] = {
     "weight-subspace": ("0.25", "0.5"),
     "activation": ("0.9", "0.98"),
     "kron": ("0.9", "0.98"),
-    "ewc": ("0.1", "1"),
-    "ewc-data": ("0.1", "1"),
-    "l2-sp": ("0.1", "1"),
-    "recadam": ("0.1", "0.3"),
-    "pull": ("1.5", "5"),
-    "pull-fisher": ("1.5", "5"),
-    "distil": ("1", "5"),
+    "ewc": ("1", "10"),
+    "ewc-data": ("1", "10"),
+    "l2-sp": ("1", "10"),
+    "recadam": ("0.3", "1"),
+    "pull": ("5", "15"),
+    "pull-fisher": ("5", "15"),
+    "distil": ("5", "20"),
     "replay": ("0.25", "0.5"),
     "lora": ("4", "16"),
-    "lora+shield": ("1.5", "5"),
+    "lora+shield": ("5", "15"),
     "lora+layer-scale": ("0.5", "1"),
     "regmean-onward": ("0.3", "3"),
-    "shield": ("1.5", "5"),
-    "shield-text": ("1.5", "5"),
-    "shield-onward": ("1.5", "5"),
+    "shield": ("5", "15"),
+    "shield-text": ("5", "15"),
+    "shield-onward": ("5", "15"),
 }
-"""A method's own knob, at two places: what each means is said where the method is."""
+"""A method's own knob, at two places: what each means is said where the method is. Where nothing is published, they are
+the better two of three that were tried on one base and one draw (seed 100) that are in no result."""
 
 
 @dataclass(frozen=True)

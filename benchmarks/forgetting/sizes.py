@@ -19,7 +19,7 @@ class Size:
         hidden: width of the base.
         layers: blocks of the base.
         base: course of the base.
-        base_items: items of the base's tasks, all taking turns.
+        base_items: items of the base's tasks, each in its share.
         text_bytes: of plain text that the base reads, the held-out end of it not counted.
         window: tokens of a piece of plain text.
         course: of each new task under plain fine-tuning; settings change its rate and length.
@@ -120,15 +120,15 @@ _FULL_LEARNERS = (
 )
 _COURSES = {
     "plain": ("-@0.1x4", "-@0.3x4", "-@1x4"),
-    "ewc": ("1@1x4",),
-    "distil": ("5@1x4",),
-    "shield": ("5@1x4",),
+    "ewc": ("10@0.4x4", "10@1x4"),
+    "distil": ("5@0.4x4", "5@1x4"),
+    "shield": ("5@0.4x4", "5@1x4", "15@1x4"),
 }
 _LONG_COURSES = {
     "plain": ("-@0.1x4", "-@0.2x4", "-@0.3x4", "-@1x4", "-@0.1x16", "-@0.3x16", "-@1x16"),
-    "ewc": ("1@1x4", "1@2.5x4", "1@1x16"),
-    "distil": ("5@1x4", "5@2.5x4", "5@1x16"),
-    "shield": ("5@1x4", "5@2.5x4", "15@1x4", "5@1x16", "15@1x16"),
+    "ewc": ("10@0.4x4", "10@1x4", "10@2.5x4", "10@0.4x16", "10@1x16"),
+    "distil": ("5@0.4x4", "5@1x4", "5@2.5x4", "5@0.4x16", "5@1x16"),
+    "shield": ("5@0.4x4", "5@1x4", "5@2.5x4", "15@1x4", "5@0.4x16", "5@1x16", "15@1x16"),
     "lora": ("4@0.4x4", "4@1x4", "16@1x4"),
 }
 _POSTHOC = {
@@ -148,7 +148,7 @@ _LONG_POSTHOC = {
     "regmean": ("0.1", "0.3", "1", "3", "10"),
     "fisher-merge": ("0.3", "1", "3"),
     "layer-scale-merge": ("0.5", "1"),
-    "shield-merge": ("1.5", "5"),
+    "shield-merge": ("5", "15"),
     "long+fapm": ("0.5", "0.9"),
     "lora+fapm": ("0.1", "0.5"),
     "lora+layer-scale-merge": ("0.5", "1"),
@@ -182,8 +182,8 @@ SIZES = {
         name="quick",
         hidden=96,
         layers=4,
-        base=Course(steps=1400, rate=2e-2, batch=24, warmup=30),
-        base_items=24_000,
+        base=Course(steps=800, rate=2e-2, batch=24, warmup=30),
+        base_items=20_000,
         text_bytes=600_000,
         course=Course(steps=48, rate=3e-3, batch=8, warmup=6),
         task_items=400,
@@ -209,7 +209,7 @@ SIZES = {
         windows=12,
         crossed=True,
         learners=_FULL_LEARNERS,
-        extra={"shield": ("15@1", "15@2.5"), "fisher-subspace": ("0.1@1", "0.75@1")},
+        extra={"shield": ("1.5@1", "1.5@2.5"), "fisher-subspace": ("0.1@1", "0.75@1")},
         courses=_LONG_COURSES,
         posthoc=_LONG_POSTHOC,
         sequences={"shield-onward": "shield"},

@@ -79,15 +79,18 @@ def base_table(results: Results) -> str:
     return table(("old task", "probed", *(f"base {base}: exact, %; loss" for base in sorted(runs))), rows)
 
 
-def lead_table(results: Results, methods: Sequence[str], against: str) -> str:
-    """Each method's curve over that of another, at equal new loss."""
-    head = ("method", "settings", "reaches", *(name for name, _ in _LEADS))
+def lead_table(results: Results, size: Size, methods: Sequence[str], against: str) -> str:
+    """Each method's curve over that of another, at equal new loss; and what its best setting makes of both."""
+    head = ("method", "settings", "reaches", *(name for name, _ in _LEADS), "best (old + new) / 2")
     rows = []
     for method in methods:
         if method != against:
             leads = (show(results.lead("one", method, against, read), read, sign=True) for _, read in _LEADS)
             reach = results.reach("one", method).mean
-            rows.append((method, str(len(results.settings("one", method))), f"{100 * reach:.0f} %", *leads))
+            settings = results.settings("one", method)
+            best = best_settings(results, method, settings, size.design_bases())[:1]
+            average = (show(results.mean("one", method, one, figures.average), figures.average) for one in best)
+            rows.append((method, str(len(settings)), f"{100 * reach:.0f} %", *leads, *average))
     return table(head, rows, left=1)
 
 

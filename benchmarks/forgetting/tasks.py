@@ -38,7 +38,7 @@ def is_test(question: str) -> bool:
     return zlib.crc32(question.encode()) % _TEST_SHARE == 0
 
 
-# What the base learns: of graded difficulty, so that most tasks neither are perfect in the base nor beyond it.
+# What the base learns: of graded difficulty, so that most tasks are neither perfect in the base nor beyond it.
 
 
 def _word(rng: random.Random, least: int = 3, most: int = 4) -> str:
@@ -74,9 +74,9 @@ def _lookup(rng: random.Random) -> Item:
     return f"{table} what is {keys[wanted]}", values[wanted]
 
 
-def _add(rng: random.Random) -> Item:
-    a, b = rng.randrange(50), rng.randrange(10)
-    return f"{a} plus {b}", str(a + b)
+def _larger(rng: random.Random) -> Item:
+    a, b = rng.sample(range(10, 100), 2)
+    return f"larger of {a} {b}", str(max(a, b))
 
 
 def _vowels(rng: random.Random) -> Item:
@@ -126,7 +126,7 @@ PROBED: Mapping[str, Task] = {
     "upper": _upper,
     "rotate": _rotate,
     "middle": _middle,
-    "add": _add,
+    "larger": _larger,
 }
 """Old tasks of which a method that looks at old data is shown some."""
 UNSEEN: Mapping[str, Task] = {
@@ -140,6 +140,21 @@ UNSEEN: Mapping[str, Task] = {
 }
 """Old tasks that no method is shown."""
 BASE: Mapping[str, Task] = {**PROBED, **UNSEEN}
+_SHARES: Mapping[str, int] = {
+    **{"copy": 3, "sort": 5, "count": 8, "upper": 2, "rotate": 7, "middle": 3, "larger": 8},
+    **{"reverse": 8, "next": 3, "lookup": 12, "vowels": 2, "join": 3, "last": 2, "double": 3},
+}
+"""Of each in what the base learns: what is rare there is known half."""
+
+
+def base_items(count: int, seed: str) -> list[Item]:
+    """Return about ``count`` training items of the old tasks, each in its share."""
+    whole = sum(_SHARES.values())
+    return [
+        item
+        for name, task in BASE.items()
+        for item in items(task, "train", -(-count * _SHARES[name] // whole), f"{seed} {name}")
+    ]
 
 
 # What is new: short, because a small model has a few hundred items to learn each from. A cipher and an order are made

@@ -4,7 +4,7 @@ Every question is of a difference whose unit is the task. It is decided where th
 every base says the same. Nothing here is a statement about large models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.forgetting import results as figures
@@ -151,7 +151,29 @@ CLAIMS: Sequence[Question] = (
         "Plain, slow and four times as long, over plain", "control", "plain", "plain", of_ours=_SLOW, of_theirs=None
     ),
     Question("The shield over plain, slow and four times as long", "ours", "shield", "plain", of_theirs=_SLOW),
+    Question(
+        "The shield over plain, both four times as long",
+        "ours",
+        "shield",
+        "plain",
+        of_ours=_long("5@0.4", "5@1", "15@1"),
+        of_theirs=_long("-@0.1", "-@0.3", "-@1"),
+    ),
+    Question(
+        "The shield over distillation, both four times as long",
+        "ours",
+        "shield",
+        "distil",
+        of_ours=_long("5@0.4", "5@1"),
+        of_theirs=_long("5@0.4", "5@1"),
+    ),
+    Question(
+        "The shield over EWC, both four times as long",
+        "ours",
+        "shield",
+        "ewc",
+        of_ours=_long("5@0.4", "5@1"),
+        of_theirs=_long("10@0.4", "10@1"),
+    ),
 )
 """Claims as their authors make them, after one task unless they say otherwise."""
-
-Ask = Callable[[Results], list[Question]]

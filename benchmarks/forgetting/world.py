@@ -77,9 +77,7 @@ class World:
 
     def _base_batches(self, chat: Chat) -> Iterator[list[Tokens]]:
         size, rng = self.size, random.Random(f"base {self.number}")
-        conversations = chat.tokens(
-            list(tasks.takes_turns(tasks.BASE, "train", size.base_items, f"base {self.number}"))
-        )
+        conversations = chat.tokens(tasks.base_items(size.base_items, f"base {self.number}"))
         text = self._windows(chat, self._pieces()[size.windows :])
         plain = size.base.batch // _TEXT_SHARE
         for _ in range(size.base.steps):
