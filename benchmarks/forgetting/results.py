@@ -143,6 +143,10 @@ class Results:
         found = [setting for where, name, setting in self._arms if (where, name) == (kind, method)]
         return [setting for setting in found if length in (None, Setting.of(setting).length)]
 
+    def known(self, kind: Kind, method: str, settings: Iterable[str]) -> list[str]:
+        """Return those of some settings that have runs."""
+        return [setting for setting in settings if self.runs(kind, method, setting)]
+
     def methods(self, kind: Kind) -> list[str]:
         """Return the methods that have runs, in the order of the lines; the untuned base is none."""
         return [

@@ -88,22 +88,12 @@ def order_of(size: Size, first: str) -> tuple[str, ...]:
     return (*size.tasks[at:], *size.tasks[:at])
 
 
-_QUICK_LEARNERS = (
-    "plain",
-    "random-rows",
-    "migu",
-    "fggm",
-    "fisher-subspace",
-    "activation",
-    "ewc",
-    "pull",
-    "distil",
-    "replay",
-    "lora",
-    "shield",
-)
+_QUICK_LEARNERS = ("plain", "fggm", "activation", "ewc", "pull", "distil", "replay", "lora", "shield")
 _FULL_LEARNERS = (
     *_QUICK_LEARNERS,
+    "random-rows",
+    "migu",
+    "fisher-subspace",
     "fggm-output",
     "protect",
     "layer-scale",
@@ -119,10 +109,10 @@ _FULL_LEARNERS = (
     "shield-text",
 )
 _COURSES = {
-    "plain": ("-@0.1x4", "-@0.3x4", "-@1x4"),
-    "ewc": ("10@0.4x4", "10@1x4"),
-    "distil": ("5@0.4x4", "5@1x4"),
-    "shield": ("5@0.4x4", "5@1x4", "15@1x4"),
+    "plain": ("-@0.1x4", "-@0.3x4"),
+    "ewc": ("10@1x4",),
+    "distil": ("5@0.4x4",),
+    "shield": ("5@0.4x4", "5@1x4"),
 }
 _LONG_COURSES = {
     "plain": ("-@0.1x4", "-@0.2x4", "-@0.3x4", "-@1x4", "-@0.1x16", "-@0.3x16", "-@1x16"),
@@ -182,10 +172,10 @@ SIZES = {
         name="quick",
         hidden=96,
         layers=4,
-        base=Course(steps=800, rate=2e-2, batch=24, warmup=30),
+        base=Course(steps=600, rate=2e-2, batch=24, warmup=30),
         base_items=20_000,
         text_bytes=600_000,
-        course=Course(steps=48, rate=3e-3, batch=8, warmup=6),
+        course=Course(steps=40, rate=3e-3, batch=8, warmup=5),
         task_items=400,
         test_items=32,
         old_items=14,
@@ -199,8 +189,8 @@ SIZES = {
         name="full",
         hidden=128,
         layers=4,
-        base=Course(steps=1600, rate=2e-2, batch=32, warmup=40),
-        base_items=40_000,
+        base=Course(steps=540, rate=2e-2, batch=24, warmup=30),
+        base_items=20_000,
         text_bytes=1_000_000,
         course=Course(steps=48, rate=3e-3, batch=8, warmup=6),
         task_items=400,

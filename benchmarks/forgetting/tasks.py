@@ -46,12 +46,12 @@ def _word(rng: random.Random, least: int = 3, most: int = 4) -> str:
 
 
 def _copy(rng: random.Random) -> Item:
-    word = _word(rng, 8, 14)
+    word = _word(rng, 8, 16)
     return f"copy {word}", word
 
 
 def _reverse(rng: random.Random) -> Item:
-    word = _word(rng, 6, 10)
+    word = _word(rng, 6, 12)
     return f"reverse {word}", word[::-1]
 
 
@@ -85,7 +85,7 @@ def _vowels(rng: random.Random) -> Item:
 
 
 def _middle(rng: random.Random) -> Item:
-    word = _word(rng, 3, 9)
+    word = _word(rng, 3, 12)
     return f"middle of {word}", word[len(word) // 2]
 
 
@@ -95,7 +95,7 @@ def _last(rng: random.Random) -> Item:
 
 
 def _double(rng: random.Random) -> Item:
-    word = _word(rng, 4, 8)
+    word = _word(rng, 4, 9)
     return f"double {word}", "".join(2 * letter for letter in word)
 
 
@@ -105,7 +105,7 @@ def _upper(rng: random.Random) -> Item:
 
 
 def _rotate(rng: random.Random) -> Item:
-    word = _word(rng, 6, 11)
+    word = _word(rng, 6, 13)
     return f"rotate {word}", word[1:] + word[0]
 
 
@@ -115,7 +115,7 @@ def _join(rng: random.Random) -> Item:
 
 
 def _next(rng: random.Random) -> Item:
-    word = _word(rng, 5, 9)
+    word = _word(rng, 5, 11)
     return f"after {word}", "".join(_LETTERS[(_LETTERS.index(letter) + 1) % len(_LETTERS)] for letter in word)
 
 

@@ -64,7 +64,7 @@ def ask(results: Results, size: Size, question: Question) -> tuple[Estimate, str
         of_theirs=question.of_theirs,
     )
     counts = (
-        len(results.settings("one", method) if settings is None else settings)
+        len(results.settings("one", method) if settings is None else results.known("one", method, settings))
         for method, settings in ((question.ours, question.of_ours), (question.theirs, question.of_theirs))
     )
     return found, "; ".join(map(str, counts))
