@@ -37,9 +37,9 @@ STRENGTHS: Mapping[str, tuple[str, str]] = {
     "shield-onward": ("5", "15"),
 }
 """A method's own knob, at two places: what each means is said where the method is. Published values where there are
-any. Those of shield, pull, ewc, distil and l2-sp were picked by eye on a draw that is in no result (seed 100): the shield's
-from three values on three tasks, at two rates and on two bases; the others' from two or three on one task at one rate.
-The rest was not tried beforehand."""
+any. Those of shield, pull, ewc, distil and l2-sp were picked by eye on a draw that is in no result (seed 100): the
+shield's from three values on three tasks, at two rates and on two bases; the others' from two or three on one task at
+one rate. The rest was not tried beforehand."""
 
 
 @dataclass(frozen=True)
