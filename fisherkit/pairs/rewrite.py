@@ -25,7 +25,6 @@ TensorRow = dict[str, Any]
 """Figures that are reported of a tensor; plain values, since they go to JSON."""
 
 _COMMIT_SECONDS = 5.0
-_WRITE_BYTES = 8 << 20  # per call of the system
 
 
 class Changed(NamedTuple):
@@ -130,9 +129,7 @@ class Rewrite:
 
     def _store(self, name: str, changed: Changed) -> None:
         if self._writer is not None:
-            step = max(1, _WRITE_BYTES // changed.data.itemsize)
-            for start in range(0, changed.data.size, step):
-                self._writer.write_stored(name, changed.data[start : start + step], start)
+            self._writer.write_stored(name, changed.data)
             self._writer.mark_written([name])
         if self._delta is not None and changed.entries is not None:
             self._delta.add(name, changed.entries)
