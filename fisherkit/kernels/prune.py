@@ -5,13 +5,15 @@
 every entry is bit-identical to that of one checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats, widen
+from fisherkit.kernels.compiled import address, keep_loop
+from fisherkit.kernels.llvm_loops import LANES
 from fisherkit.kernels.prune_scores import BLOCK, Draw, Flags, Scratch, deltas, drawing, exclude_ineligible, score
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair, converted, sample_indices
 from fisherkit.kernels.top_k import ThresholdRange, top_k_mask
@@ -57,6 +59,63 @@ def keep_block(
         write: False only counts.
         list_kept: give the places of what was kept at sight.
     """
+    loop = keep_loop(pair.base_code, pair.metric) if pair.tuned_code == pair.base_code and not list_kept else None
+    if loop is None:
+        return _keep_by_numpy(pair, threshold_range, scratch, draw, write=write, list_kept=list_kept)
+    vectors, size = pair.base.size // LANES, pair.base.size
+    most = _keep_vectors(loop, pair.part(0, vectors * LANES), threshold_range, scratch, write=write)
+    if vectors * LANES == size:
+        return most
+    rest = _keep_by_numpy(pair.part(vectors * LANES, size), threshold_range, scratch, write=write)
+    return BlockResult(
+        most.counts + rest.counts,
+        np.concatenate([most.candidates, rest.candidates + vectors * LANES]),
+        np.concatenate([most.scores, rest.scores]),
+    )
+
+
+def _keep_vectors(
+    loop: Callable[..., None], pair: TensorPair, threshold_range: ThresholdRange, scratch: Scratch, *, write: bool
+) -> BlockResult:
+    """Keep by a compiled loop; the size is a multiple of LANES."""
+    size = pair.base.size
+    places, scores = scratch.floats[0][:size].view(np.int32), scratch.floats[1][:size]
+    counts, sums = np.empty(5, np.int64), np.empty(7, np.float64)
+    loop(
+        address(pair.base),
+        address(pair.tuned),
+        size // LANES,
+        pair.mean,
+        float(threshold_range.low),
+        float(threshold_range.high),
+        int(threshold_range.low <= 0),  # then what has no claim must be taken out
+        int(write),
+        *(address(array) for array in (places, scores, counts, sums)),
+    )
+    kept, zero_deltas, zero_weights, bad, found = map(int, counts)
+    return BlockResult(
+        DeltaCounts(
+            kept=kept,
+            zero_deltas=zero_deltas - bad,
+            zero_weights=zero_weights,
+            nonfinite=bad,
+            energy=float(sums[5]),
+            energy_kept=float(sums[6]),
+        ),
+        places[:found].astype(np.int64),
+        scores[:found].copy(),
+    )
+
+
+def _keep_by_numpy(
+    pair: TensorPair,
+    threshold_range: ThresholdRange,
+    scratch: Scratch,
+    draw: Draw | None = None,
+    *,
+    write: bool,
+    list_kept: bool = False,
+) -> BlockResult:
     size = pair.base.size
     w, d = deltas(pair.base, pair.base_code, pair.tuned, pair.tuned_code, scratch)
     s, (above, inside) = scratch.floats[2][:size], (flags[:size] for flags in scratch.flags)

@@ -11,7 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import FLOATING, Floats, Stored, narrow, widen
+from fisherkit.kernels.compiled import row_sums
+from fisherkit.kernels.llvm_loops import ROW
 from fisherkit.kernels.prune_scores import Scratch, drawing
+
+_ONE_SUM = 4096
+"""Entries up to which a block is summed at once, not row by row."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,15 @@ def magnitude_sum(w: Stored, code: str, scratch: Scratch) -> tuple[float, int]:
         code: their safetensors code.
         scratch: the thread's memory.
     """
+    rows = row_sums(w, code) if w.size > _ONE_SUM else None
+    if rows is not None:
+        total = _sum_of_rows(rows, np.abs(widen(w[rows.size * ROW :], code)))
+        if np.isfinite(total):
+            return total, 0
     values = scratch.floats[0][: w.size]
     np.abs(widen(w, code, values), out=values)
-    total = float(np.add.reduce(values, dtype=np.float32)) if w.size <= 4096 else _pairwise(values)
+    with np.errstate(over="ignore"):
+        total = float(np.add.reduce(values, dtype=np.float32)) if w.size <= _ONE_SUM else _pairwise(values)
     if np.isfinite(total):
         return total, 0
     finite = np.isfinite(values)
@@ -133,8 +144,12 @@ def magnitude_sum(w: Stored, code: str, scratch: Scratch) -> tuple[float, int]:
 
 def _pairwise(values: Floats) -> float:
     """A float64 sum of float32 sums of short rows: as exact as needed at the speed of float32."""
-    rows = values[: values.size // 256 * 256].reshape(-1, 256).sum(axis=1)
-    return float(rows.sum(dtype=np.float64)) + float(values[rows.size * 256 :].sum(dtype=np.float64))
+    rows = values[: values.size // ROW * ROW].reshape(-1, ROW).sum(axis=1)
+    return _sum_of_rows(rows, values[rows.size * ROW :])
+
+
+def _sum_of_rows(rows: Floats, rest: Floats) -> float:
+    return float(rows.sum(dtype=np.float64)) + float(rest.sum(dtype=np.float64))
 
 
 def nonfinite(stored: Stored, code: str) -> NDArray[np.int64]:

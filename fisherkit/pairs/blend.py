@@ -5,11 +5,14 @@ Where nothing but a mask acts, entries are selected instead, so that each is bit
 delta ends up zero, the base's bits stay.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from fisherkit.floats import Floats, narrow, widen
+from fisherkit.kernels.compiled import address, blend_loop
+from fisherkit.kernels.llvm_loops import LANES
 from fisherkit.kernels.prune import copy_flagged
 from fisherkit.kernels.prune_scores import BLOCK, Flags, Scratch
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
@@ -65,6 +68,34 @@ def blend(pair: TensorPair, shape: tuple[int, ...], treatment: Treatment, pool: 
 
 
 def _blend_entries(part: TensorPair, flags: Flags | None, scale: float) -> DeltaCounts:
+    is_same = part.tuned_code == part.base_code
+    loop = blend_loop(part.base_code, masks=flags is not None, scales=scale != 1) if is_same else None
+    if loop is None:
+        return _blend_by_numpy(part, flags, scale)
+    whole, size = part.base.size // LANES * LANES, part.base.size
+    counts = _blend_vectors(loop, part.part(0, whole), flags, scale)
+    if whole < size:
+        counts += _blend_by_numpy(part.part(whole, size), None if flags is None else flags[whole:], scale)
+    return counts
+
+
+def _blend_vectors(loop: Callable[..., None], part: TensorPair, flags: Flags | None, scale: float) -> DeltaCounts:
+    """Blend by a compiled loop; the size is a multiple of LANES, and there may be more flags."""
+    counts, sums = np.empty(4, np.int64), np.empty(6, np.float64)
+    mask = 0 if flags is None else address(flags)
+    loop(address(part.base), address(part.tuned), part.base.size // LANES, scale, mask, address(counts), address(sums))
+    kept, zeros, bad, with_delta = map(int, counts)
+    return DeltaCounts(
+        kept=kept,
+        zero_deltas=zeros - bad,
+        nonfinite=bad,
+        rounded_away=with_delta - kept,
+        energy=float(sums[4]),
+        energy_kept=float(sums[5]),
+    )
+
+
+def _blend_by_numpy(part: TensorPair, flags: Flags | None, scale: float) -> DeltaCounts:
     w, d, bad = _delta(part)
     zeros = int(np.count_nonzero(d == 0)) - bad
     energy = _squares(d)

@@ -11,6 +11,7 @@ import numpy as np
 from fisherkit.checkpoint.target import check_apart
 from fisherkit.errors import CheckpointError
 from fisherkit.floats import Stored
+from fisherkit.kernels import compiled
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.methods.merge.tensor_selection import Chosen, choose
 from fisherkit.options import PairOptions
@@ -92,6 +93,7 @@ def open_run(request: Request, inputs: Sequence[Path] = ()) -> Iterator[Run]:
         pool = stack.enter_context(BlockPool())
         tensors = stack.enter_context(Tensors(checkpoints, pool))
         chosen = choose(tensors, request.options)
+        compiled.switch_on(sum(tensors.info(name).numel for name in chosen.names))
         for note in checkpoints.tuned.notes:
             request.say(f"note: {note}")
         yield Run(request, checkpoints, tensors, chosen)
