@@ -25,6 +25,7 @@ TensorRow = dict[str, Any]
 """Figures that are reported of a tensor; plain values, since they go to JSON."""
 
 _COMMIT_SECONDS = 5.0
+_FLUSH_BYTES = 128 << 20  # that wait in memory at most before the disk is set to work
 
 
 class Changed(NamedTuple):
@@ -69,6 +70,8 @@ class Rewrite:
         self._committed = time.monotonic()
         self._lock = threading.Lock()  # around the rows, which several threads add to
         self._commits = threading.Lock()  # one after the other
+        self._unflushed = 0
+        self._flush: Future[None] | None = None  # the latest
 
     @property
     def folder(self) -> Path | None:
@@ -95,13 +98,28 @@ class Rewrite:
         done = total - sum(self._tensors.info(name).nbytes for name in left)
         is_small = {name: self._tensors.is_small(name) and not in_order and self._delta is None for name in left}
         walk = self._tensors.walk(left)  # one, so that what the system reads ahead crosses from one kind to the other
-        for together, run in groupby(left, is_small.__getitem__):
-            stretch = islice(walk, len(list(run)))
-            for name in self._side_by_side(stretch, change) if together else self._one_by_one(stretch, change):
-                done += self._tensors.info(name).nbytes
-                track(stage, done, total)
+        with ThreadPoolExecutor(1, thread_name_prefix="fisherkit-flush") as flusher:
+            for together, run in groupby(left, is_small.__getitem__):
+                stretch = islice(walk, len(list(run)))
+                for name in self._side_by_side(stretch, change) if together else self._one_by_one(stretch, change):
+                    done += self._tensors.info(name).nbytes
+                    self._flush_behind(flusher, name)
+                    track(stage, done, total)
         self.rows = {name: self.rows[name] for name in names}
         track(stage, total, total)
+
+    def _flush_behind(self, flusher: ThreadPoolExecutor, name: str) -> None:
+        """Have what is written brought to the disk meanwhile, so that little of it is left for the end."""
+        self._unflushed += self._tensors.info(name).nbytes
+        if self._writer is not None and self._unflushed >= _FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            self._wait_for_flush()
+            self._unflushed = 0
+            self._flush = flusher.submit(self._writer.sync)
+
+    def _wait_for_flush(self) -> None:
+        """Raise what went wrong in it: the system says so but once."""
+        if self._flush is not None:
+            self._flush.result()
 
     def _side_by_side(self, names: Iterable[str], change: Callable[[str], Changed]) -> Iterator[str]:
         """Compute and write tensors by a thread each; yield their names."""
@@ -146,6 +164,7 @@ class Rewrite:
         with self._commits:
             with self._lock:
                 rows = dict(self.rows)  # what is added from now on may miss the sync
+            self._wait_for_flush()
             if self._writer is not None:
                 self._writer.sync()
             state = {"delta": self._delta.sync()} if self._delta is not None else {}
