@@ -28,7 +28,7 @@ _compiling = threading.Lock()
 _engines: list[Any] = []  # own the machine code
 _ADDRESS, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
-    llvm_loops.KEEP: [_ADDRESS, _ADDRESS, _INT, *[_FLOAT] * 3, _INT, _INT, *[_ADDRESS] * 4],
+    llvm_loops.KEEP: [_ADDRESS, _ADDRESS, _INT, *[_FLOAT] * 3, _INT, _INT, *[_ADDRESS] * 5],
     llvm_loops.BLEND: [_ADDRESS, _ADDRESS, _INT, _FLOAT, *[_ADDRESS] * 3],
     llvm_loops.SUMS: [_ADDRESS, _INT, _ADDRESS],
 }

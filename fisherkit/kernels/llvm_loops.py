@@ -184,16 +184,16 @@ class _Text:
 def keep(code: str, metric: str) -> str:
     """Return a module with the loop of kernels.prune.keep_block.
 
-    ``keep(base, tuned, vectors, mean, low, high, is_open, writes, places, scores, counts, sums)``: ``base`` and
+    ``keep(base, tuned, vectors, mean, low, high, is_open, writes, places, scores, deltas, counts, sums)``: ``base`` and
     ``tuned`` hold LANES * vectors entries; with ``is_open`` entries without a claim could score as high as ``low``;
-    int32 ``places`` and float32 ``scores`` get those of the candidates. int64 ``counts`` get entries kept, without
-    change, zero in the base, not finite, and the number of candidates; float64 ``sums``, from its sixth place on, those
-    of all squared deltas and of the kept ones.
+    int32 ``places``, float32 ``scores`` and ``deltas`` (magnitudes) get those of the candidates. int64 ``counts`` get
+    entries kept, without change, zero in the base, not finite, and the number of candidates; float64 ``sums``, from its
+    sixth place on, those of all squared deltas and of the kept ones.
     """
     totals = dict.fromkeys(("kept", "no_delta", "no_weight", "broken"), _INTS)
     totals |= {"found": "i64", "energy": _DOUBLES, "energy_kept": _DOUBLES}
     text, stored = _Text(), _stored(code)
-    text.do("entry:", f"%listed = alloca {_FLOATS}")
+    text.do("entry:", f"%scores_here = alloca {_FLOATS}", f"%deltas_here = alloca {_FLOATS}")
     mean, low, high = (text.all_lanes(name) for name in ("%mean", "%low", "%high"))
     text.do("%opens = icmp ne i64 %is_open, 0", "%stores = icmp ne i64 %writes, 0")
     text.loop(totals)
@@ -217,26 +217,34 @@ def keep(code: str, metric: str) -> str:
     text.do("br i1 %stores, label %store, label %look", "store:")
     text.put(code, is_above, theirs, ours, place)
     text.do("br label %look", "look:")
-    _list_candidates(text, inside, s)
+    _list_candidates(text, inside, {"scores": s, "deltas": d})
     text.end(totals)
     arguments = "ptr noalias %base, ptr noalias %tuned, i64 %vectors, float %mean, float %low, float %high, "
-    arguments += "i64 %is_open, i64 %writes, ptr noalias %places, ptr noalias %scores, ptr %counts, ptr %sums"
-    return _module(KEEP, arguments, text)
+    arguments += "i64 %is_open, i64 %writes, ptr noalias %places, ptr noalias %scores, ptr noalias %deltas, "
+    return _module(KEEP, arguments + "ptr %counts, ptr %sums", text)
 
 
-def _list_candidates(text: _Text, inside: str, s: str) -> None:
-    """List the flagged entries of a vector one by one, lowest first; most vectors have none."""
+def _list_candidates(text: _Text, inside: str, values: Mapping[str, str]) -> None:
+    """List the flagged entries of a vector one by one, lowest first; most vectors have none.
+
+    Args:
+        text: of the loop.
+        inside: flags.
+        values: float32 vectors by the array that gets their entries.
+    """
     bits, some = f"i{LANES}", text(f"bitcast {_FLAGS} {inside} to i{LANES}")
     text.do(f"%is_any = icmp ne {bits} {some}, 0", "br i1 %is_any, label %list, label %listed_all", "list:")
-    text.do(f"store {_FLOATS} {s}, ptr %listed", "br label %one", "one:")
+    text.do(*(f"store {_FLOATS} {vector}, ptr %{array}_here" for array, vector in values.items()))
+    text.do("br label %one", "one:")
     text.do(f"%left = phi {bits} [{some}, %list], [%left.next, %one]")
     text.do("%number = phi i64 [%found, %list], [%number.next, %one]")
     lane = text(f"call {bits} @llvm.cttz.{bits}({bits} %left, i1 true)")
     lane = text(f"zext {bits} {lane} to i64")
     place = text(f"trunc i64 {text(f'add i64 %at, {lane}')} to i32")
     text.do(f"store i32 {place}, ptr {text('getelementptr i32, ptr %places, i64 %number')}")
-    score = text(f"load float, ptr {text(f'getelementptr float, ptr %listed, i64 {lane}')}")
-    text.do(f"store float {score}, ptr {text('getelementptr float, ptr %scores, i64 %number')}")
+    for array in values:
+        value = text(f"load float, ptr {text(f'getelementptr float, ptr %{array}_here, i64 {lane}')}")
+        text.do(f"store float {value}, ptr {text(f'getelementptr float, ptr %{array}, i64 %number')}")
     text.do(
         "%number.next = add i64 %number, 1", f"%lower = sub {bits} %left, 1", f"%left.next = and {bits} %left, %lower"
     )

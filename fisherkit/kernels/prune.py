@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit.floats import Floats, widen
+from fisherkit.floats import Floats
 from fisherkit.kernels.compiled import address, keep_loop
 from fisherkit.kernels.llvm_loops import LANES
 from fisherkit.kernels.prune_scores import BLOCK, Draw, Flags, Scratch, deltas, drawing, exclude_ineligible, score
@@ -31,12 +31,14 @@ class BlockResult:
         counts: entries that were kept at sight count as kept.
         candidates: [c] their places in the block, ascending.
         scores: [c] float32, of the candidates.
+        deltas: [c] float32, their magnitudes.
         kept_indices: places of what was kept at sight, ascending; None where they were not asked for.
     """
 
     counts: DeltaCounts
     candidates: NDArray[np.int64]
     scores: Floats
+    deltas: Floats
     kept_indices: NDArray[np.int64] | None = None
 
 
@@ -71,6 +73,7 @@ def keep_block(
         most.counts + rest.counts,
         np.concatenate([most.candidates, rest.candidates + vectors * LANES]),
         np.concatenate([most.scores, rest.scores]),
+        np.concatenate([most.deltas, rest.deltas]),
     )
 
 
@@ -79,7 +82,7 @@ def _keep_vectors(
 ) -> BlockResult:
     """Keep by a compiled loop; the size is a multiple of LANES."""
     size = pair.base.size
-    places, scores = scratch.floats[0][:size].view(np.int32), scratch.floats[1][:size]
+    places, scores, deltas = scratch.floats[0][:size].view(np.int32), scratch.floats[1][:size], scratch.floats[2][:size]
     counts, sums = np.empty(5, np.int64), np.empty(7, np.float64)
     loop(
         address(pair.base),
@@ -90,7 +93,7 @@ def _keep_vectors(
         float(threshold_range.high),
         int(threshold_range.low <= 0),  # then what has no claim must be taken out
         int(write),
-        *(address(array) for array in (places, scores, counts, sums)),
+        *(address(array) for array in (places, scores, deltas, counts, sums)),
     )
     kept, zero_deltas, zero_weights, bad, found = map(int, counts)
     return BlockResult(
@@ -104,6 +107,7 @@ def _keep_vectors(
         ),
         places[:found].astype(np.int64),
         scores[:found].copy(),
+        deltas[:found].copy(),
     )
 
 
@@ -119,12 +123,12 @@ def _keep_by_numpy(
     size = pair.base.size
     w, d = deltas(pair.base, pair.base_code, pair.tuned, pair.tuned_code, scratch)
     s, (above, inside) = scratch.floats[2][:size], (flags[:size] for flags in scratch.flags)
-    energy, bad = _energy(d), 0
+    energy, bad = sum_of_squares(d), 0
     if not np.isfinite(energy):  # the sum is looked at first, because a test of every entry would cost a pass
         broken = ~np.isfinite(d)
         bad = int(np.count_nonzero(broken))
         d[broken] = 0  # scores as an entry that did not change: BASE's is kept
-        energy = _energy(d)
+        energy = sum_of_squares(d)
     np.abs(w, out=w)
     np.abs(d, out=d)
     zero_deltas = int(np.count_nonzero(np.equal(d, 0, out=above))) - bad
@@ -144,10 +148,11 @@ def _keep_by_numpy(
             zero_weights=zero_weights,
             nonfinite=bad,
             energy=energy,
-            energy_kept=_energy(kept_delta),
+            energy_kept=sum_of_squares(kept_delta),
         ),
         candidates,
         scores=s[candidates],
+        deltas=d[candidates],
         kept_indices=np.flatnonzero(above) if list_kept else None,
     )
     if write:
@@ -184,15 +189,15 @@ def keep_top_candidates(
         wanted: how many of the candidates to keep.
         write: False only counts.
     """
-    indices = np.concatenate([block.candidates + start for block, start in zip(blocks, starts, strict=True)])
-    scores = np.concatenate([block.scores for block in blocks])
+    scores, deltas = (np.concatenate([getattr(block, what) for block in blocks]) for what in ("scores", "deltas"))
     flags = top_k_mask(scores, wanted)
-    chosen = pair.take(indices[flags])
-    delta = widen(chosen.tuned, chosen.tuned_code) - widen(chosen.base, chosen.base_code)
+    places = np.concatenate([block.candidates + start for block, start in zip(blocks, starts, strict=True)])
+    if not flags.all():
+        places, scores, deltas = places[flags], scores[flags], deltas[flags]
     if write:
-        pair.base[indices[flags]] = converted(chosen.tuned, chosen.tuned_code, chosen.base_code)
-    lowest = float(scores[flags].min()) if chosen.base.size else None
-    return KeptCandidates(chosen.base.size, _energy(delta), lowest, indices[flags])
+        pair.base[places] = converted(pair.tuned[places], pair.tuned_code, pair.base_code)
+    lowest = float(scores.min()) if scores.size else None
+    return KeptCandidates(scores.size, sum_of_squares(deltas), lowest, places)
 
 
 def block_scores(pair: TensorPair, scratch: Scratch, seed: int, stream: int, start: int) -> Floats:
@@ -250,8 +255,8 @@ def copy_flagged(pair: TensorPair, flags: Flags, scratch: Scratch) -> None:
     np.bitwise_xor(w, blend, out=w)
 
 
-def _energy(d: Floats) -> float:
-    """Sum of squares; in float64 where float32 would lose it. Infinite or NaN only if an entry is."""
+def sum_of_squares(d: Floats) -> float:
+    """Return the sum of d^2, in float64 where float32 would lose it; infinite or NaN only if an entry is."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         total = float(np.dot(d, d))
     if _TYPICAL[0] < total < _TYPICAL[1]:

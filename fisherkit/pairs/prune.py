@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkit.floats import Floats, narrow, widen
+from fisherkit.floats import narrow, widen
 from fisherkit.kernels.prune import (
     BlockResult,
     KeptCandidates,
@@ -16,6 +16,7 @@ from fisherkit.kernels.prune import (
     keep_block,
     keep_top_candidates,
     sample_scores,
+    sum_of_squares,
 )
 from fisherkit.kernels.prune_scores import BLOCK, Draw, drawing
 from fisherkit.kernels.rescale import FACTORS
@@ -199,14 +200,9 @@ def _rescale_block(part: TensorPair, density: float, columns: int, draw: Draw, *
         zero_weights=int(np.count_nonzero(w == 0)),
         nonfinite=bad,
         rounded_away=int(np.count_nonzero(left)) - kept,
-        energy=_squares(d),
-        energy_kept=_squares(left),
+        energy=sum_of_squares(d),
+        energy_kept=sum_of_squares(left),
     )
-
-
-def _squares(values: Floats) -> float:
-    wide = values.astype(np.float64)
-    return float(np.dot(wide, wide))
 
 
 def flipped_signs(pair: TensorPair) -> float:
