@@ -51,7 +51,11 @@ def narrow(values: Floats, code: str) -> Stored:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return values.astype(STORED[code])
     bits = values.view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
+    wide = np.right_shift(bits, 16, out=np.empty(bits.shape, np.uint32))
+    np.bitwise_and(wide, 1, out=wide)
+    np.add(wide, 0x7FFF, out=wide)
+    np.add(wide, bits, out=wide)
+    rounded = np.right_shift(wide, 16, out=wide).astype(np.uint16)
     lost = np.isnan(values)  # the carry can turn NaN into infinity or zero
     if lost.any():
         rounded[lost] = (bits[lost] >> 16 | 0x40).astype(np.uint16)

@@ -6,15 +6,15 @@ delta ends up zero, the base's bits stay.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fisherkit.floats import Floats, narrow, widen
 from fisherkit.kernels.compiled import address, blend_loop
 from fisherkit.kernels.llvm_loops import LANES
-from fisherkit.kernels.prune import copy_flagged
-from fisherkit.kernels.prune_scores import BLOCK, Flags, Scratch
+from fisherkit.kernels.prune import copy_flagged, sum_of_squares
+from fisherkit.kernels.prune_scores import BLOCK, Flags, Scratch, deltas
 from fisherkit.kernels.tensor_pair import DeltaCounts, TensorPair
 from fisherkit.pairs.parallel import BlockPool
 
@@ -62,20 +62,20 @@ def blend(pair: TensorPair, shape: tuple[int, ...], treatment: Treatment, pool: 
 
     def one(start: int, stop: int) -> DeltaCounts:
         flags = None if mask is None else np.ascontiguousarray(mask[start:stop]).reshape(-1)
-        return _blend_entries(pair.part(start * width, stop * width), flags, treatment.scale)
+        return _blend_entries(pair.part(start * width, stop * width), flags, treatment.scale, pool.scratch)
 
     return sum(pool.map(one, pair.base.size // width, max(1, BLOCK // width)), DeltaCounts())
 
 
-def _blend_entries(part: TensorPair, flags: Flags | None, scale: float) -> DeltaCounts:
+def _blend_entries(part: TensorPair, flags: Flags | None, scale: float, scratch: Scratch) -> DeltaCounts:
     is_same = part.tuned_code == part.base_code
     loop = blend_loop(part.base_code, masks=flags is not None, scales=scale != 1) if is_same else None
     if loop is None:
-        return _blend_by_numpy(part, flags, scale)
+        return _blend_by_numpy(part, flags, scale, scratch)
     whole, size = part.base.size // LANES * LANES, part.base.size
     counts = _blend_vectors(loop, part.part(0, whole), flags, scale)
     if whole < size:
-        counts += _blend_by_numpy(part.part(whole, size), None if flags is None else flags[whole:], scale)
+        counts += _blend_by_numpy(part.part(whole, size), None if flags is None else flags[whole:], scale, scratch)
     return counts
 
 
@@ -95,21 +95,31 @@ def _blend_vectors(loop: Callable[..., None], part: TensorPair, flags: Flags | N
     )
 
 
-def _blend_by_numpy(part: TensorPair, flags: Flags | None, scale: float) -> DeltaCounts:
-    w, d, bad = _delta(part)
-    zeros = int(np.count_nonzero(d == 0)) - bad
-    energy = _squares(d)
+def _blend_by_numpy(part: TensorPair, flags: Flags | None, scale: float, scratch: Scratch) -> DeltaCounts:
+    size = part.base.size
+    own = scratch if size <= BLOCK else Scratch(size)  # a single row may be longer
+    w, d = deltas(part.base, part.base_code, part.tuned, part.tuned_code, own)
+    energy, bad = sum_of_squares(d), 0
+    if not np.isfinite(energy):
+        bad = _drop_nonfinite(d)
+        energy = sum_of_squares(d)
+    changed = own.flags[0][:size]
+    zeros = int(np.count_nonzero(np.equal(d, 0, out=changed))) - bad
     if flags is not None:
         np.multiply(d, flags, out=d)
     if scale != 1:
         np.multiply(d, np.float32(scale), out=d)
-        kept, lost = _add_rounded(part, w, d)
+        kept, lost = _add_rounded(part, w, d, own)
     else:
-        changed = d != 0
-        copy_flagged(part, changed, Scratch(part.base.size))
+        copy_flagged(part, np.not_equal(d, 0, out=changed), own)
         kept, lost = int(np.count_nonzero(changed)), 0
     return DeltaCounts(
-        kept=kept, zero_deltas=zeros, nonfinite=bad, rounded_away=lost, energy=energy, energy_kept=_squares(d)
+        kept=kept,
+        zero_deltas=zeros,
+        nonfinite=bad,
+        rounded_away=lost,
+        energy=energy,
+        energy_kept=energy if flags is None and scale == 1 else sum_of_squares(d),
     )
 
 
@@ -134,14 +144,15 @@ def _project(
         stop = min(start + _PRODUCT_ROWS, a)
         _, d, bad = _delta(part.part(start * b, stop * b))
         delta[start:stop] = d.reshape(-1, b) if mask is None else d.reshape(-1, b) * mask[start:stop]
-        counts += DeltaCounts(zero_deltas=int(np.count_nonzero(d == 0)) - bad, nonfinite=bad, energy=_squares(d))
+        zeros = int(np.count_nonzero(d == 0)) - bad
+        counts += DeltaCounts(zero_deltas=zeros, nonfinite=bad, energy=sum_of_squares(d))
     _remove_directions(delta, u, v)
     for start in range(0, a, _PRODUCT_ROWS):
         stop = min(start + _PRODUCT_ROWS, a)
         rows, d = part.part(start * b, stop * b), delta[start:stop].reshape(-1)
         np.multiply(d, np.float32(scale), out=d)
-        kept, lost = _add_rounded(rows, widen(rows.base, rows.base_code), d)
-        counts += DeltaCounts(kept=kept, rounded_away=lost, energy_kept=_squares(d))
+        kept, lost = _add_rounded(rows, widen(rows.base, rows.base_code), d, Scratch(d.size))
+        counts += DeltaCounts(kept=kept, rounded_away=lost, energy_kept=sum_of_squares(d))
     return counts
 
 
@@ -168,24 +179,26 @@ def _matrix_of(directions: Floats | None, number: int) -> Floats | None:
 
 def _delta(part: TensorPair) -> tuple[Floats, Floats, int]:
     """w, f - w, and how many entries of that were not finite and are now zero."""
-    w = widen(part.base, part.base_code)
-    with np.errstate(invalid="ignore", over="ignore"):
-        d = widen(part.tuned, part.tuned_code) - w
+    w, d = deltas(part.base, part.base_code, part.tuned, part.tuned_code, Scratch(part.base.size))
+    return w, d, _drop_nonfinite(d)
+
+
+def _drop_nonfinite(d: Floats) -> int:
+    """Put zeros in the place of what is not finite; how many there were."""
     broken = ~np.isfinite(d)
     bad = int(np.count_nonzero(broken))
     if bad:
         d[broken] = 0
-    return w, d, bad
+    return bad
 
 
-def _add_rounded(part: TensorPair, w: Floats, d: Floats) -> tuple[int, int]:
+def _add_rounded(part: TensorPair, w: Floats, d: Floats, scratch: Scratch) -> tuple[int, int]:
     """Put w + d in the place of w, rounded once; how many entries that changes, and for how many d was too small."""
-    rounded = narrow(w + d, part.base_code)
-    changed = widen(rounded, part.base_code) != w
-    np.copyto(part.base, rounded, where=changed)  # not all: -0.0 + 0.0 is 0.0
+    size, code = w.size, part.base_code
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = narrow(np.add(w, d, out=scratch.floats[2][:size]), code)
+    changed = scratch.flags[0][:size]
+    np.not_equal(widen(rounded, code, scratch.floats[2][:size]), w, out=changed)
+    copy_flagged(replace(part, tuned=rounded, tuned_code=code), changed, scratch)  # not all: -0.0 + 0.0 is 0.0
     kept = int(np.count_nonzero(changed))
     return kept, int(np.count_nonzero(d)) - kept
-
-
-def _squares(d: Floats) -> float:
-    return float(np.sum(np.square(d, dtype=np.float64)))
