@@ -5,6 +5,7 @@
 every entry is bit-identical to that of one checkpoint.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -222,7 +223,8 @@ def block_scores(pair: TensorPair, scratch: Scratch, seed: int, stream: int, sta
 def sample_scores(pair: TensorPair, wanted: int, seed: int, stream: int) -> Floats:
     """Return scores of about ``wanted`` entries spread evenly over a tensor: of all where it has no more.
 
-    Random scores are drawn afresh: any draw has the same distribution.
+    Random scores are drawn afresh: any draw has the same distribution. Tensors of one size are sampled at the same
+    places.
 
     Args:
         pair: the whole tensor.
@@ -230,8 +232,13 @@ def sample_scores(pair: TensorPair, wanted: int, seed: int, stream: int) -> Floa
         seed: of random scores, and of the places.
         stream: of the tensor's random numbers.
     """
-    indices = sample_indices(pair.base.size, wanted, seed, stream)
+    indices = _places(pair.base.size, wanted, seed)
     return block_scores(pair.take(indices), Scratch(indices.size), seed, stream, SAMPLE_STREAM).copy()
+
+
+@functools.lru_cache(maxsize=4)
+def _places(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    return sample_indices(count, wanted, seed, 0)
 
 
 def copy_flagged(pair: TensorPair, flags: Flags, scratch: Scratch) -> None:
