@@ -207,3 +207,13 @@ def test_what_llvm_refuses_is_left_to_numpy(monkeypatch: pytest.MonkeyPatch) -> 
 def test_small_work_is_not_worth_it() -> None:
     compiled.switch_on(compiled.WORTH_IT - 1)
     assert compiled.keep_loop("BF16", "fapm") is None
+
+
+@pytest.mark.parametrize("size", [0, 5, (1 << 18) + 3, (1 << 21) + 5])
+def test_numbers_are_counted_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.default_rng(size).integers(0, 1 << 16, size, np.uint16) >> np.uint16(size % 2)
+    expected = np.bincount(numbers, minlength=1 << 16)
+    assert np.array_equal(compiled.count_16_bits(numbers), expected)
+    compiled._is_on.set()
+    monkeypatch.setattr(compiled, "_MOST_COUNTED", 1 << 20)  # several times
+    assert np.array_equal(compiled.count_16_bits(numbers), expected)

@@ -237,9 +237,11 @@ def _modes_figures(row: Mapping[str, Any], weights: int) -> dict[str, Any]:
 
 def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> Source:
     from fisherkit.checkpoint.torch_reader import Reader
+    from fisherkit.kernels.compiled import switch_on
     from fisherkit.kernels.stats import TensorStats
 
     index = open_index(path)
+    switch_on(sum(info.numel for info in index.tensors.values()))
     stats: dict[str, TensorStats] = {}
     with Reader(index) as reader:
         for done, info in enumerate(index.tensors.values(), start=1):

@@ -23,6 +23,10 @@ WORTH_IT = 1 << 26
 CODES = ("BF16", "F16", "F32")
 """Types of stored entries that the loops take; float16 is not blended."""
 
+_COUNTED = 1 << 18  # numbers that numpy takes at a time, which stay in cache
+_WORTH_TABLES = 1 << 21  # numbers from which on tables are worth their clearing
+_MOST_COUNTED = 1 << 30  # numbers that an int32 can count
+
 _is_on = threading.Event()
 _compiling = threading.Lock()
 _engines: list[Any] = []  # own the machine code
@@ -31,6 +35,7 @@ _ARGUMENTS = {
     llvm_loops.KEEP: [_ADDRESS, _ADDRESS, _INT, *[_FLOAT] * 3, _INT, _INT, *[_ADDRESS] * 5],
     llvm_loops.BLEND: [_ADDRESS, _ADDRESS, _INT, _FLOAT, *[_ADDRESS] * 3],
     llvm_loops.SUMS: [_ADDRESS, _INT, _ADDRESS],
+    llvm_loops.COUNT: [_ADDRESS, _INT, _ADDRESS],
 }
 
 
@@ -82,6 +87,25 @@ def row_sums(stored: Stored, code: str) -> Floats | None:
     rows = np.empty(stored.size // ROW, np.float32)
     loop(address(stored), rows.size * (ROW // LANES), address(rows))
     return rows
+
+
+def count_16_bits(numbers: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Return how often each number occurs, [65536]; counted by numpy where there is no loop.
+
+    Args:
+        numbers: [n], contiguous.
+    """
+    loop = _loop(llvm_loops.COUNT, ()) if _is_on.is_set() and numbers.size >= _WORTH_TABLES else None
+    total, counted = np.zeros(1 << 16, np.int64), 0
+    while loop is not None and numbers.size - counted >= llvm_loops.TABLES:
+        words = min(numbers.size - counted, _MOST_COUNTED) // llvm_loops.TABLES
+        tables = np.zeros((llvm_loops.TABLES, 1 << 16), np.int32)
+        loop(address(numbers[counted:]), words, address(tables))
+        total += tables.sum(axis=0)
+        counted += words * llvm_loops.TABLES
+    for start in range(counted, numbers.size, _COUNTED):
+        total += np.bincount(numbers[start : start + _COUNTED], minlength=1 << 16)
+    return total
 
 
 def address(array: NDArray[Any]) -> int:

@@ -1,4 +1,4 @@
-"""Inner loops of fapm and merge in LLVM's language: the same bits as kernels.prune and pairs.blend, in one pass.
+"""Inner loops in LLVM's language: the same bits as kernels.prune and pairs.blend, in one pass; and counting.
 
 Each loop takes LANES stored entries at a time through registers: no passes over buffers, and no jumps but for the few
 vectors that hold a candidate. The text is made for one type of entries and one metric, and LLVM turns it into
@@ -16,7 +16,9 @@ from collections.abc import Mapping
 LANES = 8
 ROW = 256
 """Entries of a row of ``row_sums``."""
-KEEP, BLEND, SUMS = "keep", "blend", "row_sums"
+KEEP, BLEND, SUMS, COUNT = "keep", "blend", "row_sums", "count"
+TABLES = 4
+"""Tables of ``count``, and numbers of a word."""
 METRICS = ("fapm", "relative", "magnitude")
 _BITS = {"BF16": 16, "F16": 16, "F32": 32}
 _INFINITE = 0x7F800000
@@ -322,6 +324,26 @@ def _half_row(text: _Text, code: str, start: int) -> str:
     while len(parts) > 1:
         parts = [text(f"fadd float {a}, {b}") for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def count() -> str:
+    """Return a module that counts 16-bit numbers.
+
+    ``count(numbers, words, tables)``: int32 ``tables`` [TABLES, 65536] are added to, for TABLES numbers in each 64-bit
+    word. Neighbours go to different tables: one that is equal would have to wait for the other.
+    """
+    text = _Text()
+    text.do("entry:", "%is_empty = icmp eq i64 %words, 0", "br i1 %is_empty, label %done, label %loop", "loop:")
+    text.do("%at = phi i64 [0, %entry], [%at.next, %loop]")
+    word = text(f"load i64, ptr {text('getelementptr i64, ptr %numbers, i64 %at')}, align 1")
+    for table in range(TABLES):
+        number = text(f"and i64 {text(f'lshr i64 {word}, {16 * table}')}, 65535")
+        place = text(f"getelementptr i32, ptr %tables, i64 {text(f'add i64 {number}, {table << 16}')}")
+        so_far = text(f"load i32, ptr {place}")
+        text.do(f"store i32 {text(f'add i32 {so_far}, 1')}, ptr {place}")
+    text.do("%at.next = add i64 %at, 1", "%more = icmp ult i64 %at.next, %words")
+    text.do("br i1 %more, label %loop, label %done", "done:", "ret void")
+    return _module(COUNT, "ptr noalias %numbers, i64 %words, ptr noalias %tables", text)
 
 
 def _module(name: str, arguments: str, text: _Text) -> str:
