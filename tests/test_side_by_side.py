@@ -8,8 +8,10 @@ import pairs
 import pytest
 
 import fisherkit
+from fisherkit.checkpoint.writer import StreamedWriter
+from fisherkit.errors import OutputError
 from fisherkit.options import FapmOptions, MergeOptions
-from fisherkit.pairs import parallel, reader
+from fisherkit.pairs import parallel, reader, rewrite
 from fisherkit.pairs.parallel import BlockPool
 
 
@@ -68,3 +70,22 @@ def test_the_number_of_threads_and_who_shares_what_do_not_matter(
     assert list(one.tensors) == list(other.tensors)
     for file in sorted((tmp_path / "shared").glob("*.safetensors")):
         assert (tmp_path / "side-by-side" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_disk_that_fails_behind_the_work_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells of a lost write but once: a sync after it would find nothing wrong."""
+    base, tuned = pairs.make(tmp_path)
+    monkeypatch.setattr(rewrite, "_FLUSH_BYTES", 0)
+    fisherkit.fapm(base, tuned, tmp_path / "whole")
+    sync, calls = StreamedWriter.sync, iter(range(1000))
+
+    def fail_once(writer: StreamedWriter) -> None:
+        if next(calls) == 0:
+            raise OutputError("the disk is full")
+        sync(writer)
+
+    monkeypatch.setattr(StreamedWriter, "sync", fail_once)
+    with pytest.raises(OutputError, match="the disk is full"):
+        fisherkit.fapm(base, tuned, tmp_path / "lost")
+    assert pairs.is_whole(tmp_path / "whole")
+    assert not (tmp_path / "lost").exists()
