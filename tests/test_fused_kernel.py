@@ -198,6 +198,23 @@ def test_a_kernel_that_differs_is_left_out_with_a_warning(
         assert not fused.works.__wrapped__(plain, cpu)
 
 
+@needs_triton
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_tile_that_differs_is_not_chosen_however_fast(
+    factor: int, interpreted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(fisher: Tensor, inputs: Any, grads: Any) -> None:
+        kernels.add_squared_tiles_(fisher, inputs, grads)
+        fisher.mul_(factor)
+
+    times = iter([9.0, *range(1, 9)])  # the plain way is the slowest, the first tile the fastest
+    monkeypatch.setattr(interpreted, "_TUNED_ON", 16)
+    monkeypatch.setattr(interpreted.triton.testing, "do_bench", lambda way, **_: next(times))
+    found = interpreted.fastest.__wrapped__(plain, torch.float32, 4, torch.device("cpu"))
+    assert (found is None) == (factor == 2)
+    assert found is None or (found.rows, found.bulk) == (16, False)
+
+
 def test_a_cpu_never_asks_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "fisherkit.kernels.triton_fisher", None)

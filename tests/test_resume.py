@@ -1,6 +1,7 @@
 """A run that was killed at any moment goes on to the same bits; what is not finished never looks finished."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -145,6 +146,30 @@ def test_work_on_other_weights_is_refused(checkpoint: Checkpoint, prompts: Path,
     other = tiny.save("llama", tmp_path / "other", seed=1)
     with pytest.raises(ResumeError, match="other model"):
         extract(other, prompts, tmp_path / "fisher.pt", resume=True)
+
+
+def test_a_refused_run_of_which_no_value_is_finished_leaves_nothing(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    last = max(name for name in pairs.tensors(model) if ".layers." in name and name.endswith("q_proj.weight"))
+    pairs.edit(model, last, lambda tensor: pairs.put(tensor, float("nan"), 0, 0))
+    with pytest.raises(FisherkitError, match="NaN or infinite"):
+        extract(model, prompts, tmp_path / "fisher.pt", engine="stream")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_resumed_run_keeps_the_batches_that_it_began_with(
+    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"batch_tokens": None, "engine": "stream"}
+    with monkeypatch.context() as patch:
+        patch.setattr(ExtractOptions, "on", lambda options, device: dataclasses.replace(options, batch_tokens=20))
+        with pytest.raises(Killed):
+            extract(checkpoint("llama"), prompts, tmp_path / "fisher.safetensors", killed_after(8), **changes)
+    extract(checkpoint("llama"), prompts, tmp_path / "fisher.safetensors", resume=True, **changes)
+    extract(checkpoint("llama"), prompts, tmp_path / "again.safetensors", engine="stream")
+    assert (tmp_path / "fisher.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
 def test_a_leftover_is_mentioned_and_not_used(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:

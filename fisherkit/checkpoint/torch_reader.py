@@ -74,6 +74,8 @@ class Reader:
             CheckpointError: as for read.
         """
         infos = [self._info(name) for name in names]
+        if self._files.closed:
+            raise ValueError(f"{self.index.path}: already closed")
         if self.index.kind == "torch":
             return {info.name: self.read(info.name) for info in infos}
         pieces = shared_memory([info.nbytes for info in infos])

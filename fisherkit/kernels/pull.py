@@ -10,9 +10,10 @@ and each step takes its share of them: after a step at p_t of the peak learning 
 1 + p_t s_j / (p_1 + ... + p_T). How long the course is drops out: of an update that is the same at every step
 (1 - exp(-s_j)) / s_j is left in the end, a fifth at s_j = 5, after 48 steps as after 4,800.
 
-This is the proximal step of the penalty (s_j / 2) |D q_j|^2, decoupled from the gradient as AdamW decouples weight
-decay (L2-SP, arXiv 1802.01483; RecAdam, arXiv 2004.12651), in the directions of GPM (arXiv 2103.09762). The root is
-there because the gradient of D q_j grows as sqrt(c_j), and an optimizer like Adam has divided the step by it already.
+This is the proximal step of the penalty p_t s_j / (2 (p_1 + ... + p_T)) |D q_j|^2, decoupled from the gradient as
+AdamW decouples weight decay (L2-SP, arXiv 1802.01483; RecAdam, arXiv 2004.12651), in the directions of GPM (arXiv
+2103.09762). The root is there because the gradient of D q_j grows as sqrt(c_j), and an optimizer like Adam has divided
+the step by it already.
 """
 
 import numpy as np

@@ -164,9 +164,9 @@ class Rewrite:
         with self._commits:
             with self._lock:
                 rows = dict(self.rows)  # what is added from now on may miss the sync
-            self._wait_for_flush()
             if self._writer is not None:
                 self._writer.sync()
+            self._wait_for_flush()  # last: one that began meanwhile may have been told what this one was not
             state = {"delta": self._delta.sync()} if self._delta is not None else {}
             self._work.commit(rows=rows, **state)
 

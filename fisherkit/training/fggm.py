@@ -124,7 +124,7 @@ class FGGM:
         Raises:
             ResumeError: the folder holds another run.
             RankFailedError: another process of the run has failed.
-        TrainingError: a Trainer saves no weights.
+            TrainingError: a Trainer saves no weights.
             FisherkitError: whatever extract, mask or the training refuses.
         """
         _join_processes()

@@ -81,6 +81,8 @@ def constrain(
     if parity is None:
         refuse_copies(optimizer)
     optimizer = unwrap(optimizer)
+    if parity == "paper":
+        steps = 1  # each gradient is divided by the strengths of the whole course
     constraint = read_constraint(mask, power=power, floor=floor, pull=pull, anchor=anchor, steps=steps)
     check_held(model, constraint, set(parameters_of(optimizer)).__contains__)
     rules = ActiveRules(optimizer, model, constraint)

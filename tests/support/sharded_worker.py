@@ -126,7 +126,7 @@ def directions_and_scales_hold(before: dict[str, Tensor], folder: Path) -> None:
         assert moved < 1e-5 if ".layers.2." in name else moved > 1e-2
     file = folder / f"soft-{dist.get_rank()}.safetensors"
     write(file, before, sides="VU")
-    both_ways(lambda optimizer, model: constrain(optimizer, model, file), 1e-5)
+    both_ways(lambda optimizer, model: constrain(optimizer, model, file, steps=1), 1e-5)
     both_ways(lambda optimizer, model: MIGU(0.7, parity=None).attach(optimizer, model), 1e-9)
 
 

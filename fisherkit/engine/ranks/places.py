@@ -41,7 +41,9 @@ def take_local_gpu(wanted: str) -> None:
     number = os.environ.get("LOCAL_RANK", "")
     if wanted not in ("auto", "cuda") or not number.isdecimal():
         return
-    if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a run chose
+    if not torch.cuda.is_available():
+        return
+    if not torch.cuda.is_initialized() or torch.cuda.current_device() == 0:  # type: ignore[no-untyped-call]  # else chosen
         torch.cuda.set_device(int(number) % torch.cuda.device_count())
 
 

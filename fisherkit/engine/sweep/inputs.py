@@ -33,7 +33,7 @@ def stream_inputs(job: Job) -> None:
         Weights(job.skeleton, source, job.device, keep=job.keep_weights) as weights,
     ):
         weights.load_outer()
-        with _InputSweep(job, weights) as sweep, job.ranks.guarding():
+        with _InputSweep(job, weights) as sweep, job.ranks.guarding(), sweep.settling():
             sweep.run()
 
 

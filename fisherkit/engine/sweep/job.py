@@ -142,7 +142,7 @@ class Job(Feed):
     def state(self) -> dict[str, Any]:
         """Return what the work folder must know to go on from here, once all is synced; a copy."""
         values = self.sink.state()
-        state = {"sink": values} if values else {}
+        state = {"sink": values} if values.get("tensors") else {}
         if self.covariances is not None and self.covariances.is_laid_out:
             state["moments"] = self.covariances.state()
         return state

@@ -106,7 +106,8 @@ class Spool:
         """Wait until all that was put is written and can be read; any thread may ask."""
         with disk_errors(self.path), self._settling:
             while self._coming:
-                self._coming.popleft().result()
+                self._coming[0].result()  # and stays, so that whoever asks hears of an error
+                self._coming.popleft()
             if self._file is not None:
                 self._file.flush()
 

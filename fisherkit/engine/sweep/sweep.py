@@ -6,9 +6,9 @@ weights, however many groups there are; resident are one group's weights (the ne
 accumulators and one batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherkit.engine.covariance.hooks import CovarianceHooks
 from fisherkit.engine.fisher.squared_gradients import Capture, add_squared_parameters_, trainable
+from fisherkit.engine.model.findings import FINDINGS
 from fisherkit.engine.model.linear_layers import BatchingCheck
 from fisherkit.engine.model.weights import Weights
 from fisherkit.engine.sweep.block_arguments import Arguments
@@ -42,7 +43,7 @@ def stream(job: Job) -> None:
         Weights(job.skeleton, source, job.device, keep=job.keep_weights) as weights,
     ):
         weights.load_outer()
-        with Sweep(job, weights) as sweep, job.ranks.guarding():
+        with Sweep(job, weights) as sweep, job.ranks.guarding(), sweep.settling():
             sweep.run()
 
 
@@ -75,6 +76,15 @@ class Sweep:
         self.arguments.close()
         for spool in self.spools.values():
             spool.close()
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Wait for the commit that is under way before a finding gets out: an error in it counts for more."""
+        try:
+            yield
+        except FINDINGS:
+            self._wait_for_commit()
+            raise
 
     def run(self) -> None:
         """Go on from where the work folder says, to the end."""

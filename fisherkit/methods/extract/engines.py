@@ -29,6 +29,7 @@ PROGRESS = table(
     {},
     {
         "groups": listed(listed(whole(), 1), 1),
+        "batch_tokens": whole(1),
         "mode": table(
             {"engine": text("stream", "resident"), "reason": text(), "singles": flag, "general": listed(text())}
         ),

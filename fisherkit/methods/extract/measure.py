@@ -118,6 +118,8 @@ def _look(model: str, out: Path, options: ExtractOptions) -> tuple[ExtractOption
         options = dataclasses.replace(options, force=True)
         output = _output(out, options)
     left = read_progress(output.partial, PROGRESS) if options.resume else None
+    if left and options.batch_tokens is None:  # as for groups: free memory may be another now
+        options = dataclasses.replace(options, batch_tokens=left.get("batch_tokens"))
     may_be_finished = options.resume and left is None and output.path.exists()
     if not may_be_finished and not (left and "publishing" in left):
         output.check_free()
@@ -153,7 +155,7 @@ def _go_on(partial: Path, ours: Mapping[str, str], options: ExtractOptions, say:
 
 
 def _with_groups(prepared: Prepared, work: Work) -> Prepared:
-    """Note the groups of a run, or take those of a killed one: free memory may be another when a run goes on."""
+    """Note groups and batches of a run, or take the groups of a killed one: free memory may be another by then."""
     groups = work.progress.get("groups")
     if groups is not None:
         if [block for group in groups for block in group] != list(range(len(prepared.skeleton.blocks))):
@@ -162,7 +164,7 @@ def _with_groups(prepared: Prepared, work: Work) -> Prepared:
         if prepared.options.engine != "resident" and work.progress.get("mode", {}).get("engine") != "resident":
             refuse_misfit(again, prepared.skeleton, prepared.prompts, prepared.options, prepared.source.id)
         prepared = dataclasses.replace(prepared, fit=again)
-    work.commit(groups=prepared.plan.groups)
+    work.commit(groups=prepared.plan.groups, batch_tokens=prepared.options.tokens_per_batch)
     return prepared
 
 

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -11,14 +11,16 @@ import transformers
 from fisherkit._version import __version__
 from fisherkit.engine.model.checks import check_fit, folder_of
 from fisherkit.engine.model.device import choose_device
-from fisherkit.engine.model.forward_plan import fit_forward
+from fisherkit.engine.model.forward_plan import fit_forward, forward_bytes
 from fisherkit.engine.model.memory import available_bytes
+from fisherkit.engine.model.needs import HEADROOM
 from fisherkit.engine.model.open_model import open_skeleton
 from fisherkit.engine.model.skeleton import Skeleton
 from fisherkit.errors import CheckpointError, OptionError
 from fisherkit.methods.score.candidates import Candidate
 from fisherkit.methods.score.sets import ScoredSet, first_difference, load_alike, load_sets
 from fisherkit.options import ScoreOptions
+from fisherkit.options.extract import LEAST_BATCH
 from fisherkit.progress import Say
 from fisherkit.prompts.dataset import Sample
 from fisherkit.prompts.sources import PromptSource
@@ -100,7 +102,7 @@ def prepare(
     if not candidates:
         raise OptionError("no MODEL to score")
     device, said = choose_device(options.device), set[str]()
-    options = options.on(device.type)
+    asked, options = options, options.on(device.type)
 
     def once(line: str) -> None:
         if line not in said:
@@ -113,11 +115,14 @@ def prepare(
         say(f"computing in {' and '.join(sorted(dtypes))}, as the checkpoints are stored; --dtype makes them alike")
     tokenizers = [_tokenizer(one, options) for one in candidates]
     sets = _sets(candidates, tokenizers, prompts, options, say)
+    of_each = [tuple(sample for one in own for sample in one.samples) for own in sets]
+    needs = [_Need(*both, device, len(candidates) - 1) for both in zip(skeletons, of_each, strict=True)]
+    if asked.batch_tokens is None and not all(need.fits(options) for need in needs):
+        options = replace(options, batch_tokens=LEAST_BATCH)
     models = []
-    for candidate, skeleton, own in zip(candidates, skeletons, sets, strict=True):
-        samples = tuple(sample for one in own for sample in one.samples)
+    for candidate, skeleton, own, samples, need in zip(candidates, skeletons, sets, of_each, needs, strict=True):
         check_fit(candidate.source, skeleton, samples)
-        groups = _groups(skeleton, samples, options, device, len(candidates) - 1, once)
+        groups = need.groups(options, once)
         models.append(Model(candidate=candidate, skeleton=skeleton, sets=own, samples=samples, groups=groups))
     for one in sets[0]:
         say(f"{one.name}: {one.prompts.report.line()}")
@@ -166,20 +171,31 @@ def _check_alike(
         )
 
 
-def _groups(
-    skeleton: Skeleton, samples: Sequence[Sample], options: ScoreOptions, device: torch.device, others: int, say: Say
-) -> tuple[tuple[int, ...], ...]:
-    """Choose groups of blocks; a group size that would not fit the memory is lowered, and said."""
-    groups = fit_forward(
-        skeleton,
-        options.group_size,
-        available_bytes(device),
-        batch_tokens=options.tokens_per_batch,
-        longest=max(len(sample.ids) for sample in samples),
-        others=others,
-        on_host=device.type == "cpu",
-    )
-    asked = min(options.group_size, len(skeleton.blocks))
-    if len(groups[0]) < asked:
-        say(f"group size lowered from {asked} to {len(groups[0])}: more would not fit the memory")
-    return groups
+class _Need(NamedTuple):
+    """What decides how much memory the forward of a model takes."""
+
+    skeleton: Skeleton
+    samples: Sequence[Sample]
+    device: torch.device
+    others: int
+
+    def fits(self, options: ScoreOptions) -> bool:
+        """Return whether one block at a time fits the memory."""
+        return forward_bytes(self.skeleton, 1, **self._load(options)) <= HEADROOM * available_bytes(self.device)
+
+    def groups(self, options: ScoreOptions, say: Say) -> tuple[tuple[int, ...], ...]:
+        """Choose groups of blocks; a group size that would not fit the memory is lowered, and said."""
+        room = available_bytes(self.device)
+        groups = fit_forward(self.skeleton, options.group_size, room, **self._load(options))
+        asked = min(options.group_size, len(self.skeleton.blocks))
+        if len(groups[0]) < asked:
+            say(f"group size lowered from {asked} to {len(groups[0])}: more would not fit the memory")
+        return groups
+
+    def _load(self, options: ScoreOptions) -> dict[str, Any]:
+        return {
+            "batch_tokens": options.tokens_per_batch,
+            "longest": max(len(sample.ids) for sample in self.samples),
+            "others": self.others,
+            "on_host": self.device.type == "cpu",
+        }
