@@ -1,5 +1,6 @@
 """Tensors that threads take side by side come out as one after the other; errors and order are the same."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import fisherkit
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.errors import OutputError
 from fisherkit.options import FapmOptions, MergeOptions
-from fisherkit.pairs import parallel, reader, rewrite
+from fisherkit.pairs import reader, rewrite
 from fisherkit.pairs.parallel import BlockPool
 
 
@@ -63,7 +64,7 @@ def test_the_number_of_threads_and_who_shares_what_do_not_matter(
         "fapm": lambda out: fisherkit.fapm(base, tuned, out, FapmOptions(sparsity=0.7)),
         "merge": lambda out: fisherkit.merge(base, tuned, out, MergeOptions(alpha=0.5)),
     }[method]
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda process: set(range(threads)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(threads)))
     one = run(tmp_path / "side-by-side")
     monkeypatch.setattr(reader, "_SIDE_BY_SIDE_BYTES", -1)
     other = run(tmp_path / "shared")

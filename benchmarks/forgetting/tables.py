@@ -11,13 +11,6 @@ from benchmarks.forgetting.results import Read, Results
 from benchmarks.forgetting.settings import Setting, grid
 from benchmarks.forgetting.sizes import Size
 
-_LEADS: Sequence[tuple[str, Read]] = (
-    ("old probed", figures.probed),
-    ("old not probed", figures.unseen),
-    ("old loss, probed", figures.probed_loss),
-    ("old loss, not probed", figures.unseen_loss),
-    ("text loss", figures.text_loss),
-)
 _PLAIN_FIGURES: Sequence[tuple[str, Read]] = (
     ("new", figures.new),
     ("new loss", figures.new_loss),
@@ -27,6 +20,7 @@ _PLAIN_FIGURES: Sequence[tuple[str, Read]] = (
     ("old loss, not probed", figures.unseen_loss),
     ("text loss", figures.text_loss),
 )
+_LEADS = _PLAIN_FIGURES[2:]  # of the old
 
 
 def show(found: Estimate, read: Read, *, sign: bool = False) -> str:

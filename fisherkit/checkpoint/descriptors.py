@@ -8,10 +8,14 @@ _READ_BYTES = 1 << 30  # the kernel moves at most 2 GiB per call
 _MOST_THREADS = 4
 
 
+def cores() -> int:
+    """Return how many cores this process may use; 1 where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 def file_threads() -> int:
     """Return how many threads should read or write large files at a time, beside others that compute."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    return max(1, min(_MOST_THREADS, cores // 4))
+    return max(1, min(_MOST_THREADS, cores() // 4))
 
 
 class OpenFiles:

@@ -3,7 +3,6 @@
 numpy lets go of the interpreter inside of its loops.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from fisherkit.checkpoint.array_reader import ArrayReader
+from fisherkit.checkpoint.descriptors import cores
 from fisherkit.floats import Stored
 from fisherkit.kernels.prune_scores import BLOCK, Scratch
 
@@ -31,7 +31,7 @@ class BlockPool:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or min(_MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        self.threads = threads or min(_MOST, cores())
         self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="fisherkit")
         self._local = threading.local()
 
