@@ -156,7 +156,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[runs.Bench, Path]:
     folder = tmp_path_factory.mktemp("forgetting")
     bench = runs.Bench(folder / "work", SIZES["toy"], folder / "toy.jsonl")
     seen: set[str] = set()
-    for run in runs.of_one_task(bench.size):
+    for run in runs.of_one_task(bench.size, 0):
         if run.cell == Cell(0, 0, "unit") and run.method not in seen:
             seen.add(run.method)
             lines.add_line(bench.results, runs.do(bench.worlds[0], run))
@@ -215,17 +215,19 @@ def test_no_method_is_shown_an_old_task_that_is_not_probed(toy: tuple[runs.Bench
 
 
 def _without_sequences(bench: runs.Bench) -> list[str]:
-    return [run.key for run in runs.of_one_task(bench.size)]
+    return [run.key for run in runs.of_one_task(bench.size, 0)]
 
 
 def test_sequences_come_when_all_runs_of_one_task_are_there(toy: tuple[runs.Bench, Path]) -> None:
     bench = toy[0]
     line = lines.read_lines(bench.results)[0]
     every = [{**line, "key": key} for key in _without_sequences(bench)]
-    assert runs.of_sequences(bench.size, every[:-1]) == []
-    found = runs.of_sequences(bench.size, every)
-    per_cell = 1 + 2 * (len(bench.size.learners) + len(bench.size.sequences))
-    assert len(found) == len(set(found)) == per_cell * len(list(bench.size.sequence_cells()))
+    assert runs.of_sequences(bench.size, every[:-1], 0) == []
+    found = runs.of_sequences(bench.size, every, 0)
+    cells = len(bench.size.sequence_cells(0))
+    chosen = cells * (1 + 2 * (len(bench.size.learners) + len(bench.size.sequences)))
+    more = cells * sum(map(len, bench.size.more_sequences.values()))
+    assert chosen < len(found) == len(set(found)) <= chosen + more
     assert {run.cell.seed for run in found}.isdisjoint(bench.size.seeds)
 
 
@@ -251,7 +253,7 @@ def test_a_worker_s_lines_are_the_same_as_ours_and_the_sequences_follow(
     for key in _without_sequences(bench):
         if key != gone:
             lines.add_line(results, {**whole.get(key, whole[gone]), "key": key})
-    pretended = [run.key for run in runs.of_sequences(bench.size, [*lines.read_lines(results), whole[gone]])]
+    pretended = [run.key for run in runs.of_sequences(bench.size, [*lines.read_lines(results), whole[gone]], 0)]
     for key in pretended[1:]:
         lines.add_line(results, {**whole[gone], "key": key})
     assert bench.do_all(workers=1, threads=1, until=math.inf, say=lambda line: None) == 0

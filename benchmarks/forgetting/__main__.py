@@ -1,6 +1,7 @@
 """Does it help? A small language model learns new tasks, one or several after the other, with and without protection.
 
     python -m benchmarks.forgetting quick                    half an hour on 2 cores
+    python -m benchmarks.forgetting full --passes 1          every draw on one base; more passes on the other bases
     python -m benchmarks.forgetting full --minutes 100       several such runs; each goes on where the last one was
     python -m benchmarks.forgetting quick --estimate         what is left, and about how long it takes on this machine
     python -m benchmarks.forgetting quick --seeds 20-24 --bases 3-5     the same on other draws and other bases
@@ -62,6 +63,8 @@ def _size(options: argparse.Namespace) -> Size:
         size = replace(size, course=course, name=f"{size.name}-{options.rate:g}")
     if options.bases:
         size = replace(size, bases=options.bases, name=f"{size.name}-bases{options.bases[0]}-{options.bases[-1]}")
+    if options.passes:
+        size = replace(size, passes=options.passes)
     if options.seeds:
         size = replace(size, seeds=options.seeds, name=f"{size.name}-seeds{options.seeds[0]}-{options.seeds[-1]}")
     return size
@@ -82,6 +85,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of models and masks, kept between runs")
     parser.add_argument("--seeds", type=_numbers, help="draws of the new tasks, such as 20-24")
     parser.add_argument("--bases", type=_numbers, help="base models, such as 3-5, each trained from a seed of its own")
+    parser.add_argument("--passes", type=_at_least_one, help="times that every draw is made, each on another base")
     parser.add_argument("--workers", type=_at_least_one, help="processes; one per core otherwise")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
     parser.add_argument("--device", type=_device, help="cpu, cuda")

@@ -23,7 +23,8 @@ def estimate(bench: Bench, workers: int) -> str:
     size = bench.size
     step, measured = _timed(size)
     runs = bench.left()
-    sequences = 2 * len((*size.learners, *size.sequences)) * len(list(size.sequence_cells()))
+    settings = 1 + 2 * len((*size.learners, *size.sequences)) + sum(map(len, size.more_sequences.values()))
+    sequences = size.passes * len(size.sequence_cells(0)) * settings
     known = any(run.kind == "all" for run in runs) or not runs
     seconds = sum(_seconds(size, run, step, measured) for run in runs)
     if not known:

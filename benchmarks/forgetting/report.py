@@ -8,6 +8,7 @@ from benchmarks.forgetting import charts, tables, verdicts
 from benchmarks.forgetting.lines import read_lines, read_sessions
 from benchmarks.forgetting.measures import LEVELS
 from benchmarks.forgetting.results import Results
+from benchmarks.forgetting.runs import whole_passes
 from benchmarks.forgetting.settings import RATES
 from benchmarks.forgetting.sizes import SEQUENCE_SHIFT, SIZES, Size
 from benchmarks.forgetting.tasks import PROBED, UNSEEN
@@ -93,11 +94,11 @@ def _part(out: Path, size: Size, path: Path, left: int) -> str:
 def _about(size: Size, path: Path, left: int) -> str:
     lines = read_lines(path)
     seconds = sum(line["seconds"] for line in lines)
-    how = "every draw on every base" if size.crossed else "each draw on a base of its own"
     facts = [
         f"{len(lines)} runs, {seconds / 60:.0f} minutes of one core together",
-        f"{len(size.tasks)} tasks x {len(size.seeds)} draws, {how}; bases {', '.join(map(str, size.bases))}, settings "
-        f"chosen by {', '.join(map(str, size.design_bases()))}",
+        f"{len(size.tasks)} tasks x {len(size.seeds)} draws; bases {', '.join(map(str, size.bases))}, settings chosen "
+        f"by {', '.join(map(str, size.design_bases()))} in the first pass",
+        f"{whole_passes(size, lines)} of {size.passes} passes over the draws whole, each on other bases",
         f"Llama of {size.layers} blocks, width {size.hidden}, trained here",
         f"each new task: {size.course.steps} steps of {size.course.batch} items at a learning rate of "
         f"{size.course.rate:g}; {size.test_items} test items of each, {size.old_items} of each old one",

@@ -1,6 +1,7 @@
 """Runs: which there are to do, doing one, and doing all that are left, some at a time.
 
-Runs of one task come first. The sequences wait for them: each method learns the sequence at its two best settings.
+Of each pass the runs of one task come first. The sequences wait for them: each method learns these at its two best
+settings.
 """
 
 import os
@@ -33,30 +34,47 @@ Say = Callable[[str], None]
 # What there is to do.
 
 
-def of_one_task(size: Size) -> list[Run]:
-    """Return the runs of one task, draw by draw, so that a run cut short has whole draws."""
+def of_one_task(size: Size, number: int) -> list[Run]:
+    """Return a pass's runs of one task, draw by draw, so that a pass cut short has whole draws."""
     found = []
-    for at, cell in enumerate(size.cells()):
+    for at, cell in enumerate(size.cells(number)):
         arms = [UNTUNED, *((method, setting) for method in size.learners for setting in grid(method))]
         for part in (size.extra, size.posthoc):
             arms += [(method, setting) for method, settings in part.items() for setting in settings]
-        if at < len(size.tasks):  # the first draw on the first base
+        if number == 0 and at < len(size.tasks):  # the first draw on the first base
             arms += [(method, setting) for method, settings in size.courses.items() for setting in settings]
         found += [Run(cell, "one", *arm) for arm in arms]
     return found
 
 
-def of_sequences(size: Size, lines: Iterable[Line]) -> list[Run]:
-    """Return the runs of sequences, with the settings that the runs of one task chose; none before these are done."""
+def of_sequences(size: Size, lines: Iterable[Line], number: int) -> list[Run]:
+    """Return a pass's sequences, with the settings that the first pass chose; none before that is done."""
     lines = list(lines)
     done = {line["key"] for line in lines}
-    if any(run.key not in done for run in of_one_task(size)):
+    if any(run.key not in done for run in of_one_task(size, 0)):
         return []
-    results = Results(lines)
-    chosen = {method: best_settings(results, method, grid(method), size.design_bases()) for method in size.learners}
+    results, cells = Results(lines), size.design_cells()
+    chosen = {method: best_settings(results, method, grid(method), cells) for method in size.learners}
     chosen |= {method: chosen[other] for method, other in size.sequences.items()}
     arms = [UNTUNED, *((method, setting) for method, settings in chosen.items() for setting in settings)]
-    return [Run(cell, "all", *arm) for cell in size.sequence_cells() for arm in arms]
+    arms += [(method, setting) for method, settings in size.more_sequences.items() for setting in settings]
+    return [Run(cell, "all", *arm) for cell in size.sequence_cells(number) for arm in dict.fromkeys(arms)]
+
+
+def still_to_do(size: Size, lines: Iterable[Line], number: int) -> tuple[list[Run], list[Run]]:
+    """Return what is left of a pass: runs of one task, and of the sequences those that are known."""
+    lines = list(lines)
+    done = {line["key"] for line in lines}
+    one, whole = of_one_task(size, number), of_sequences(size, lines, number)
+    return [run for run in one if run.key not in done], [run for run in whole if run.key not in done]
+
+
+def whole_passes(size: Size, lines: Iterable[Line]) -> int:
+    """Return how many passes have nothing left."""
+    lines = list(lines)
+    if still_to_do(size, lines, 0)[0]:
+        return 0
+    return sum(not any(still_to_do(size, lines, number)) for number in range(size.passes))
 
 
 # Doing one.
@@ -168,10 +186,14 @@ class Bench:
         self.worlds = {base: World(work, size, base, given) for base in size.bases}
 
     def left(self) -> list[Run]:
-        """Return what is to do now; sequences once the runs of one task are done."""
+        """Return what is known to be left, in the order in which it is done."""
+        return [run for stage in self._stages() for run in stage]
+
+    def _stages(self) -> Iterator[list[Run]]:
+        """Yield what is left of each pass's runs of one task, then of its sequences."""
         lines = read_lines(self.results)
-        done = {line["key"] for line in lines}
-        return [run for run in (*of_one_task(self.size), *of_sequences(self.size, lines)) if run.key not in done]
+        for number in range(self.size.passes):
+            yield from filter(None, still_to_do(self.size, lines, number))
 
     def do_all(self, *, workers: int, threads: int, until: float, say: Say) -> int:
         """Do what is left, ``workers`` at a time, each in ``threads`` threads; begin none after ``until``.
@@ -186,7 +208,7 @@ class Bench:
             bases = [pool.submit(_prepare, base) for base in self.worlds]
             for base in bases:
                 say(base.result())
-            while (runs := self.left()) and time.monotonic() < until:
+            while (runs := next(self._stages(), None)) and time.monotonic() < until:
                 for at, line in enumerate(_in_turn(pool, iter(runs), workers, until), 1):
                     add_line(self.results, line)
                     say(f"{at}/{len(runs)} {line['key']}: {line['seconds']:.1f} s")

@@ -1,6 +1,6 @@
 """Sizes of the benchmark: the model, the courses, the tasks, and which methods are compared over what."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.forgetting.measures import Cell
@@ -31,12 +31,14 @@ class Size:
         probes: old items that methods may look at.
         bases: base models, each trained from a seed of its own. Of several, nothing is chosen by the last one.
         seeds: draws of the new tasks.
-        crossed: every draw on every base, where each draw has one base otherwise.
+        passes: times that every draw is made, each time on the base after the one before. The first pass alone says
+            which settings learn the sequences, and is followed by them: so it can be read while the rest is made.
         learners: methods whose whole grid is run on one task, and whose two best settings learn the sequence.
         extra: settings on one task besides the grids.
         courses: settings of longer courses, for the first draw on the first base alone.
         posthoc: settings of methods that act on a finished fine-tune.
         sequences: methods that learn sequences with the settings of another.
+        more_sequences: settings that learn the sequences besides those that were chosen.
         device: of the models.
     """
 
@@ -56,26 +58,34 @@ class Size:
     probes: int = 208
     bases: tuple[int, ...] = (0, 1, 2)
     seeds: tuple[int, ...] = (0, 1, 2)
-    crossed: bool = False
+    passes: int = 1
     learners: tuple[str, ...]
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     courses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     posthoc: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sequences: Mapping[str, str] = field(default_factory=dict)
+    more_sequences: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = "cpu"
 
-    def cells(self) -> Iterator[Cell]:
-        """Yield the places of runs of one task: tasks by draws, by bases where all are crossed."""
-        for at, seed in enumerate(self.seeds):
-            for base in self.bases if self.crossed else (self.bases[at % len(self.bases)],):
-                yield from (Cell(base, seed, task) for task in self.tasks)
+    def cells(self, number: int) -> list[Cell]:
+        """Return the places of a pass's runs of one task: tasks by draws, each draw on a base of its own."""
+        return [
+            Cell(self.bases[(at + number) % len(self.bases)], seed, task)
+            for at, seed in enumerate(self.seeds)
+            for task in self.tasks
+        ]
 
-    def sequence_cells(self) -> Iterator[Cell]:
-        """Yield the places of sequences, each of which begins with another task."""
-        for at, task in enumerate(self.tasks):
-            own = self.bases if self.crossed else (self.bases[at % len(self.bases)],)
-            for base in own:
-                yield Cell(base, SEQUENCE_SHIFT + self.seeds[self.bases.index(base) % len(self.seeds)], task)
+    def sequence_cells(self, number: int) -> list[Cell]:
+        """Return the places of a pass's sequences, each of which begins with another task."""
+        bases = [(at + number) % len(self.bases) for at in range(len(self.tasks))]
+        return [
+            Cell(self.bases[base], SEQUENCE_SHIFT + self.seeds[base % len(self.seeds)], task)
+            for base, task in zip(bases, self.tasks, strict=True)
+        ]
+
+    def design_cells(self) -> set[Cell]:
+        """Return the places whose runs choose settings: of the first pass, without the last of several bases."""
+        return {cell for cell in self.cells(0) if cell.base in self.design_bases()}
 
     def design_bases(self) -> tuple[int, ...]:
         """Return the bases by which settings may be chosen."""
@@ -145,6 +155,8 @@ _LONG_POSTHOC = {
     "fggm+fapm": ("0.5", "0.9"),
 }
 
+_MASK_RATIOS = tuple(f"{ratio}@1" for ratio in ("0.05", "0.1", "0.3", "0.6", "0.9"))
+
 SIZES = {
     "toy": Size(
         name="toy",
@@ -167,6 +179,7 @@ SIZES = {
         courses={"plain": ("-@0.1x4",), "shield": ("5@1x4",)},
         posthoc={method: settings[:1] for method, settings in _LONG_POSTHOC.items()},
         sequences={"shield-onward": "shield"},
+        more_sequences={"fggm": _MASK_RATIOS[:3]},
     ),
     "quick": Size(
         name="quick",
@@ -197,12 +210,13 @@ SIZES = {
         test_items=48,
         old_items=20,
         windows=12,
-        crossed=True,
+        passes=3,
         learners=_FULL_LEARNERS,
         extra={"shield": ("1.5@1", "1.5@2.5"), "fisher-subspace": ("0.1@1", "0.75@1")},
         courses=_LONG_COURSES,
         posthoc=_LONG_POSTHOC,
         sequences={"shield-onward": "shield"},
+        more_sequences={"fggm": _MASK_RATIOS},
     ),
     "gpu": Size(
         name="gpu",

@@ -52,7 +52,7 @@ def finishers(results: Results) -> list[str]:
 def chosen(results: Results, size: Size, method: str) -> list[str]:
     """Return the settings of a method that learn the sequence, the better first."""
     of = size.sequences.get(method, method)
-    return best_settings(results, of, grid(of), size.design_bases()) if results.settings("one", of) else []
+    return best_settings(results, of, grid(of), size.design_cells()) if results.settings("one", of) else []
 
 
 def base_table(results: Results) -> str:
@@ -82,7 +82,7 @@ def lead_table(results: Results, size: Size, methods: Sequence[str], against: st
             leads = (show(results.lead("one", method, against, read), read, sign=True) for _, read in _LEADS)
             reach = results.reach("one", method).mean
             settings = results.settings("one", method)
-            best = best_settings(results, method, settings, size.design_bases())[:1]
+            best = best_settings(results, method, settings, size.design_cells())[:1]
             average = (show(results.mean("one", method, one, figures.average), figures.average) for one in best)
             rows.append((method, str(len(settings)), f"{100 * reach:.0f} %", *leads, *average))
     return table(head, rows, left=1)
