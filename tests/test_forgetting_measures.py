@@ -24,6 +24,7 @@ from benchmarks.forgetting.measures import (
     front,
     height,
     lead,
+    ratio,
     reached,
     student_t,
 )
@@ -135,6 +136,14 @@ def test_a_lead_is_the_mean_gap_where_both_get() -> None:
     assert math.isnan(lead(ours, theirs, (0.7, 0.9)))
 
 
+def test_a_ratio_is_the_mean_share_where_the_other_keeps_something() -> None:
+    ours, theirs = [(0.0, 0.9), (1.0, 0.6)], [(0.0, 0.9), (1.0, 0.0)]
+    assert ratio(ours, theirs, (0.5, 1.0), 0.1) == pytest.approx(0.75 / 0.45)  # at 1.0 theirs keeps nothing
+    assert ratio(ours, ours, (0.2, 0.7), 0.1) == 1
+    assert math.isnan(ratio(ours, theirs, (1.0,), 0.1))
+    assert math.isnan(ratio(ours, theirs, (1.5,), 0.1))
+
+
 def test_backward_transfer_is_the_later_change_of_all_tasks_but_the_last() -> None:
     assert backward_transfer({"a": 0.9, "b": 0.8, "c": 0.1}, {"a": 0.3, "b": 0.7, "c": 0.1}) == pytest.approx(-0.35)
     assert math.isnan(backward_transfer({"a": 0.9}, {"a": 0.9}))
@@ -177,6 +186,15 @@ def test_a_lead_is_over_the_curve_of_the_same_cell_and_has_two_sides() -> None:
     assert results.lead("one", "migu", "plain", figures.old_loss).mean == pytest.approx(wanted)
     assert results.lead("one", "migu", "plain", figures.text_loss).mean == 0
     assert results.reach("one", "migu").mean == 1
+
+
+def test_a_part_of_a_fine_tune_keeps_a_share_of_its_gain_in_loss() -> None:
+    results = made({**PLAIN, ("fapm", "0.9"): (0.3, 0.8)})
+    base, tuned, kept = (math.exp(-score) for score in (0.0, 0.8, 0.3))
+    found = results.gain_kept("one", ("plain", "-@1"), ("fapm", "0.9"))
+    assert found.mean == pytest.approx((base - kept) / (base - tuned))
+    assert results.gain_kept("one", ("plain", "-@1"), ("plain", "-@1")).mean == 1
+    assert math.isnan(results.gain_kept("one", ("plain", "-@0.1"), ("fapm", "0.9")).mean)
 
 
 def test_longer_courses_are_no_part_of_a_curve_unless_they_are_named() -> None:

@@ -150,6 +150,20 @@ def lead(ours: Sequence[Point], theirs: Sequence[Point], at: Collection[float]) 
     return math.fsum(known) / len(known) if known else math.nan
 
 
+def ratio(ours: Sequence[Point], theirs: Sequence[Point], at: Collection[float], least: float) -> float:
+    """Return one front's height over another's, the mean over the new scores that both reach; NaN if none.
+
+    Args:
+        ours: a front.
+        theirs: what it is divided by.
+        at: new scores.
+        least: the other front counts where it is at least so high: a share of nothing says nothing.
+    """
+    heights = [(height(ours, new), height(theirs, new)) for new in at]
+    known = [own / other for own, other in heights if not math.isnan(own) and other >= least]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
 def reached(curve: Sequence[Point], at: Collection[float]) -> float:
     """Return the share of new scores that a front reaches."""
     return sum(not math.isnan(height(curve, new)) for new in at) / len(at)

@@ -29,6 +29,7 @@ learn generated tasks: a sign of what a method does, not a promise for large one
   more loss on the new task, on straight lines between settings. Two curves are compared at
   {", ".join(f"{100 * level:.0f}" for level in LEVELS)} % of the way from the base's loss on the new task to the best
   of plain's, in logarithms, as far as both get there (*reaches*). Plus is better, in points of exact match or nats.
+  *% of plain's* is one curve over the other where that keeps 10 % at least.
 - **The task is the unit.** Draws and bases of one task are put together; the 95 % interval is Student's t over the
   tasks. **Bold**, and a verdict, need that it leaves out zero and that every base says the same. *Equal* needs that
   it lies within {100 * verdicts.MARGIN["exact"]:.0f} points ({verdicts.MARGIN["loss"]} nats), named before any run;
@@ -78,17 +79,25 @@ def _part(out: Path, size: Size, path: Path, left: int) -> str:
             tables.curve_table(results, learn),
             "### One task: parts of a finished fine-tune\n",
             tables.curve_table(results, finish),
+            "What each keeps of the fine-tune's gain in new loss, and what that changes of the old.\n",
+            tables.kept_table(results, finish),
             "### Longer courses\n",
             "The first draw on the first base alone.\n",
             tables.curve_table(results, learn, long=True),
             "### The sequence\n",
             tables.sequence_table(results, size),
+            *_more_sequences(results, size),
             "By the place of a task in the sequence, at its end: exact match in %, and loss.\n",
             tables.position_table(results, size),
             "### The bases\n",
             tables.base_table(results),
         ]
     )
+
+
+def _more_sequences(results: Results, size: Size) -> list[str]:
+    names = " and ".join(size.more_sequences)
+    return [f"The knob of {names} at one rate:\n", tables.more_sequence_table(results, size)] if names else []
 
 
 def _about(size: Size, path: Path, left: int) -> str:

@@ -15,6 +15,7 @@ from benchmarks.forgetting.measures import (
     by_task,
     front,
     lead,
+    ratio,
     reached,
 )
 from benchmarks.forgetting.settings import Setting
@@ -209,6 +210,31 @@ class Results:
         b = self.curves(kind, theirs, read, settings.get("of_theirs"))
         levels = self.levels(kind)
         return by_task({cell: lead(a[cell], b[cell], levels[cell]) for cell in a if cell in b and cell in levels})
+
+    def ratio(self, kind: Kind, ours: str, theirs: str, read: Read = old, least: float = 0.1) -> Estimate:
+        """Return one method's curve over another's at equal new loss, where the other one keeps at least ``least``."""
+        a, b = self.curves(kind, ours, read), self.curves(kind, theirs, read)
+        levels = self.levels(kind)
+        return by_task(
+            {cell: ratio(a[cell], b[cell], levels[cell], least) for cell in a if cell in b and cell in levels}
+        )
+
+    def gain_kept(self, kind: Kind, whole: tuple[str, str], part: tuple[str, str]) -> Estimate:
+        """Return the share of a fine-tune's gain in new loss that a part of it keeps: (base - part) / (base - whole).
+
+        Args:
+            kind: of runs.
+            whole: method and setting of the fine-tune.
+            part: of what keeps a part of it.
+        """
+        base, tuned, kept = (self.runs(kind, *arm) for arm in (("base", "-"), whole, part))
+        return by_task(
+            {
+                cell: (new_loss(base[cell]) - new_loss(run)) / (new_loss(base[cell]) - new_loss(tuned[cell]))
+                for cell, run in kept.items()
+                if cell in base and cell in tuned
+            }
+        )
 
     def reach(self, kind: Kind, method: str) -> Estimate:
         """Return the share of levels that a method's curve reaches."""

@@ -75,16 +75,18 @@ def base_table(results: Results) -> str:
 
 def lead_table(results: Results, size: Size, methods: Sequence[str], against: str) -> str:
     """Each method's curve over that of another, at equal new loss; and what its best setting makes of both."""
-    head = ("method", "settings", "reaches", *(name for name, _ in _LEADS), "best (old + new) / 2")
+    names = (name for name, _ in _LEADS)
+    head = ("method", "settings", "reaches", *names, f"old, % of {against}'s", "best (old + new) / 2")
     rows = []
     for method in methods:
         if method != against:
             leads = (show(results.lead("one", method, against, read), read, sign=True) for _, read in _LEADS)
             reach = results.reach("one", method).mean
+            share = show(results.ratio("one", method, against), figures.old)
             settings = results.settings("one", method)
             best = best_settings(results, method, settings, size.design_cells())[:1]
             average = (show(results.mean("one", method, one, figures.average), figures.average) for one in best)
-            rows.append((method, str(len(settings)), f"{100 * reach:.0f} %", *leads, *average))
+            rows.append((method, str(len(settings)), f"{100 * reach:.0f} %", *leads, share, *average))
     return table(head, rows, left=1)
 
 
@@ -100,18 +102,46 @@ def curve_table(results: Results, methods: Sequence[str], *, long: bool = False)
     return table(("method", "setting", *(name for name, _ in _PLAIN_FIGURES)), [("(no training)", "", *untuned), *rows])
 
 
+def kept_table(results: Results, methods: Sequence[str]) -> str:
+    """Each part of a finished fine-tune: of its gain in new loss, and of the old ability, what is kept."""
+    reads = (("old", figures.old), ("old loss", figures.old_loss), ("text loss", figures.text_loss))
+    rows = []
+    for method in methods:
+        whole = POSTHOC[method].of
+        for setting in results.settings("one", method):
+            gain = show(results.gain_kept("one", whole, (method, setting)), figures.new)
+            changes = (
+                show(results.difference("one", (method, setting), whole, read), read, sign=True) for _, read in reads
+            )
+            rows.append((method, setting, " ".join(whole), gain, *changes))
+    head = ("method", "setting", "of", "loss gain kept, %", *(f"{name}, over the fine-tune" for name, _ in reads))
+    return table(head, rows, left=3)
+
+
+_SEQUENCE_FIGURES: Sequence[tuple[str, Read]] = (
+    *_PLAIN_FIGURES,
+    ("learnt", figures.learnt),
+    ("BWT", figures.transfer),
+    ("(old + new) / 2", figures.average),
+)
+
+
 def sequence_table(results: Results, size: Size) -> str:
     """After all tasks, at the two settings that were chosen on other seeds, the better first."""
-    reads: Sequence[tuple[str, Read]] = (
-        *_PLAIN_FIGURES,
-        ("learnt", figures.learnt),
-        ("BWT", figures.transfer),
-        ("(old + new) / 2", figures.average),
-    )
-    rows = [("(no training)", "", *(show(results.untuned("all", read), read) for _, read in reads))]
     arms = [(method, setting) for method in results.methods("all") for setting in chosen(results, size, method)]
-    rows += [(*arm, *(show(results.mean("all", *arm, read), read) for _, read in reads)) for arm in arms]
-    return table(("method", "setting", *(name for name, _ in reads)), rows)
+    untuned = (show(results.untuned("all", read), read) for _, read in _SEQUENCE_FIGURES)
+    return _sequences(results, arms, ("(no training)", "", *untuned))
+
+
+def more_sequence_table(results: Results, size: Size) -> str:
+    """Show the same for a method's knob at one rate, whatever was chosen."""
+    arms = [(method, setting) for method, settings in size.more_sequences.items() for setting in settings]
+    return _sequences(results, [arm for arm in arms if results.runs("all", *arm)])
+
+
+def _sequences(results: Results, arms: Sequence[tuple[str, str]], *first: Sequence[str]) -> str:
+    rows = [(*arm, *(show(results.mean("all", *arm, read), read) for _, read in _SEQUENCE_FIGURES)) for arm in arms]
+    return table(("method", "setting", *(name for name, _ in _SEQUENCE_FIGURES)), [*first, *rows])
 
 
 def position_table(results: Results, size: Size) -> str:
