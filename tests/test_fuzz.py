@@ -130,6 +130,11 @@ FOUND = (
     ("fapm base tuned out", SHARD, b"embed_tokens.weight", rb"embed_tokens\ud800."),
     ("inspect fisher.safetensors", "fisher.safetensors", b'"format":"pt"', b'"format":1000'),
     ("extract base p.jsonl -o out.pt", SHARD, b"embed_tokens.weight", rb"embed_tokens\ud800."),
+    *(
+        (command, "base/config.json", b'"architectures": [\n    "LlamaForCausalLM"\n  ]', b'"architectures": ' + odd)
+        for command in ("fapm base tuned out", "merge base tuned out")
+        for odd in (b"-1", b"true", b"{}", b"[1]", b"[]")
+    ),
 )
 
 

@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from fisherkit.checkpoint.names.location import Location, block_prefix, locate
+from fisherkit.kernels import stats as kernel
 from fisherkit.kernels.histogram import BINS, Histogram, lower_edge
 from fisherkit.kernels.stats import BINS_PER_OCTAVE, TensorStats, tensor_stats
 
@@ -90,6 +93,19 @@ def test_float32_extremes_have_bins() -> None:
     assert stats.nonfinite == 0
     assert stats.zeros == 0
     assert [index for index, _, _ in stats.histogram.bins] == [0, 8, BINS - 1]
+
+
+@pytest.mark.parametrize(
+    "odd", [[], [-0.0], [-0.0, 0.0], [-1.0], [math.nan], [math.inf, -2.0], [-math.inf, 0.0], [1e-45, -1e-45], [3e38]]
+)
+def test_what_a_block_s_extremes_rule_out_is_not_there(odd: list[float]) -> None:
+    block = torch.cat([fisher_like(500), torch.tensor(odd)])
+    looked, all_of_it = kernel._Sums(block.device), kernel._Sums(block.device)
+    kernel._add_block_on_cpu_(looked, block)
+    kernel._add_block_(all_of_it, block)
+    assert torch.equal(looked.counts, all_of_it.counts)
+    assert torch.equal(looked.sums[:BINS], all_of_it.sums[:BINS])
+    assert torch.equal(looked.others, all_of_it.others)
 
 
 def test_empty_tensor_and_scalar() -> None:

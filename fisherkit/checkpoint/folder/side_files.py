@@ -84,6 +84,13 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return _read_json(path) if path is not None and path.is_file() else {}
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the class names in a config, or its model type where it has none; nothing where neither is text."""
+    named, kind = config.get("architectures"), config.get("model_type")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    return names or ([kind] if isinstance(kind, str) else [])
+
+
 def side_files(base: Path, tuned: Path | None, *, from_tuned: bool = True) -> list[SideFile]:
     """List what to copy beside the weights, by path. Never weights, indexes, training state, config or README.
 
@@ -179,7 +186,7 @@ def _same_model(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 
 def _described(config: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, config.get("architectures") or [config.get("model_type")]))
+    return ", ".join(architectures(config)) or "a model without a type"
 
 
 def _as_stored(chosen: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,10 +113,7 @@ class CovarianceWriter:
         """Write finished covariances to the file, each in the rank that owns it."""
         assert self._writer is not None
         gathered.reduce(self._ranks)
-        finished = {}
-        for covariance, values, figures in gathered.results():
-            self._writer.write(covariance.name, values.to("cpu"))
-            finished[covariance.name] = figures
+        finished = gathered.finish_all(self._writer.write)
         if isinstance(self._writer, SharedFile):
             self._writer.exchange()
         for figures_of_rank in self._ranks.gather(finished):

@@ -14,6 +14,7 @@ from fisherkit.checkpoint.descriptors import file_threads
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.model.copies import HostCopy, host_bytes, to_host
 from fisherkit.engine.model.memory import available_bytes
+from fisherkit.engine.model.side_by_side import side_by_side
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.engine.ranks.ranks import Ranks
 from fisherkit.engine.ranks.shared_file import SharedFile
@@ -74,9 +75,13 @@ class FisherSink:
         Raises:
             FisherkitError: a value is NaN or infinite.
         """
-        for name, value in self._skeleton.tensors_of(values).items():
-            if name in self._wanted:
-                self._keep(name, value)
+        wanted = {name: value for name, value in self._skeleton.tensors_of(values).items() if name in self._wanted}
+        on_cpu = all(value.device.type == "cpu" for value in wanted.values())
+        sizes = [value.numel() for value in wanted.values()]
+        kept = side_by_side(self._keep, list(wanted.items()), sizes) if on_cpu else map(self._keep, wanted.items())
+        for (name, value), stats in zip(wanted.items(), kept, strict=True):
+            self.figures[name] = figures_of(stats, tuple(value.shape))
+            self._histograms[name] = stats.histogram
 
     def exchange(self, ranks: Ranks) -> None:
         """Bring what all ranks added since the last time to the first one; all of them call it at the same point."""
@@ -109,7 +114,8 @@ class FisherSink:
         self._histograms = {"": merged}
         return merged
 
-    def _keep(self, name: str, value: Tensor) -> None:
+    def _keep(self, named: tuple[str, Tensor]) -> TensorStats:
+        name, value = named
         stats = tensor_stats(value)
         if stats.nonfinite:
             raise FisherkitError(
@@ -120,8 +126,7 @@ class FisherSink:
             self._writer.write(name, value)
         else:
             self._send(name, value.to(self._writer.dtype_of(name)))  # rounded there: half the way to go
-        self.figures[name] = figures_of(stats, tuple(value.shape))
-        self._histograms[name] = stats.histogram
+        return stats
 
     def _send(self, name: str, value: Tensor) -> None:
         """Let a value go to the host and to the file, once there is room for it among those on their way."""

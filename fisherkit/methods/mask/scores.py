@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from fisherkit.artefacts.statistics import provenance_of
-from fisherkit.checkpoint.folder.side_files import read_config
+from fisherkit.checkpoint.folder.side_files import architectures, read_config
 from fisherkit.checkpoint.hub import resolve_model
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.matching.counterpart import Counterpart, Values
@@ -67,7 +67,7 @@ class MaskInputs:
             if options.weights is not None:
                 source = resolve_model(str(options.weights))
                 self.weights = stack.enter_context(Counterpart.of(index, open_index(source.path)))
-                architecture = architecture or _architecture(source.path)
+                architecture = architecture or next(iter(architectures(read_config(source.path))), "")
             if options.delta is not None:
                 self.delta = stack.enter_context(
                     Counterpart.of(index, open_index(resolve_model(str(options.delta)).path))
@@ -207,8 +207,3 @@ def _all_zero(path: Path) -> str:
 def _rank(name: str, place: Location) -> tuple[bool, int, str]:
     """Blocks by number, then what lies outside of them; by name within."""
     return place.layer is None, place.layer or 0, name
-
-
-def _architecture(checkpoint: Path) -> str:
-    config = read_config(checkpoint)
-    return str((config.get("architectures") or [config.get("model_type", "")])[0])
