@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fisherkit.engine.model.side_by_side import side_by_side
+from fisherkit.kernels.side_by_side import side_by_side
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -21,11 +21,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_results_come_in_the_order_of_the_items(threads: int, count: int) -> None:
     items = [torch.full((size,), float(size)) for size in range(count)]
     found = side_by_side(lambda item: float(item.sum()), items, [item.numel() for item in items])
-    assert found == [float(size * size) for size in range(count)]
+    assert list(found) == [float(size * size) for size in range(count)]
 
 
 def test_torch_computes_alone_inside_and_as_before_outside(threads: int) -> None:
-    inside = side_by_side(lambda item: torch.get_num_threads(), [1, 2, 3], [1, 1, 1])
+    inside = list(side_by_side(lambda item: torch.get_num_threads(), [1, 2, 3], [1, 1, 1]))
     assert inside == [1, 1, 1]
     assert torch.get_num_threads() == threads
     with ThreadPoolExecutor(1) as fresh:
@@ -38,5 +38,5 @@ def test_the_first_error_in_the_order_of_the_items_is_raised(threads: int) -> No
             raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 1"):
-        side_by_side(fail, [0, 1, 2, 3], [1, 1, 9, 5])
+        list(side_by_side(fail, [0, 1, 2, 3], [1, 1, 9, 5]))
     assert torch.get_num_threads() == threads

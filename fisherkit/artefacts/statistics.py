@@ -238,16 +238,19 @@ def _modes_figures(row: Mapping[str, Any], weights: int) -> dict[str, Any]:
 def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> Source:
     from fisherkit.checkpoint.torch_reader import Reader
     from fisherkit.kernels.compiled import switch_on
+    from fisherkit.kernels.side_by_side import side_by_side
     from fisherkit.kernels.stats import TensorStats
 
     index = open_index(path)
-    switch_on(sum(info.numel for info in index.tensors.values()))
+    infos = list(index.tensors.values())
+    switch_on(sum(info.numel for info in infos))
     stats: dict[str, TensorStats] = {}
     with Reader(index) as reader:
-        for done, info in enumerate(index.tensors.values(), start=1):
-            stats[info.name] = measure(reader, info)
+        measured = side_by_side(lambda info: measure(reader, info), infos, [info.nbytes for info in infos])
+        for done, (info, found) in enumerate(zip(infos, measured, strict=True), start=1):
+            stats[info.name] = found
             if track is not None:
-                track("reading", done, len(index.tensors))
+                track("reading", done, len(infos))
     total = sum(stats.values(), TensorStats())
     keys = ("sum", "max", "zeros", "nonfinite")
     figures = {

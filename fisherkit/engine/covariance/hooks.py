@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fisherkit.engine.covariance.experts import ExpertInputs
 from fisherkit.engine.covariance.plan import Covariance, Layer, identity
-from fisherkit.engine.model.side_by_side import side_by_side
 from fisherkit.engine.ranks.ranks import Ranks
 from fisherkit.errors import FisherkitError, UnsupportedModelError
 from fisherkit.kernels.covariance import (
@@ -31,6 +30,7 @@ from fisherkit.kernels.covariance import (
 )
 from fisherkit.kernels.deal import deal
 from fisherkit.kernels.devices import has_float64, wide_device
+from fisherkit.kernels.side_by_side import side_by_side
 
 
 class Accumulator:

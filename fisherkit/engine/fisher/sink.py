@@ -14,11 +14,11 @@ from fisherkit.checkpoint.descriptors import file_threads
 from fisherkit.checkpoint.writer import StreamedWriter, TensorSpec
 from fisherkit.engine.model.copies import HostCopy, host_bytes, to_host
 from fisherkit.engine.model.memory import available_bytes
-from fisherkit.engine.model.side_by_side import side_by_side
 from fisherkit.engine.model.skeleton import Skeleton, TargetTensor
 from fisherkit.engine.ranks.ranks import Ranks
 from fisherkit.engine.ranks.shared_file import SharedFile
 from fisherkit.errors import FisherkitError
+from fisherkit.kernels.side_by_side import side_by_side
 from fisherkit.kernels.stats import Histogram, TensorStats, tensor_stats
 
 TOPS = (0.01, 0.1, 0.3)

@@ -4,7 +4,7 @@ What is done with a finished tensor (figures, rounding, writing) is mostly for o
 where it is not, threads that share every small step wait for each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]) -> list[Result]:
-    """Return ``work(item)`` of each item, in their order; as many at a time as torch has threads.
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]) -> Iterator[Result]:
+    """Yield ``work(item)`` of each item, in their order; as many are under way as torch has threads.
 
     Args:
         work: called by threads in which torch computes alone.
@@ -27,10 +27,13 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], sizes: S
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(items) < 2:
-        return [work(item) for item in items]
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads, "side-by-side", torch.set_num_threads, (1,))
     try:
-        with ThreadPoolExecutor(threads, "side-by-side", torch.set_num_threads, (1,)) as pool:
-            begun = {at: pool.submit(work, items[at]) for at in sorted(range(len(items)), key=lambda at: -sizes[at])}
-            return [begun[at].result() for at in range(len(items))]
+        begun = {at: pool.submit(work, items[at]) for at in sorted(range(len(items)), key=lambda at: -sizes[at])}
+        for at in range(len(items)):
+            yield begun.pop(at).result()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # or threads that begin from now on would compute alone, too
