@@ -55,6 +55,7 @@ SHAPES = {
     "quick": [Shape(4, 256, 704, "bfloat16")],
     "300MB": [Shape(12, 768, 2048, "float32"), Shape(12, 768, 2048, "bfloat16")],
     "5GB": [Shape(48, 2048, 5632, "bfloat16")],
+    "5GB-float32": [Shape(24, 2048, 5632, "float32")],
 }
 DEEPER = 4  # times as many blocks, for memory against size
 
