@@ -1,6 +1,7 @@
 """Figures of the forgetting benchmark: the task as the unit, fronts, verdicts, against slow oracles and by hand."""
 
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -12,8 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
 
+from benchmarks.forgetting import __main__ as command
+from benchmarks.forgetting import report, verdicts
 from benchmarks.forgetting import results as figures
-from benchmarks.forgetting import verdicts
 from benchmarks.forgetting.choose import best_settings
 from benchmarks.forgetting.measures import (
     LEVELS,
@@ -263,6 +265,24 @@ def test_the_passes_of_full_make_every_draw_and_every_order_on_every_base() -> N
     )
     orders = [(cell.base, cell.task) for number in numbers for cell in size.sequence_cells(number)]
     assert sorted(orders) == sorted((base, task) for base in size.bases for task in size.tasks)
+
+
+def test_no_pass_makes_the_runs_of_another_where_bases_are_few() -> None:
+    for words, passes in ((["full"], 3), (["full", "--bases", "3"], 1), (["full", "--passes", "2"], 2)):
+        size = command._size(command._options(words))
+        assert size.passes == passes
+        cells = [cell for number in range(passes) for cell in size.cells(number)]
+        assert len(cells) == len(set(cells))
+
+
+def test_another_file_s_settings_are_chosen_by_its_own_draws(tmp_path: Path) -> None:
+    lines = [line(Cell(base, seed, "cipher"), "base", "-", 0.0, 0.9) for base, seed in ((3, 20), (4, 21))]
+    path = tmp_path / "quick-bases3-4-seeds20-21.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    size = report._size_of(path)
+    assert (size.name, size.bases, size.seeds) == (path.stem, (3, 4), (20, 21))
+    assert Cell(3, 20, "cipher") in size.design_cells()
+    assert report._size_of(tmp_path / "quick.jsonl") == SIZES["quick"]
 
 
 def test_settings_are_chosen_by_the_first_pass_without_the_last_base() -> None:

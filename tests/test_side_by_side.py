@@ -1,42 +1,92 @@
-"""Tensors side by side: the same results in the same order, and torch's threads as they were."""
+"""Tensors that threads take side by side come out as one after the other; errors and order are the same."""
 
+import os
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import pairs
 import pytest
-import torch
 
-from fisherkit.kernels.side_by_side import side_by_side
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+import fisherkit
+from fisherkit.checkpoint.writer import StreamedWriter
+from fisherkit.errors import OutputError
+from fisherkit.options import FapmOptions, MergeOptions
+from fisherkit.pairs import reader, rewrite
+from fisherkit.pairs.parallel import BlockPool
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 9])
-def test_results_come_in_the_order_of_the_items(threads: int, count: int) -> None:
-    items = [torch.full((size,), float(size)) for size in range(count)]
-    found = side_by_side(lambda item: float(item.sum()), items, [item.numel() for item in items])
-    assert list(found) == [float(size * size) for size in range(count)]
+def test_items_come_back_in_order_and_what_a_thread_maps_it_does_itself() -> None:
+    with BlockPool(3) as pool:
+
+        def one(item: int) -> tuple[int, set[int]]:
+            return item, set(pool.map(lambda start, stop: threading.get_ident(), 10, 1)) - {threading.get_ident()}
+
+        assert list(pool.side_by_side(one, iter(range(50)))) == [(item, set()) for item in range(50)]
+        assert len(pool.map(lambda start, stop: start, 10, 1)) == 10
 
 
-def test_torch_computes_alone_inside_and_as_before_outside(threads: int) -> None:
-    inside = list(side_by_side(lambda item: torch.get_num_threads(), [1, 2, 3], [1, 1, 1]))
-    assert inside == [1, 1, 1]
-    assert torch.get_num_threads() == threads
-    with ThreadPoolExecutor(1) as fresh:
-        assert fresh.submit(torch.get_num_threads).result() == threads
+def test_no_more_items_are_asked_for_than_are_under_way() -> None:
+    asked: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            asked.append(item)
+            yield item
+
+    with BlockPool(2) as pool:
+        for done, _ in enumerate(pool.side_by_side(lambda item: item, items())):
+            assert len(asked) <= done + 4
 
 
-def test_the_first_error_in_the_order_of_the_items_is_raised(threads: int) -> None:
+def test_the_first_error_in_order_is_the_one_that_is_raised() -> None:
+    second_failed = threading.Event()
+
     def fail(item: int) -> None:
-        if item:
-            raise ValueError(f"item {item}")
+        if item == 2:
+            second_failed.wait(5)
+            raise ValueError("first")
+        if item == 3:
+            second_failed.set()
+            raise ValueError("second")
 
-    with pytest.raises(ValueError, match="item 1"):
-        list(side_by_side(fail, [0, 1, 2, 3], [1, 1, 9, 5]))
-    assert torch.get_num_threads() == threads
+    with BlockPool(2) as pool, pytest.raises(ValueError, match="first"):
+        list(pool.side_by_side(fail, range(10)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("method", ["fapm", "merge"])
+def test_the_number_of_threads_and_who_shares_what_do_not_matter(
+    method: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pairs.make(tmp_path)
+    run = {
+        "fapm": lambda out: fisherkit.fapm(base, tuned, out, FapmOptions(sparsity=0.7)),
+        "merge": lambda out: fisherkit.merge(base, tuned, out, MergeOptions(alpha=0.5)),
+    }[method]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(threads)))
+    one = run(tmp_path / "side-by-side")
+    monkeypatch.setattr(reader, "_SIDE_BY_SIDE_BYTES", -1)
+    other = run(tmp_path / "shared")
+    assert list(one.tensors) == list(other.tensors)
+    for file in sorted((tmp_path / "shared").glob("*.safetensors")):
+        assert (tmp_path / "side-by-side" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_disk_that_fails_behind_the_work_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells of a lost write but once: a sync after it would find nothing wrong."""
+    base, tuned = pairs.make(tmp_path)
+    monkeypatch.setattr(rewrite, "_FLUSH_BYTES", 0)
+    fisherkit.fapm(base, tuned, tmp_path / "whole")
+    sync, calls = StreamedWriter.sync, iter(range(1000))
+
+    def fail_once(writer: StreamedWriter) -> None:
+        if next(calls) == 0:
+            raise OutputError("the disk is full")
+        sync(writer)
+
+    monkeypatch.setattr(StreamedWriter, "sync", fail_once)
+    with pytest.raises(OutputError, match="the disk is full"):
+        fisherkit.fapm(base, tuned, tmp_path / "lost")
+    assert pairs.is_whole(tmp_path / "whole")
+    assert not (tmp_path / "lost").exists()

@@ -1,7 +1,7 @@
 """Does it help? A small language model learns new tasks, one or several after the other, with and without protection.
 
     python -m benchmarks.forgetting quick                    half an hour on 2 cores
-    python -m benchmarks.forgetting full --passes 1          every draw on one base; more passes on the other bases
+    python -m benchmarks.forgetting full --passes 1          every draw once, each on its own base, then sequences
     python -m benchmarks.forgetting full --minutes 100       several such runs; each goes on where the last one was
     python -m benchmarks.forgetting quick --estimate         what is left, and about how long it takes on this machine
     python -m benchmarks.forgetting quick --seeds 20-24 --bases 3-5     the same on other draws and other bases
@@ -67,7 +67,7 @@ def _size(options: argparse.Namespace) -> Size:
         size = replace(size, passes=options.passes)
     if options.seeds:
         size = replace(size, seeds=options.seeds, name=f"{size.name}-seeds{options.seeds[0]}-{options.seeds[-1]}")
-    return size
+    return replace(size, passes=min(size.passes, len(size.bases)))  # a further one would make the same runs
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.forgetting import charts, tables, verdicts
-from benchmarks.forgetting.lines import read_lines, read_sessions
+from benchmarks.forgetting.lines import Run, read_lines, read_sessions
 from benchmarks.forgetting.measures import LEVELS
 from benchmarks.forgetting.results import Results
 from benchmarks.forgetting.runs import whole_passes
@@ -29,7 +29,7 @@ learn generated tasks: a sign of what a method does, not a promise for large one
   more loss on the new task, on straight lines between settings. Two curves are compared at
   {", ".join(f"{100 * level:.0f}" for level in LEVELS)} % of the way from the base's loss on the new task to the best
   of plain's, in logarithms, as far as both get there (*reaches*). Plus is better, in points of exact match or nats.
-  *% of plain's* is one curve over the other where that keeps 10 % at least.
+  *% of plain's* is one curve divided by the other, only where the other's exact match is at least 10 %.
 - **The task is the unit.** Draws and bases of one task are put together; the 95 % interval is Student's t over the
   tasks. **Bold**, and a verdict, need that it leaves out zero and that every base says the same. *Equal* needs that
   it lies within {100 * verdicts.MARGIN["exact"]:.0f} points ({verdicts.MARGIN["loss"]} nats), named before any run;
@@ -47,8 +47,18 @@ def write(out: Path, size: Size, results: Path, *, left: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     parts = [_part(out, size, results, left)]
     others = (path for path in sorted(out.glob("*.jsonl")) if path != results and path.stem.split("-")[0] in SIZES)
-    parts += [_part(out, replace(SIZES[path.stem.split("-")[0]], name=path.stem), path, 0) for path in others]
+    parts += [_part(out, _size_of(path), path, 0) for path in others]
     (out / "RESULTS.md").write_text("\n".join([_HEAD, *parts]), encoding="utf-8")
+
+
+def _size_of(path: Path) -> Size:
+    """Return the size that a file's lines are of; where its name says more than the size's, with the lines' places."""
+    size = SIZES[path.stem.split("-")[0]]
+    cells = [run.cell for run in (Run.of(line["key"]) for line in read_lines(path)) if run.kind == "one"]
+    if path.stem == size.name or not cells:
+        return size
+    bases, seeds = sorted({cell.base for cell in cells}), sorted({cell.seed for cell in cells})
+    return replace(size, name=path.stem, bases=tuple(bases), seeds=tuple(seeds), passes=min(size.passes, len(bases)))
 
 
 def _part(out: Path, size: Size, path: Path, left: int) -> str:
@@ -107,7 +117,8 @@ def _about(size: Size, path: Path, left: int) -> str:
         f"{len(lines)} runs, {seconds / 60:.0f} minutes of one core together",
         f"{len(size.tasks)} tasks x {len(size.seeds)} draws; bases {', '.join(map(str, size.bases))}, settings chosen "
         f"by {', '.join(map(str, size.design_bases()))} in the first pass",
-        f"{whole_passes(size, lines)} of {size.passes} passes over the draws whole, each on other bases",
+        f"{whole_passes(size, lines)} of {size.passes} passes complete"
+        + ("; each makes every draw once, on another base than the passes before" if size.passes > 1 else ""),
         f"Llama of {size.layers} blocks, width {size.hidden}, trained here",
         f"each new task: {size.course.steps} steps of {size.course.batch} items at a learning rate of "
         f"{size.course.rate:g}; {size.test_items} test items of each, {size.old_items} of each old one",

@@ -65,8 +65,8 @@ def still_to_do(size: Size, lines: Iterable[Line], number: int) -> tuple[list[Ru
     """Return what is left of a pass: runs of one task, and of the sequences those that are known."""
     lines = list(lines)
     done = {line["key"] for line in lines}
-    one, whole = of_one_task(size, number), of_sequences(size, lines, number)
-    return [run for run in one if run.key not in done], [run for run in whole if run.key not in done]
+    single, sequences = of_one_task(size, number), of_sequences(size, lines, number)
+    return [run for run in single if run.key not in done], [run for run in sequences if run.key not in done]
 
 
 def whole_passes(size: Size, lines: Iterable[Line]) -> int:

@@ -244,13 +244,14 @@ def _read_tensors(path: Path, track: Track | None, notes: tuple[str, ...]) -> So
     index = open_index(path)
     infos = list(index.tensors.values())
     switch_on(sum(info.numel for info in infos))
-    stats: dict[str, TensorStats] = {}
     with Reader(index) as reader:
-        measured = side_by_side(lambda info: measure(reader, info), infos, [info.nbytes for info in infos])
-        for done, (info, found) in enumerate(zip(infos, measured, strict=True), start=1):
-            stats[info.name] = found
-            if track is not None:
-                track("reading", done, len(infos))
+        measured = side_by_side(
+            lambda info: measure(reader, info),
+            infos,
+            [info.nbytes for info in infos],
+            lambda done: None if track is None else track("reading", done, len(infos)),
+        )
+    stats = {info.name: found for info, found in zip(infos, measured, strict=True)}
     total = sum(stats.values(), TensorStats())
     keys = ("sum", "max", "zeros", "nonfinite")
     figures = {

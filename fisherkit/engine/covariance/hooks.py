@@ -7,7 +7,7 @@ these. Gradients are those of each sample's own loss, as for the Fisher.
 Axes: B samples, T tokens, R rows (real tokens of a batch), C channels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +30,6 @@ from fisherkit.kernels.covariance import (
 )
 from fisherkit.kernels.deal import deal
 from fisherkit.kernels.devices import has_float64, wide_device
-from fisherkit.kernels.side_by_side import side_by_side
 
 
 class Accumulator:
@@ -185,28 +184,13 @@ class CovarianceHooks:
             one.counts = sum(rows for rows, _ in counts), sum(squares for _, squares in counts)
         self._sums = [self._sums[number] for number in dealt[ranks.rank]]
 
-    def finish_all(self, write: Callable[[str, Tensor], None]) -> dict[str, dict[str, Any]]:
-        """Finish every covariance, and return the figures of each by its name.
-
-        Args:
-            write: takes the name and the values, on the host; called by several threads.
-        """
+    def results(self) -> Iterator[tuple[Covariance, Tensor, dict[str, Any]]]:
+        """Yield each finished covariance with its figures; its sum's memory is free afterwards."""
         for held in (self._inputs, self._outputs, self._experts):
             held.clear()
-
-        def finish(one: Accumulator) -> tuple[str, dict[str, Any]]:
-            values, figures = one.finish()
-            write(one.covariance.name, values.to("cpu"))
-            return one.covariance.name, figures
-
-        whole = [one for one in self._sums if one.covariance.rank is None and one.sum.device.type == "cpu"]
-        finished = dict(side_by_side(finish, whole, [one.sum.numel() for one in whole]))
-        others = [one for one in self._sums if one.covariance.name not in finished]  # decomposed by all threads
-        whole.clear()
-        self._sums.clear()
-        while others:
-            finished |= [finish(others.pop(0))]  # its sum's memory is free afterwards
-        return finished
+        while self._sums:
+            one = self._sums.pop(0)
+            yield one.covariance, *one.finish()
 
     def _of(self, side: str) -> list[Accumulator]:
         return [one for one in self._sums if one.covariance.side == side]

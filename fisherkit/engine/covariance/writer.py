@@ -113,7 +113,10 @@ class CovarianceWriter:
         """Write finished covariances to the file, each in the rank that owns it."""
         assert self._writer is not None
         gathered.reduce(self._ranks)
-        finished = gathered.finish_all(self._writer.write)
+        finished = {}
+        for covariance, values, figures in gathered.results():
+            self._writer.write(covariance.name, values.to("cpu"))
+            finished[covariance.name] = figures
         if isinstance(self._writer, SharedFile):
             self._writer.exchange()
         for figures_of_rank in self._ranks.gather(finished):

@@ -73,7 +73,6 @@ class Job(Feed):
     general: frozenset[str] = field(default_factory=frozenset)
     covariances: CovarianceWriter | None = None
     ranks: Ranks = ALONE
-    _memory: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     @contextmanager
     def open_source(self) -> Iterator[TensorSource]:
@@ -98,24 +97,11 @@ class Job(Feed):
         return sample_loss(logits, labels, places, self.reduction)
 
     def accumulators(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return float32 zeros for each of these parameters, in one piece of memory.
-
-        On a CPU it is the piece of the call before, whose sums are no longer needed then: fresh memory costs the system
-        more time than the sums cost to clear.
-        """
+        """Return float32 zeros for each of these parameters, in one piece of memory."""
         shapes = {name: self.skeleton.model.get_parameter(name).shape for name in names}
-        sizes = [shape.numel() for shape in shapes.values()]
-        if self.device.type != "cpu":
-            memory = torch.zeros(sum(sizes), device=self.device)
-        elif sum(sizes) <= self._memory.numel():
-            memory = self._memory[: sum(sizes)].zero_()
-        else:
-            self._memory = torch.empty(0)  # let go of it before there is another
-            memory = self._memory = torch.zeros(sum(sizes))
-        return {
-            name: part.view(shape)
-            for (name, shape), part in zip(shapes.items(), torch.split(memory, sizes), strict=True)
-        }
+        memory = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=self.device)
+        parts = torch.split(memory, [shape.numel() for shape in shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def deliver(
         self, blocks: Sequence[int | None], sums: dict[str, Tensor], gathered: CovarianceHooks | None = None
