@@ -1,7 +1,7 @@
 """All finished runs of a size, by kind, method and setting, and what is asked of them. Numbers only."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.forgetting.lines import Kind, Line, Run
@@ -42,6 +42,9 @@ class Outcome:
 
 Read = Callable[[Outcome], float]
 Runs = Mapping[Cell, Outcome]
+Curves = Mapping[Cell, list[Point]]
+Compare = Callable[[Sequence[Point], Sequence[Point], Collection[float]], float]
+"""Compares two fronts at some new scores."""
 
 
 def mean_of(scores: Scores, which: int, names: Iterable[str] | None = None) -> float:
@@ -206,18 +209,21 @@ class Results:
             read: of the old.
             settings: ``of_ours`` and ``of_theirs``, in place of all that have the usual length.
         """
-        a = self.curves(kind, ours, read, settings.get("of_ours"))
-        b = self.curves(kind, theirs, read, settings.get("of_theirs"))
-        levels = self.levels(kind)
-        return by_task({cell: lead(a[cell], b[cell], levels[cell]) for cell in a if cell in b and cell in levels})
+        curves = (
+            self.curves(kind, ours, read, settings.get("of_ours")),
+            self.curves(kind, theirs, read, settings.get("of_theirs")),
+        )
+        return self._at_levels(kind, *curves, lead)
 
     def ratio(self, kind: Kind, ours: str, theirs: str, read: Read = old, least: float = 0.1) -> Estimate:
         """Return one method's curve over another's at equal new loss, where the other one keeps at least ``least``."""
-        a, b = self.curves(kind, ours, read), self.curves(kind, theirs, read)
+        curves = self.curves(kind, ours, read), self.curves(kind, theirs, read)
+        return self._at_levels(kind, *curves, lambda one, other, at: ratio(one, other, at, least))
+
+    def _at_levels(self, kind: Kind, ours: Curves, theirs: Curves, compare: Compare) -> Estimate:
         levels = self.levels(kind)
-        return by_task(
-            {cell: ratio(a[cell], b[cell], levels[cell], least) for cell in a if cell in b and cell in levels}
-        )
+        both = ours.keys() & theirs.keys() & levels.keys()
+        return by_task({cell: compare(ours[cell], theirs[cell], levels[cell]) for cell in ours if cell in both})
 
     def gain_kept(self, kind: Kind, whole: tuple[str, str], part: tuple[str, str]) -> Estimate:
         """Return the share of a fine-tune's gain in new loss that a part of it keeps: (base - part) / (base - whole).

@@ -96,6 +96,15 @@ class _Sums:
         self.sums = torch.zeros(_PATTERNS, dtype=torch.float64, device=device)
         self.others = torch.zeros(3, dtype=torch.float64, device=device)
 
+    def add_to_bins(self, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Add flat float32 magnitudes; return the bin of each, and how many of them each bin has got."""
+        # The sign is gone, so the bits order as the numbers do, and patterns from BINS up are infinities and NaN.
+        bins = size.view(torch.int32) >> MANTISSA_SHIFT
+        counts = torch.bincount(bins, minlength=_PATTERNS)
+        self.counts += counts
+        self.sums += torch.bincount(bins, weights=size.double(), minlength=_PATTERNS)
+        return bins, counts
+
 
 def _stats_of_16_bits(tensor: Tensor) -> TensorStats:
     """Return the same of a tensor of 16-bit numbers, which are only counted: there are but 65,536 of them.
@@ -126,10 +135,7 @@ def _stats_of_16_bits(tensor: Tensor) -> TensorStats:
 def _add_block_(found: _Sums, block: Tensor) -> None:
     """Add a flat float32 block; nothing waits for a device."""
     size = block.abs()
-    # The sign is gone, so the bits order as the numbers do, and patterns from BINS up are infinities and NaN.
-    bins = size.view(torch.int32) >> MANTISSA_SHIFT
-    found.counts += torch.bincount(bins, minlength=_PATTERNS)
-    found.sums += torch.bincount(bins, weights=size.double(), minlength=_PATTERNS)
+    bins, _ = found.add_to_bins(size)
     found.others[0] += (size == 0).sum()
     found.others[1] += ((block < 0) & (bins < BINS)).sum()
     found.others[2] = torch.maximum(found.others[2], torch.where(bins < BINS, size, 0.0).amax().double())
@@ -142,10 +148,7 @@ def _add_block_on_cpu_(found: _Sums, block: Tensor) -> None:
         _add_block_(found, block)
         return
     size = block.abs()
-    bins = size.view(torch.int32) >> MANTISSA_SHIFT
-    counts = torch.bincount(bins, minlength=_PATTERNS)
-    found.counts += counts
-    found.sums += torch.bincount(bins, weights=size.double(), minlength=_PATTERNS)
+    _, counts = found.add_to_bins(size)
     if counts[0]:
         found.others[0] += (size == 0).sum()
     if low < 0:
