@@ -19,6 +19,7 @@ The machine may be shared: sides take turns, each waits for a calm moment, and t
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,12 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cgroups
 from processes import Took, evict, measure
 
 OURS = "fapm"
 PEERS = ("ties", "della", "ties-50M")
 MERGEKIT = "mergekit==0.1.5"
 READ, COPY, SYNC, COLD = "read", "copy", "copy and sync", "cold "
+LIMIT = 200_000_000  # bytes of a cgroup that fapm is also run in
 TORCH = "torch==2.13.0"  # first and pinned, or pip fetches the build for GPUs with it
 
 
@@ -212,10 +215,11 @@ def _compare(
     for cold in [COLD + name for name in (OURS, READ, SYNC) if OURS in sides] * options.repeat:
         took = _turn(pair, cold, commands[cold.removeprefix(COLD)], options.patience)
         best[cold] = _better(best.get(cold), took)
-    shutil.rmtree(pair.out, ignore_errors=True)
     _print_sides(best, sides, shares)
     if OURS in sides:
         _print_limits(pair, best)
+        _print_within(pair, commands[OURS], options)
+    shutil.rmtree(pair.out, ignore_errors=True)
 
 
 def _shell(pair: Pair) -> dict[str, list[str]]:
@@ -274,6 +278,20 @@ def _print_limits(pair: Pair, best: dict[str, Took]) -> None:
             f"fapm reads and writes {through / best[cold + OURS].seconds:,.0f} MB/s",
             flush=True,
         )
+
+
+def _print_within(pair: Pair, command: Sequence[str], options: argparse.Namespace) -> None:
+    """Time of fapm where the kernel gives it no more than LIMIT bytes, for its memory and for files alike."""
+    group = cgroups.make_group(LIMIT)
+    if group is None:
+        print("no cgroup may be made here, so fapm was not run within one")
+        return
+    inside = ["sh", "-c", f"echo $$ > {shlex.quote(str(group))}/cgroup.procs; exec {shlex.join(command)}"]
+    try:
+        best = min(_turn(pair, OURS, inside, options.patience).seconds for _ in range(options.repeat))
+    finally:
+        group.rmdir()
+    print(f"warm, in a cgroup of {LIMIT / 1e6:.0f} MB: fapm {best:.2f} s", flush=True)
 
 
 def _memory_against_size(folder: Path, shape: Shape, programs: dict[str, list[str]], patience: float) -> None:

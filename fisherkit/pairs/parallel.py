@@ -14,13 +14,14 @@ import numpy as np
 
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.descriptors import cores
+from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.floats import Stored
 from fisherkit.kernels.prune_scores import BLOCK, Scratch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _MOST = 16  # more cores than the memory can feed
-_TRANSFER = 8 << 20  # bytes read per call of a thread
+_TRANSFER = 8 << 20  # bytes that a thread reads or writes at a time
 
 
 class BlockPool:
@@ -95,6 +96,11 @@ class BlockPool:
         step = max(1, _TRANSFER // max(out.itemsize, 1))
         self.map(lambda start, stop: reader.read_into(name, out[start:stop], start), out.size, step)
 
+    def write(self, writer: StreamedWriter, name: str, data: Stored) -> None:
+        """Put the whole of a tensor, flat, in its place."""
+        step = max(1, _TRANSFER // max(data.itemsize, 1))
+        self.map(lambda start, stop: writer.write_stored(name, data[start:stop], start), data.size, step)
+
 
 def block_starts(count: int, step: int = BLOCK) -> range:
     """Return where the blocks of ``BlockPool.map`` begin; an empty tensor has one block."""
@@ -121,6 +127,6 @@ class BufferPool:
             self._bytes[role] = np.empty(nbytes, np.uint8)
         return self._bytes[role][:nbytes].view(kind)
 
-    def holds(self, role: str, data: Stored) -> bool:
-        """Return whether ``data`` lies in a role's buffer."""
-        return role in self._bytes and bool(np.may_share_memory(self._bytes[role], data))
+    def release(self) -> None:
+        """Give the memory back; what was taken is not valid any more."""
+        self._bytes.clear()

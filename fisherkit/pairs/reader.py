@@ -20,8 +20,6 @@ from fisherkit.pairs.parallel import BlockPool, BufferPool
 AHEAD_BYTES = 256 << 20
 """How much of the files to come the system is asked for."""
 _SIDE_BY_SIDE_BYTES = 32 << 20
-_DOUBLE_BUFFERED_BYTES = 64 << 20
-"""Tensors up to this size have two buffers to be in, so that one is written while the next one is computed."""
 
 
 class Tensors:
@@ -38,6 +36,7 @@ class Tensors:
         self.pool = pool
         self.in_use = threading.Lock()
         self._local = threading.local()
+        self._held: list[BufferPool] = []  # of all threads
         self._means: dict[str, float] = {}  # of tensors that are finite throughout, and may be loaded again
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fisherkit-ahead")
         self._tuned = frozenset(checkpoints.tuned.names)
@@ -53,12 +52,13 @@ class Tensors:
         """Memory of the calling thread."""
         if not hasattr(self._local, "buffers"):
             self._local.buffers = BufferPool()
+            self._held.append(self._local.buffers)
         return self._local.buffers  # type: ignore[no-any-return]
 
-    @property
-    def _turn(self) -> int:
-        """Which of the calling thread's two buffers of the base is being filled."""
-        return getattr(self._local, "turn", 0)
+    def release(self) -> None:
+        """Give the buffers of all threads back; no tensor is valid any more."""
+        for buffers in self._held:
+            buffers.release()
 
     def is_small(self, name: str) -> bool:
         """Return whether a tensor is small enough for each thread to hold one."""
@@ -91,21 +91,9 @@ class Tensors:
     def base(self, name: str) -> Stored:
         """Read the base's tensor, flat."""
         info = self.info(name)
-        role = f"base {self._turn}" if info.nbytes <= _DOUBLE_BUFFERED_BYTES else "base"
-        out = self._buffers.take(role, info.numel, STORED[info.dtype])
+        out = self._buffers.take("base", info.numel, STORED[info.dtype])
         self.pool.read(self.checkpoints.base, name, out)
         return out
-
-    def double_buffer(self, data: Stored) -> bool:
-        """Leave ``data`` as it is until the next call: the tensors up to then are read into the other buffer.
-
-        Returns:
-            False if that is not possible: ``data`` is not a tensor of the base, or a large one.
-        """
-        if not self._buffers.holds(f"base {self._turn}", data):
-            return False
-        self._local.turn = self._turn ^ 1
-        return True
 
     def load(
         self, name: str, metric: str = "fapm", *, keep_nonfinite: bool = False, mean: float | None = None

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,8 @@ class Rewrite:
         """Compute and write every tensor that is not done yet.
 
         Small tensors are taken side by side, by a thread each, which reads, computes and writes. Threads share a large
-        one; and so they do with every tensor where the order counts.
+        one; and so they do with every tensor where the order counts. Small ones come first, so that their buffers are
+        gone when large ones need theirs.
 
         Args:
             names: the tensors, in BASE's order.
@@ -97,14 +98,16 @@ class Rewrite:
         left = [name for name in names if name not in self.rows]
         done = total - sum(self._tensors.info(name).nbytes for name in left)
         is_small = {name: self._tensors.is_small(name) and not in_order and self._delta is None for name in left}
-        walk = self._tensors.walk(left)  # one, so that what the system reads ahead crosses from one kind to the other
+        small = [name for name in left if is_small[name]]
+        large = [name for name in left if not is_small[name]]
+        walk = self._tensors.walk([*small, *large])  # one, so that what the system reads ahead crosses over
         with ThreadPoolExecutor(1, thread_name_prefix="fisherkit-flush") as flusher:
-            for together, run in groupby(left, is_small.__getitem__):
-                stretch = islice(walk, len(list(run)))
-                for name in self._side_by_side(stretch, change) if together else self._one_by_one(stretch, change):
+            for take, part in ((self._side_by_side, small), (self._one_by_one, large)):
+                for name in take(islice(walk, len(part)), change):
                     done += self._tensors.info(name).nbytes
                     self._flush_behind(flusher, name)
                     track(stage, done, total)
+                self._tensors.release()
         self.rows = {name: self.rows[name] for name in names}
         track(stage, total, total)
 
@@ -131,23 +134,14 @@ class Rewrite:
         yield from self._tensors.pool.side_by_side(one, names)
 
     def _one_by_one(self, names: Iterable[str], change: Callable[[str], Changed]) -> Iterator[str]:
-        """Compute one tensor while the one before it is written; yield their names."""
-        with ThreadPoolExecutor(1, thread_name_prefix="fisherkit-write") as behind:
-            writing: Future[None] | None = None
-            for name in names:
-                changed = change(name)
-                if writing is not None:
-                    writing.result()
-                writing = behind.submit(self._store, name, changed)
-                if not self._tensors.double_buffer(changed.data):  # the next tensor is read over this one
-                    writing.result()
-                yield name
-            if writing is not None:
-                writing.result()
+        """Compute and write tensors by all threads together; yield their names."""
+        for name in names:
+            self._store(name, change(name))
+            yield name
 
     def _store(self, name: str, changed: Changed) -> None:
         if self._writer is not None:
-            self._writer.write_stored(name, changed.data)
+            self._tensors.pool.write(self._writer, name, changed.data)
             self._writer.mark_written([name])
         if self._delta is not None and changed.entries is not None:
             self._delta.add(name, changed.entries)
