@@ -17,7 +17,8 @@ from torch import Tensor
 import fisherkit
 from fisherkit.artefacts.covariance_file import CovarianceFile
 from fisherkit.checkpoint.index import open_index
-from fisherkit.engine.covariance import hooks, plan
+from fisherkit.engine.covariance import hooks, plan, writer
+from fisherkit.engine.model.weights import Weights
 from fisherkit.errors import OptionError, OutputError, UnsupportedModelError
 from fisherkit.kernels import covariance as kernel
 from fisherkit.options import ExtractOptions
@@ -295,6 +296,45 @@ def test_dry_run_knows_the_bytes(
 def test_targets_without_linear_layers_are_refused(checkpoint: Checkpoint, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"targets.*linear layer"):
         run(checkpoint("llama"), prompts, tmp_path / "fisher.pt", targets="norm")
+
+
+@pytest.mark.parametrize("statistics", ["activations", "inputs"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma4-e2b"])
+def test_a_model_on_meta_shares_the_inputs_that_a_batch_shows(
+    architecture: str,
+    statistics: str,
+    checkpoint: Checkpoint,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def files(name: str) -> list[bytes]:
+        out = tmp_path / name / "out.safetensors"
+        out.parent.mkdir()
+        fisherkit.extract(checkpoint(architecture), prompts, out, options(statistics=statistics))
+        return [file.read_bytes() for file in sorted(out.parent.glob("*.safetensors"))]
+
+    known = files("known")
+    monkeypatch.setattr(writer, "probe_on_meta", lambda *_: None)
+    assert files("observed") == known
+
+
+@pytest.mark.parametrize(("known", "reads"), [(True, 1), (False, 2)])
+def test_inputs_take_one_read_of_the_weights(
+    known: bool, reads: int, checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, read = Weights._fetch, list[tuple[int, ...]]()
+
+    def fetch(weights: Weights, group: tuple[int, ...]) -> Any:
+        read.append(group)
+        return plain(weights, group)
+
+    monkeypatch.setattr(Weights, "_fetch", fetch)
+    if not known:
+        monkeypatch.setattr(writer, "probe_on_meta", lambda *_: None)
+    changes: dict[str, Any] = {"statistics": "inputs", "group_size": 1}
+    fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "inputs.safetensors", options(**changes))
+    assert {group: read.count(group) for group in read if group[0]} == {(1,): reads, (2,): reads}
 
 
 def test_inputs_that_are_shared_only_sometimes_are_refused(

@@ -1,9 +1,10 @@
 """Plan of the covariances that a run gathers: of inputs of linear layers, and of gradients at their outputs.
 
 Layers that are called with the very same tensor (queries, keys and values; gate and up) share one input covariance.
-Which ones do is observed, not known: one batch runs through the blocks while a probe notes the tensor that reaches
-each layer. Of fused experts, which see other tokens each, the inputs alone can be gathered, where a checkpoint holds
-each expert's matrices as tensors of their own. What is left has no covariance, and is named in the report.
+Which ones do is observed: the model runs on the meta device, or a batch through the blocks, while a probe notes the
+tensor that reaches each layer. Of fused experts, which see other tokens each, the inputs alone can be gathered, where a
+checkpoint holds each expert's matrices as tensors of their own. What is left has no covariance, and is named in the
+report.
 """
 
 import math
@@ -232,16 +233,21 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def probe_on_meta(skeleton: Skeleton, plan: Plan) -> SharedInputs | None:
+def probe_on_meta(skeleton: Skeleton, plan: Plan, general: frozenset[str] = frozenset()) -> SharedInputs | None:
     """Find the layers that share their input by a forward on the meta device; None where the model does not run there.
 
-    A plan for a checkpoint that is not there (``--dry-run``) has no weights to run a batch with.
+    It needs no weights, and costs no batch; a model that has some already, or sends tokens to experts, does not run.
+
+    Args:
+        skeleton: the model.
+        plan: its targets.
+        general: see ``layers_of``.
     """
     blocks = [block for block in plan.targets if block is not None]
     meta = torch.device("meta")
     ids, mask = torch.zeros(1, 4, dtype=torch.long, device=meta), torch.zeros(1, 1, 4, 4, device=meta)
     try:
-        with SharedInputProbe(layers_of(skeleton, plan, frozenset(), blocks)) as probe:
+        with SharedInputProbe(layers_of(skeleton, plan, general, blocks)) as probe:
             # Given positions and a mask, models read no values from tensors; on meta there are none.
             skeleton.model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, KeyError, IndexError):

@@ -18,6 +18,7 @@ from fisherkit.engine.covariance.plan import (
     SharedInputs,
     layers_of,
     plan_covariances,
+    probe_on_meta,
 )
 from fisherkit.engine.model.plan import Plan
 from fisherkit.engine.model.skeleton import Skeleton
@@ -36,6 +37,10 @@ class CovarianceWriter:
         device: where sums are kept.
         form: which covariances, and how they are stored.
         ranks: processes that gather them together.
+
+    Attributes:
+        shared_inputs: of the layers that are known so far.
+        knows_shared_inputs: they are known of all layers, without a batch that runs through them.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class CovarianceWriter:
         self._writer: StreamedWriter | SharedFile | None = None
         self._general: frozenset[str] = frozenset()
         self.shared_inputs: SharedInputs = {}
+        self.knows_shared_inputs = False
         self.covariances: list[Covariance] = []
         self.figures: dict[str, dict[str, Any]] = {}
 
@@ -74,7 +80,9 @@ class CovarianceWriter:
         self.__exit__(None, None, None)
         self._writer, self._general = None, general
         state = progress.get("moments", {})
-        self.shared_inputs = dict(state.get("heard", progress.get("heard", {})))
+        known = None if state else probe_on_meta(self._skeleton, self._plan, general)
+        self.knows_shared_inputs = bool(state) or known is not None
+        self.shared_inputs = {**(known or {}), **state.get("heard", progress.get("heard", {}))}
         self.figures = dict(state.get("figures", {}))
         self.covariances = self._planned()  # or refuse now
         if state:
@@ -89,6 +97,9 @@ class CovarianceWriter:
     @contextmanager
     def probing(self, blocks: Sequence[int]) -> Iterator[None]:
         """Find the shared inputs of these blocks while one batch runs through them inside of the ``with``."""
+        if self.knows_shared_inputs:
+            yield
+            return
         with SharedInputProbe(self._layers(blocks)) as probe:
             yield
         self.shared_inputs |= probe.shared_inputs

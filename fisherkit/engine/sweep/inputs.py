@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from fisherkit.engine.covariance.plan import probe_on_meta
 from fisherkit.engine.covariance.writer import CovarianceWriter
 from fisherkit.engine.model.linear_layers import BatchingCheck
 from fisherkit.engine.model.weights import Weights
@@ -91,10 +90,7 @@ class _InputSweep(Sweep):
         covariances = _covariances_of(self.job)
         if covariances.is_laid_out:
             return
-        shared_inputs = probe_on_meta(self.job.skeleton, self.job.plan)
-        if shared_inputs is not None:
-            covariances.shared_inputs = shared_inputs
-        else:
+        if not covariances.knows_shared_inputs:
             boundary = self._load("boundary-0", 0) if self.job.batches else None
             for group in self.groups[: top + 1]:
                 self.weights.enter(group)

@@ -60,10 +60,11 @@ def check_runs(feed: Feed) -> None:
 
 @torch.no_grad()
 def probe_shared_inputs(job: Job) -> None:
-    """Find the layers that share their inputs, by one sample."""
+    """Find the layers that share their inputs, by one sample where that is not known; then lay out the covariances."""
     assert job.covariances is not None
-    with job.covariances.probing(range(len(job.skeleton.blocks))):
-        job.skeleton.model(**job.inputs([0]), use_cache=False)
+    if not job.covariances.knows_shared_inputs:
+        with job.covariances.probing(range(len(job.skeleton.blocks))):
+            job.skeleton.model(**job.inputs([0]), use_cache=False)
     job.covariances.lay_out()
     job.work.commit(moments=job.covariances.state())
 

@@ -158,7 +158,7 @@ class Sweep:
         if covariances is None or covariances.is_laid_out:
             return
         self._wait_for_commit()
-        if self.job.plan.names(self.groups[self.top]):
+        if not covariances.knows_shared_inputs and self.job.plan.names(self.groups[self.top]):
             self.weights.enter(self.groups[self.top])
             with self.job.ranks.agreeing():
                 if self.job.batches:
