@@ -92,6 +92,7 @@ def test_what_is_kept_does_not_depend_on_who_computes_it(
     assert_same_counts(ours[1].counts, theirs[1].counts)
     assert np.array_equal(ours[1].candidates, theirs[1].candidates)
     assert bits(ours[1].scores) == bits(theirs[1].scores)
+    assert bits(ours[1].deltas) == bits(theirs[1].deltas)
 
 
 @pytest.mark.parametrize("code", compiled.CODES)

@@ -134,7 +134,7 @@ def _refuse_damaged(share: Path, files: Iterable[Path]) -> None:
         try:
             read_header(file)
         except CheckpointError as error:
-            reason = str(error).removesuffix("; fetch the file again")
+            reason = str(error).partition("; fetch")[0]  # nobody can fetch what was made here
             raise OutputError(f"{reason}; delete {share} and write that share again") from None
 
 

@@ -20,7 +20,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def share_bytes(parameter: Tensor) -> int:
-    """Return the bytes of the largest part that any process holds of a parameter: the same number in all of them."""
+    """Return the bytes that each process holds of a parameter, at an even division: the same number in all of them."""
     if not is_sharded(parameter):
         return parameter.nbytes
     mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
