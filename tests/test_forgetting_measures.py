@@ -207,6 +207,18 @@ def test_longer_courses_are_no_part_of_a_curve_unless_they_are_named() -> None:
     assert long.mean > 0.1
 
 
+@pytest.mark.parametrize(("method", "own", "extra"), [("shield", "5@1", "1.5@1"), ("fapm", "0.5", "0.3")])
+def test_settings_beside_the_grid_are_no_part_of_a_curve_unless_they_are_named(
+    method: str, own: str, extra: str
+) -> None:
+    results = made({**PLAIN, (method, own): (0.8, 0.5), (method, extra): (0.8, 0.9)})
+    without = made({**PLAIN, (method, own): (0.8, 0.5)})
+    assert results.settings("one", method) == [own, extra]
+    assert results.of_curve("one", method) == [own]
+    assert results.lead("one", method, "plain") == without.lead("one", method, "plain")
+    assert results.lead("one", method, "plain", of_ours=[own, extra]).mean > 0.1
+
+
 def test_probed_and_unseen_are_taken_apart() -> None:
     assert not set(figures.PROBED) & set(figures.UNSEEN)
     found = line(CELLS[0], "plain", "-@1", 0.5, 0.25)
@@ -230,6 +242,8 @@ def test_every_method_that_learns_has_the_same_number_of_settings() -> None:
             if method != "plain":
                 assert settings == tuple(f"{s}@{r}" for s in STRENGTHS[method] for r in RATES)
                 assert len(set(STRENGTHS[method])) == 2
+        for method in size.posthoc:
+            assert len(set(grid(method))) == 2
     assert len(PLAIN_RATES) == 6
     assert set(RATES) < set(PLAIN_RATES)
 

@@ -67,7 +67,7 @@ def curves(title: str, results: Results, methods: Sequence[str]) -> str:
 
 
 def _points(results: Results, method: str) -> list[Point]:
-    arms = [("base", "-"), *((method, setting) for setting in results.settings("one", method))]
+    arms = [("base", "-"), *((method, setting) for setting in results.of_curve("one", method))]
     reads = (figures.new, figures.old)
     return front(
         (100 * new, 100 * old)

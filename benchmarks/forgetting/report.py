@@ -20,8 +20,9 @@ each method; then it is asked both. What came out is what is here, whichever way
 learn generated tasks: a sign of what a method does, not a promise for large ones. The first edition is in `first/`.
 
 - **Equal tuning.** Every method that learns gets three learning rates ({", ".join(RATES)} of plain fine-tuning's) by
-  two strengths, its own knob; plain fine-tuning gets six rates. `5@2.5x4` is the strength 5 at 2.5 times the rate, four
-  times as long.
+  two strengths, its own knob; plain fine-tuning gets six rates, a way to keep a part of a finished fine-tune two
+  settings. More settings are in the tables, and in a curve only where a claim says so. `5@2.5x4` is the strength 5 at
+  2.5 times the rate, four times as long.
 - **What was tried beforehand.** On a draw of its own (seed 100): three strengths of the shield on three tasks, two or
   three strengths of the pull, EWC, distillation and L2-SP on one task; nothing of the rest. So the shield had more
   trials than its rivals, if fewer than in the first edition.

@@ -18,7 +18,7 @@ from benchmarks.forgetting.measures import (
     ratio,
     reached,
 )
-from benchmarks.forgetting.settings import Setting
+from benchmarks.forgetting.settings import Setting, grid
 from benchmarks.forgetting.tasks import PROBED, UNSEEN
 
 Scores = Mapping[str, tuple[float, float]]
@@ -147,6 +147,10 @@ class Results:
         found = [setting for where, name, setting in self._arms if (where, name) == (kind, method)]
         return [setting for setting in found if length in (None, Setting.of(setting).length)]
 
+    def of_curve(self, kind: Kind, method: str) -> list[str]:
+        """Return the settings that a method is compared by: of its grid, so that none has more than the others."""
+        return self.known(kind, method, grid(method))
+
     def known(self, kind: Kind, method: str, settings: Iterable[str]) -> list[str]:
         """Return those of some settings that have runs."""
         return [setting for setting in settings if self.runs(kind, method, setting)]
@@ -176,9 +180,9 @@ class Results:
             kind: of runs.
             method: whose.
             read: of the old; a loss counts negative.
-            settings: of the front; all of the method with courses of the usual length by default.
+            settings: of the front, in place of ``of_curve``.
         """
-        chosen = self.settings(kind, method) if settings is None else list(settings)
+        chosen = self.of_curve(kind, method) if settings is None else list(settings)
         sign = -1 if read in LOSSES else 1
         found = {}
         for cell, start in self.runs(kind, "base", "-").items():
@@ -207,7 +211,7 @@ class Results:
             ours: a method.
             theirs: another.
             read: of the old.
-            settings: ``of_ours`` and ``of_theirs``, in place of all that have the usual length.
+            settings: ``of_ours`` and ``of_theirs``, in place of ``of_curve``.
         """
         curves = (
             self.curves(kind, ours, read, settings.get("of_ours")),

@@ -41,6 +41,24 @@ any. Those of shield, pull, ewc, distil and l2-sp were picked by eye on a draw t
 shield's from three values on three tasks, at two rates and on two bases; the others' from two or three on one task at
 one rate. The rest was not tried beforehand."""
 
+PARTS: Mapping[str, tuple[str, str]] = {
+    "fapm": ("0.5", "0.9"),
+    "magnitude": ("0.5", "0.9"),
+    "random": ("0.5", "0.9"),
+    "relative": ("0.5", "0.9"),
+    "dare": ("0.5", "0.9"),
+    "wise-ft": ("0.3", "0.6"),
+    "regmean": ("0.3", "3"),
+    "fisher-merge": ("0.3", "3"),
+    "layer-scale-merge": ("0.5", "1"),
+    "shield-merge": ("5", "15"),
+    "long+fapm": ("0.5", "0.9"),
+    "lora+fapm": ("0.1", "0.5"),
+    "lora+layer-scale-merge": ("0.5", "1"),
+    "fggm+fapm": ("0.5", "0.9"),
+}
+"""Two settings of every method that keeps a part of a finished fine-tune."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -62,7 +80,12 @@ class Setting:
 
 
 def grid(method: str) -> tuple[str, ...]:
-    """Return the settings of a method: three rates by two strengths, or six rates of plain fine-tuning."""
+    """Return the settings that a method is compared by: three rates by two strengths, six rates of plain fine-tuning.
+
+    A method that acts on a finished fine-tune has two.
+    """
     if method == "plain":
         return tuple(f"{NO_STRENGTH}@{rate}" for rate in PLAIN_RATES)
+    if method in PARTS:
+        return PARTS[method]
     return tuple(f"{strength}@{rate}" for strength in STRENGTHS[method] for rate in RATES)

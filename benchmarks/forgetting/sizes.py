@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.forgetting.measures import Cell
 from benchmarks.forgetting.model import Course
+from benchmarks.forgetting.settings import PARTS
 
 SEQUENCE_SHIFT = 50
 """Sequences draw the tasks of other seeds than the runs of one task from which their settings are chosen."""
@@ -34,9 +35,9 @@ class Size:
         passes: times that every draw is made, each time on the base after the one before. The first pass alone says
             which settings learn the sequences, and is followed by them: so it can be read while the rest is made.
         learners: methods whose whole grid is run on one task, and whose two best settings learn the sequence.
-        extra: settings on one task besides the grids.
+        extra: settings on one task besides the grids, which no curve is made of.
         courses: settings of longer courses, for the first draw on the first base alone.
-        posthoc: settings of methods that act on a finished fine-tune.
+        posthoc: settings of methods that act on a finished fine-tune; their curves are made of ``settings.PARTS``.
         sequences: methods that learn sequences with the settings of another.
         more_sequences: settings that learn the sequences besides those that were chosen.
         device: of the models.
@@ -131,28 +132,13 @@ _LONG_COURSES = {
     "shield": ("5@0.4x4", "5@1x4", "5@2.5x4", "15@1x4", "5@0.4x16", "5@1x16", "15@1x16"),
     "lora": ("4@0.4x4", "4@1x4", "16@1x4"),
 }
-_POSTHOC = {
-    "fapm": ("0.5", "0.9"),
-    "magnitude": ("0.5", "0.9"),
-    "random": ("0.5", "0.9"),
-    "wise-ft": ("0.3", "0.6"),
-    "regmean": ("0.3", "3"),
-}
+_POSTHOC = {method: PARTS[method] for method in ("fapm", "magnitude", "random", "wise-ft", "regmean")}
 _LONG_POSTHOC = {
+    **PARTS,
     "fapm": ("0.3", "0.5", "0.7", "0.9", "0.95"),
-    "magnitude": ("0.5", "0.9"),
-    "random": ("0.5", "0.9"),
-    "relative": ("0.5", "0.9"),
-    "dare": ("0.5", "0.9"),
     "wise-ft": ("0.1", "0.3", "0.6", "0.8"),
     "regmean": ("0.1", "0.3", "1", "3", "10"),
     "fisher-merge": ("0.3", "1", "3"),
-    "layer-scale-merge": ("0.5", "1"),
-    "shield-merge": ("5", "15"),
-    "long+fapm": ("0.5", "0.9"),
-    "lora+fapm": ("0.1", "0.5"),
-    "lora+layer-scale-merge": ("0.5", "1"),
-    "fggm+fapm": ("0.5", "0.9"),
 }
 
 _MASK_RATIOS = tuple(f"{ratio}@1" for ratio in ("0.05", "0.1", "0.3", "0.6", "0.9"))
@@ -177,7 +163,7 @@ SIZES = {
         seeds=(0, 1),
         learners=_FULL_LEARNERS,
         courses={"plain": ("-@0.1x4",), "shield": ("5@1x4",)},
-        posthoc={method: settings[:1] for method, settings in _LONG_POSTHOC.items()},
+        posthoc={method: settings[:1] for method, settings in PARTS.items()},
         sequences={"shield-onward": "shield"},
         more_sequences={"fggm": _MASK_RATIOS[:3]},
     ),

@@ -83,7 +83,7 @@ def lead_table(results: Results, size: Size, methods: Sequence[str], against: st
             leads = (show(results.lead("one", method, against, read), read, sign=True) for _, read in _LEADS)
             reach = results.reach("one", method).mean
             share = show(results.ratio("one", method, against), figures.old)
-            settings = results.settings("one", method)
+            settings = results.of_curve("one", method)
             best = best_settings(results, method, settings, size.design_cells())[:1]
             average = (show(results.mean("one", method, one, figures.average), figures.average) for one in best)
             rows.append((method, str(len(settings)), f"{100 * reach:.0f} %", *leads, share, *average))
@@ -177,7 +177,7 @@ def short_table(results: Results, size: Size) -> str:
     end: Sequence[Read] = (*one, figures.new)
     rows = []
     for method in dict.fromkeys((*learners(results), *results.methods("all"))):
-        settings = len(results.settings("one", size.sequences.get(method, method)))
+        settings = len(results.of_curve("one", size.sequences.get(method, method)))
         first = (
             ("the curve",) * 3
             if method == "plain"
