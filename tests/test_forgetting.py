@@ -267,7 +267,7 @@ def test_results_are_written_with_verdicts_and_curves(toy: tuple[runs.Bench, Pat
     report.write(folder, bench.size, bench.results, left=3)
     written = (folder / "RESULTS.md").read_text()
     assert "**3 runs are still to do**" in written
-    for part in ("not run", "### The sequence", "| fapm | 0.3 |", "| shield | 5@0.4 |"):
+    for part in ("not run", "### The sequence", "| fapm | 0.5 |", "| shield | 5@0.4 |"):
         assert part in written
     for picture in re.findall(r"\((.*\.svg)\)", written):
         assert (folder / picture).read_text().startswith("<svg")
