@@ -281,17 +281,23 @@ def _print_limits(pair: Pair, best: dict[str, Took]) -> None:
 
 
 def _print_within(pair: Pair, command: Sequence[str], options: argparse.Namespace) -> None:
-    """Time of fapm where the kernel gives it no more than LIMIT bytes, for its memory and for files alike."""
+    """Time of fapm where the kernel gives it no more than LIMIT bytes, for its memory and for what it writes.
+
+    Inputs that are in memory already are not counted.
+    """
     group = cgroups.make_group(LIMIT)
     if group is None:
         print("no cgroup may be made here, so fapm was not run within one")
         return
-    inside = ["sh", "-c", f"echo $$ > {shlex.quote(str(group))}/cgroup.procs; exec {shlex.join(command)}"]
+    inside = ["sh", "-c", f"echo $$ > {shlex.quote(str(group))}/cgroup.procs && exec {shlex.join(command)}"]
     try:
         best = min(_turn(pair, OURS, inside, options.patience).seconds for _ in range(options.repeat))
+        found = f"fapm {best:.2f} s"
+    except SystemExit as failed:
+        found = str(failed.code).splitlines()[0]
     finally:
         group.rmdir()
-    print(f"warm, in a cgroup of {LIMIT / 1e6:.0f} MB: fapm {best:.2f} s", flush=True)
+    print(f"warm, in a cgroup of {LIMIT / 1e6:.0f} MB: {found}", flush=True)
 
 
 def _memory_against_size(folder: Path, shape: Shape, programs: dict[str, list[str]], patience: float) -> None:

@@ -57,18 +57,19 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float, name: str = ""
     assert error <= tolerance, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize("architecture", [*tiny.CONFIGS, *tiny.ODD])
 def test_moments_equal_the_float64_loop(
     architecture: str, checkpoint: Checkpoint, prompts: Path, tmp_path: Path
 ) -> None:
     model = checkpoint(architecture)
-    found, made = run(model, prompts, tmp_path / "fisher.safetensors", engine="stream")
+    engine = "stream" if architecture in tiny.CONFIGS else "auto"
+    found, made = run(model, prompts, tmp_path / "fisher.safetensors", engine=engine)
     inputs, outputs = oracle.moments(model, samples_of(model, prompts))
     for side, wanted in (("input", inputs), ("output", outputs)):
         ours = by_weight(found, made, side)
         for name, value in ours.items():
             assert torch.equal(value, value.mT)
-            assert_close(value, wanted[name], 1e-5, f"{side} of {name}")
+            assert_close(value, wanted[name], 2e-5, f"{side} of {name}")
         matrices = set(safetensors.torch.load_file(tmp_path / "fisher.safetensors"))
         assert set(ours) == matrices - set(made["left_out"])
     assert bool(made["left_out"]) == (architecture in FUSED)
@@ -299,7 +300,7 @@ def test_targets_without_linear_layers_are_refused(checkpoint: Checkpoint, promp
 
 
 @pytest.mark.parametrize("statistics", ["activations", "inputs"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma4-e2b"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma4-e2b", *tiny.ODD])
 def test_a_model_on_meta_shares_the_inputs_that_a_batch_shows(
     architecture: str,
     statistics: str,
@@ -314,7 +315,10 @@ def test_a_model_on_meta_shares_the_inputs_that_a_batch_shows(
         fisherkit.extract(checkpoint(architecture), prompts, out, options(statistics=statistics))
         return [file.read_bytes() for file in sorted(out.parent.glob("*.safetensors"))]
 
+    found: list[Any] = []
+    monkeypatch.setattr(writer, "probe_on_meta", lambda *its: found.append(plan.probe_on_meta(*its)) or found[-1])
     known = files("known")
+    assert (found[0] is None) == (architecture == "phi3-longrope")  # which looks at the numbers of positions
     monkeypatch.setattr(writer, "probe_on_meta", lambda *_: None)
     assert files("observed") == known
 
@@ -335,6 +339,22 @@ def test_inputs_take_one_read_of_the_weights(
     changes: dict[str, Any] = {"statistics": "inputs", "group_size": 1}
     fisherkit.extract(checkpoint("llama"), prompts, tmp_path / "inputs.safetensors", options(**changes))
     assert {group: read.count(group) for group in read if group[0]} == {(1,): reads, (2,): reads}
+
+
+@pytest.mark.parametrize("statistics", ["activations", "inputs"])
+def test_a_single_group_whose_layers_flatten_their_input_takes_samples_one_by_one(
+    statistics: str, checkpoint: Checkpoint, prompts: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"statistics": statistics, "targets": "fc[12]", "group_size": 3}
+    made = []
+    for batch_tokens in (1000, 1):
+        out = tmp_path / f"{batch_tokens}.safetensors"
+        fisherkit.extract(checkpoint("opt"), prompts, out, options(**changes, batch_tokens=batch_tokens))
+        moments = out if statistics == "inputs" else out.with_name(f"{out.stem}.activations.safetensors")
+        made.append(safetensors.torch.load_file(moments))
+    assert made[0].keys() == made[1].keys()
+    for name, value in made[0].items():
+        assert_close(value, made[1][name].double(), 1e-5, name)
 
 
 def test_inputs_that_are_shared_only_sometimes_are_refused(

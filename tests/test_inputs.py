@@ -19,7 +19,6 @@ from fisherkit.artefacts.covariance_file import CovarianceFile
 from fisherkit.checkpoint.index import open_index
 from fisherkit.engine.covariance import experts
 from fisherkit.engine.model import build, open_model
-from fisherkit.engine.sweep import inputs
 from fisherkit.errors import OptionError, UnsupportedModelError
 from fisherkit.kernels import covariance as kernel
 from fisherkit.options import ExtractOptions, MergeOptions
@@ -152,16 +151,6 @@ def test_experts_that_are_multiplied_unseen_are_refused(
     with pytest.raises(UnsupportedModelError, match=r"no token was seen to reach the experts of .*--targets"):
         run(checkpoint("qwen3-moe"), prompts, tmp_path / "in.safetensors")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_which_layers_share_shows_without_a_second_read_or_with_one(
-    checkpoint: Checkpoint, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, _ = run(checkpoint("llama"), prompts, tmp_path / "a.safetensors")
-    monkeypatch.setattr(inputs, "probe_on_meta", lambda skeleton, plan: None)
-    probed, _ = run(checkpoint("llama"), prompts, tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    assert plain.keys() == probed.keys()
 
 
 @pytest.mark.parametrize("changes", [{"group_size": 1}, {"group_size": 8}, {"batch_tokens": 1}, {"layers": (1,)}])

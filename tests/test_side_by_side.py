@@ -2,17 +2,20 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pairs
 import pytest
+from kills import Killed, killed_after
 
 import fisherkit
+from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.errors import OutputError
 from fisherkit.options import FapmOptions, MergeOptions
-from fisherkit.pairs import reader, rewrite
+from fisherkit.pairs import parallel, reader, rewrite
 from fisherkit.pairs.parallel import BlockPool
 
 
@@ -54,6 +57,36 @@ def test_the_first_error_in_order_is_the_one_that_is_raised() -> None:
         list(pool.side_by_side(fail, range(10)))
 
 
+def test_after_an_error_no_thread_works_on() -> None:
+    working: list[int] = []
+    begun = threading.Event()
+
+    def one(start: int, stop: int) -> None:
+        if start == 0:
+            begun.wait(5)
+            raise ValueError("first")
+        begun.set()
+        time.sleep(0.05)
+        working.append(start)
+
+    with BlockPool(3) as pool:
+        with pytest.raises(ValueError, match="first"):
+            pool.map(one, 100, 1)
+        done = list(working)
+        time.sleep(0.2)
+        assert done
+        assert working == done
+        assert len(done) < 20  # what had not begun was left
+
+
+def half_small(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have half of a checkpoint's tensors count as small, and large ones written in many parts."""
+    sizes = sorted(info.nbytes for info in open_index(base).tensors.values())
+    assert sizes[0] < sizes[len(sizes) // 2] < sizes[-1]
+    monkeypatch.setattr(reader, "_SIDE_BY_SIDE_BYTES", sizes[len(sizes) // 2])
+    monkeypatch.setattr(parallel, "_TRANSFER", 64)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("method", ["fapm", "merge"])
 def test_the_number_of_threads_and_who_shares_what_do_not_matter(
@@ -65,12 +98,34 @@ def test_the_number_of_threads_and_who_shares_what_do_not_matter(
         "merge": lambda out: fisherkit.merge(base, tuned, out, MergeOptions(alpha=0.5)),
     }[method]
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(threads)))
-    one = run(tmp_path / "side-by-side")
+    reports = [run(tmp_path / "side-by-side")]
+    half_small(base, monkeypatch)
+    reports.append(run(tmp_path / "both"))
     monkeypatch.setattr(reader, "_SIDE_BY_SIDE_BYTES", -1)
-    other = run(tmp_path / "shared")
-    assert list(one.tensors) == list(other.tensors)
-    for file in sorted((tmp_path / "shared").glob("*.safetensors")):
-        assert (tmp_path / "side-by-side" / file.name).read_bytes() == file.read_bytes()
+    reports.append(run(tmp_path / "shared"))
+    for report in reports:
+        assert list(report.tensors) == list(reports[0].tensors)
+    for file in sorted((tmp_path / "side-by-side").glob("*.safetensors")):
+        for other in ("both", "shared"):
+            assert (tmp_path / other / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 9, 14])
+def test_a_run_killed_among_small_or_large_tensors_goes_on_to_the_same_bits(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pairs.make(tmp_path)
+    whole = fisherkit.fapm(base, tuned, tmp_path / "whole", FapmOptions(sparsity=0.7))
+    half_small(base, monkeypatch)
+    monkeypatch.setattr(rewrite, "_COMMIT_SECONDS", 0)
+    with pytest.raises(Killed):
+        fisherkit.fapm(
+            base, tuned, tmp_path / "out", FapmOptions(sparsity=0.7), track=killed_after(steps, stage="writing")
+        )
+    gone_on = fisherkit.fapm(base, tuned, tmp_path / "out", FapmOptions(sparsity=0.7, resume=True))
+    assert list(gone_on.tensors) == list(whole.tensors)
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_disk_that_fails_behind_the_work_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ class Results:
         found = {}
         for cell, start in self.runs(kind, "base", "-").items():
             plain = [
-                own[cell] for one in self.settings(kind, "plain") if cell in (own := self.runs(kind, "plain", one))
+                own[cell] for one in self.of_curve(kind, "plain") if cell in (own := self.runs(kind, "plain", one))
             ]
             if plain:
                 begin, end = progress(start), max(map(progress, plain))

@@ -89,7 +89,13 @@ class BlockPool:
         starts = block_starts(count, step)
         if len(starts) == 1 or getattr(self._local, "is_alone", False):
             return [function(start, min(start + step, count)) for start in starts]
-        return list(self._executor.map(lambda start: function(start, min(start + step, count)), starts))
+        under_way = [self._executor.submit(function, start, min(start + step, count)) for start in starts]
+        try:
+            return [future.result() for future in under_way]
+        finally:  # after an error, too: nobody reads or writes any more when the caller closes its files
+            for future in under_way:
+                future.cancel()
+            wait(under_way)
 
     def read(self, reader: ArrayReader, name: str, out: Stored) -> None:
         """Fill the flat ``out`` with the whole of a tensor."""
@@ -108,7 +114,7 @@ def block_starts(count: int, step: int = BLOCK) -> range:
 
 
 class BufferPool:
-    """Flat buffers by role that tensor after tensor is read into: one allocation for a whole run."""
+    """Flat buffers by role that tensor after tensor is read into, until they are released."""
 
     def __init__(self) -> None:
         self._bytes: dict[str, np.ndarray] = {}

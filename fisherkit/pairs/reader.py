@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 from fisherkit.checkpoint.headers import TensorInfo
 from fisherkit.errors import CheckpointError
@@ -36,7 +37,7 @@ class Tensors:
         self.pool = pool
         self.in_use = threading.Lock()
         self._local = threading.local()
-        self._held: list[BufferPool] = []  # of all threads
+        self._held: WeakSet[BufferPool] = WeakSet()  # of all threads that are there
         self._means: dict[str, float] = {}  # of tensors that are finite throughout, and may be loaded again
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fisherkit-ahead")
         self._tuned = frozenset(checkpoints.tuned.names)
@@ -52,12 +53,12 @@ class Tensors:
         """Memory of the calling thread."""
         if not hasattr(self._local, "buffers"):
             self._local.buffers = BufferPool()
-            self._held.append(self._local.buffers)
+            self._held.add(self._local.buffers)
         return self._local.buffers  # type: ignore[no-any-return]
 
     def release(self) -> None:
         """Give the buffers of all threads back; no tensor is valid any more."""
-        for buffers in self._held:
+        for buffers in tuple(self._held):
             buffers.release()
 
     def is_small(self, name: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherkit.engine.covariance.experts import ExpertInputs
 from fisherkit.engine.covariance.plan import Covariance, Layer, identity
+from fisherkit.engine.model.findings import NeedsBatchSizeOne
 from fisherkit.engine.ranks.ranks import Ranks
 from fisherkit.errors import FisherkitError, UnsupportedModelError
 from fisherkit.kernels.covariance import (
@@ -231,7 +232,13 @@ class CovarianceHooks:
 
 
 def real_rows(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the tokens [R, C] of a batch [B, T, ..., C] without its padding."""
+    """Return the tokens [R, C] of a batch [B, T, ..., C] without its padding.
+
+    Raises:
+        NeedsBatchSizeOne: the tensor has no such axes, so that nothing tells tokens and padding apart.
+    """
+    if len(lengths) > 1 and (tensor.shape[0] != len(lengths) or tensor.shape[1] != max(lengths)):
+        raise NeedsBatchSizeOne(frozenset())
     if len(lengths) == 1 or all(length == tensor.shape[1] for length in lengths):
         return tensor.reshape(-1, tensor.shape[-1])
     return torch.cat([tensor[n, :length].reshape(-1, tensor.shape[-1]) for n, length in enumerate(lengths)])

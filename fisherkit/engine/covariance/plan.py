@@ -7,10 +7,11 @@ checkpoint holds each expert's matrices as tensors of their own. What is left ha
 report.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -140,7 +141,8 @@ def plan_covariances(
     covariances = []
     for name, layer in layers.items():
         if name in sharing:
-            covariances.append(_covariance("input", sharing[name], layers, layer.inputs, form))
+            first = [name, *(other for other in sharing[name] if other != name)]  # called before the others
+            covariances.append(_covariance("input", first, layers, layer.inputs, form))
         if form.outputs:
             covariances.append(_covariance("output", [name], layers, layer.outputs, form))
     if not form.outputs:
@@ -196,7 +198,7 @@ def _kept(size: int, form: Form) -> tuple[int | None, int | None, str]:
 
 
 class SharedInputProbe:
-    """Context in which one batch runs through some blocks; afterwards ``shared_inputs`` says which layers share."""
+    """Context in which some blocks run once; afterwards ``shared_inputs`` says which layers share."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self._layers = layers
@@ -236,20 +238,23 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
 def probe_on_meta(skeleton: Skeleton, plan: Plan, general: frozenset[str] = frozenset()) -> SharedInputs | None:
     """Find the layers that share their input by a forward on the meta device; None where the model does not run there.
 
-    It needs no weights, and costs no batch; a model that has some already, or sends tokens to experts, does not run.
+    It needs no weights and no batch. A copy runs, since some models keep what they see in a forward: positions, sines.
 
     Args:
         skeleton: the model.
         plan: its targets.
         general: see ``layers_of``.
     """
+    if not all(parameter.is_meta for parameter in skeleton.model.parameters()):
+        return None
     blocks = [block for block in plan.targets if block is not None]
     meta = torch.device("meta")
     ids, mask = torch.zeros(1, 4, dtype=torch.long, device=meta), torch.zeros(1, 1, 4, 4, device=meta)
     try:
-        with SharedInputProbe(layers_of(skeleton, plan, general, blocks)) as probe:
+        model = copy.deepcopy(skeleton.model)
+        with SharedInputProbe(layers_of(replace(skeleton, model=model), plan, general, blocks)) as probe:
             # Given positions and a mask, models read no values from tensors; on meta there are none.
-            skeleton.model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+            model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
     except Exception:  # a model's own code may raise anything here, and a batch will show the same
         return None
     return probe.shared_inputs

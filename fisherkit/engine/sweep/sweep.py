@@ -139,7 +139,7 @@ class Sweep:
 
     @torch.no_grad()
     def _push(self, number: int, batch: int) -> Boundary:
-        """Push a batch through a group; the first one also shows if batches suit it, and which inputs are shared."""
+        """Push a batch through a group; the first one also shows if batches suit it, and what shares an input."""
         job, group = self.job, self.groups[number]
         record, entering = self.arguments.get(batch, group), self._load(f"boundary-{number}", batch)
         if batch:
@@ -153,7 +153,10 @@ class Sweep:
         return leaving
 
     def _probe_top(self) -> None:
-        """Find shared inputs in the last group, which the forward sweep leaves out; then lay out the covariances."""
+        """Lay out the covariances; find shared inputs in the last group, which the forward sweep leaves out, before.
+
+        Where they are known, no batch is pushed.
+        """
         covariances = self.job.covariances
         if covariances is None or covariances.is_laid_out:
             return

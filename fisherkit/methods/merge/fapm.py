@@ -146,7 +146,9 @@ def _write(
         if pruner.shared is not None:
             pruner.shared.recall(rewrite.rows)
         if density_map is not None:
-            recall_samples(pruner, rewrite.rows, density_map)
+            # In the order of the rest: a run without a figure took small tensors first.
+            done = {name: rewrite.rows[name] for name in names if name in rewrite.rows}
+            recall_samples(pruner, done, density_map)
         in_order = pruner.shared is not None or density_map is not None or run.checkpoints.tuned.kind == "adapter"
         rewrite.write_all(
             names, lambda name: change_tensor(pruner, name, density_map), run.request.track, in_order=in_order
