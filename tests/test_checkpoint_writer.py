@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from stored import TARGETS, contents, create, same_bits, sample_tensors, work_of, write_all
 
+from fisherkit.checkpoint.descriptors import OpenFiles
 from fisherkit.checkpoint.index import open_index
 from fisherkit.checkpoint.layout import lay_out, write_checksums
 from fisherkit.checkpoint.torch_reader import Reader
@@ -162,6 +164,36 @@ def test_threads_may_write_at_once(tmp_path: Path, name: str) -> None:
         list(pool.map(writer.write, tensors, tensors.values()))
         writer.finish()
     assert contents(tmp_path / name) == contents(tmp_path / "serial" / name)
+
+
+@pytest.mark.parametrize(("files", "most"), [(1, 1), (2, 2)])
+def test_one_thread_at_a_time_writes_to_a_file(
+    files: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / str(number) for number in range(files)]
+    for path in paths:
+        path.touch()
+    plain, inside, seen = os.pwrite, list[int](), list[int]()
+
+    def pwrite(descriptor: int, view: memoryview, offset: int) -> int:
+        inside.append(descriptor)
+        seen.append(len(inside))
+        assert inside.count(descriptor) == 1
+        time.sleep(0.002)
+        written = plain(descriptor, view, offset)
+        inside.remove(descriptor)
+        return written
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    opened = OpenFiles(os.O_RDWR)
+    with ThreadPoolExecutor(4) as pool:
+        wrote = [pool.submit(opened.write, paths[n % files], memoryview(bytes([n]) * 9), 9 * n) for n in range(40)]
+        for future in wrote:
+            future.result()
+    opened.close()
+    assert max(seen) == most
+    for n in range(40):
+        assert paths[n % files].read_bytes()[9 * n : 9 * n + 9] == bytes([n]) * 9
 
 
 def test_writing_a_large_file_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
