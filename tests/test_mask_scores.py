@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mask_oracle import aggregated, assert_same, fisher_arrays, made, read_masks, spread, top, write
 
 from fisherkit import MaskOptions, inspect, mask
 from fisherkit.errors import CheckpointError, OptionError, OutputError
-from fisherkit.kernels.mask_scores import coarse_counts, coarse_range
+from fisherkit.kernels.mask_scores import coarse_counts, coarse_range, coarse_threshold, is_coarse
 
 Q, DOWN, NORM, HEAD = (
     "model.layers.0.self_attn.q_proj.weight",
@@ -146,6 +148,31 @@ def test_a_coarse_bracket_holds_the_threshold(values: str) -> None:
     for wanted in (1, 2, 100, 2500, 4999, 5000):
         found, threshold = coarse_range(coarse_counts(scores), wanted), np.sort(scores)[::-1][wanted - 1]
         assert found.low <= threshold <= found.high
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    numbers=st.lists(st.sampled_from([0.0, -0.0, 1e-40, 1.0, 1.5, 2.0, -1.0, -3.0, 3e38, np.inf, -np.inf]), min_size=1),
+    fill=st.integers(0, 40),
+    share=st.floats(0, 1),
+)
+def test_the_threshold_of_coarse_scores_is_that_of_sorting_them(numbers: list[float], fill: int, share: float) -> None:
+    wide = np.array([*numbers, *np.random.default_rng(fill).standard_normal(fill)], np.float32)
+    scores = (wide.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    assert is_coarse(scores)
+    wanted = max(1, int(share * scores.size))
+    at = np.sort(scores)[::-1][wanted - 1]
+    found = coarse_threshold(coarse_counts(scores), wanted)
+    if found is None:
+        assert at == 0 or np.isinf(scores).any()
+    else:
+        assert found.at == at
+        assert found.ties == wanted - np.count_nonzero(scores > at)
+
+
+def test_scores_with_fine_bits_are_not_coarse() -> None:
+    for scores, coarse in (([], True), ([1.0, 2.0], True), ([1.0, 1.1], False), ([0.0, 1e-45], False)):
+        assert is_coarse(np.array(scores, np.float32)) == coarse
 
 
 # What cannot be trusted

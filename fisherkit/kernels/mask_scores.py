@@ -23,13 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.top_k import EVERYTHING, ThresholdRange, top_k_mask
+from fisherkit.kernels.top_k import EVERYTHING, Threshold, ThresholdRange, top_k_mask
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 _LARGEST = np.finfo(np.float32).max
 _SMALLEST = np.finfo(np.float32).tiny
+_INFINITY = 0x8000 + 0x7F80  # place of infinity among the coarse counts; NaN lie above
 _LITTLE = sys.byteorder == "little"
 _LEAST_RATIO = 1e-6  # where the old task's Fisher is below a millionth of its mean, the new one's decides
 
@@ -151,6 +152,27 @@ def coarse_counts(scores: Floats) -> NDArray[np.int64]:
     return np.concatenate([counts[:0x7FFF:-1], counts[:0x8000]])  # of negative numbers, higher bits are lower
 
 
+def is_coarse(scores: Floats) -> bool:
+    """Return whether the upper half of their bits is all there is to these scores, as for numbers in bfloat16."""
+    return not int(np.bitwise_or.reduce(scores.view(np.uint32), initial=0)) & 0xFFFF
+
+
+def coarse_threshold(counts: NDArray[np.int64], wanted: int) -> Threshold | None:
+    """Return the exact threshold of scores that are coarse; None where infinities, NaN or the two zeros are in its way.
+
+    Args:
+        counts: [65536], sums of what coarse_counts returned.
+        wanted: at least 1.
+    """
+    place = _place(counts, wanted)
+    if place < 0 or counts[_INFINITY:].any():
+        return None
+    at = np.array([_upper(place) << 16], np.uint32).view(np.float32)[0]
+    if at == 0 or not np.isfinite(at):
+        return None
+    return Threshold(at, wanted - int(counts[place + 1 :].sum()))
+
+
 def coarse_range(counts: NDArray[np.int64], wanted: int) -> ThresholdRange:
     """Return the range in which the ``wanted``-th highest score lies, from the sum of the coarse counts.
 
@@ -158,9 +180,19 @@ def coarse_range(counts: NDArray[np.int64], wanted: int) -> ThresholdRange:
         counts: [65536], sums of what coarse_counts returned.
         wanted: at least 1.
     """
-    place = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), wanted))
+    place = _place(counts, wanted)
     if place < 0:
         return EVERYTHING
-    upper = place - 0x8000 if place >= 0x8000 else 0xFFFF - place
+    upper = _upper(place)
     ends = np.array([upper << 16, upper << 16 | 0xFFFF], np.uint32).view(np.float32)
     return ThresholdRange(ends.min(), ends.max()) if np.isfinite(ends).all() else EVERYTHING
+
+
+def _place(counts: NDArray[np.int64], wanted: int) -> int:
+    """Place among the coarse counts of the ``wanted``-th highest score; negative where there are not so many."""
+    return len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), wanted))
+
+
+def _upper(place: int) -> int:
+    """Upper half of the bits of the scores that are counted at a place."""
+    return place - 0x8000 if place >= 0x8000 else 0xFFFF - place

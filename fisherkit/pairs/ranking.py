@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherkit.floats import Floats
-from fisherkit.kernels.mask_scores import Doubles, Flags, Units, coarse_counts, coarse_range, combined, joined, top
+from fisherkit.kernels.mask_scores import (
+    Doubles,
+    Flags,
+    Units,
+    coarse_counts,
+    coarse_range,
+    coarse_threshold,
+    combined,
+    is_coarse,
+    joined,
+    top,
+)
 from fisherkit.kernels.prune_scores import BLOCK
 from fisherkit.kernels.top_k import HistogramSelect, Threshold, exact_thresholds
 from fisherkit.pairs.parallel import BlockPool
@@ -93,22 +104,28 @@ def top_of_group(scores: Sequence[Doubles], wanted: int) -> list[Flags]:
 def find_threshold(weights: Mapping[str, tuple[int, Block]], wanted: int, pool: BlockPool) -> Threshold:
     """Return the exact threshold over the entries of several weights.
 
-    Fishers are mostly bfloat16: a first pass over the upper half of every score's bits finds the threshold almost, so
-    that one more pass makes it exact.
+    A first pass counts the scores by the upper half of their bits. Those of a Fisher in bfloat16 have no other half:
+    this is all. Otherwise one more pass over what lies near makes it exact.
 
     Args:
         weights: size and scores of each.
         wanted: how many entries are the top; at least one.
         pool: threads.
     """
-    counts, lock = np.zeros(1 << 16, np.int64), threading.Lock()
+    counts, lock, fine = np.zeros(1 << 16, np.int64), threading.Lock(), threading.Event()
 
     def coarsely(block: Block, start: int, stop: int) -> None:
-        counted = coarse_counts(block(start, stop))
+        scores = block(start, stop)
+        counted = coarse_counts(scores)
+        if not fine.is_set() and not is_coarse(scores):
+            fine.set()
         with lock:
             np.add(counts, counted, out=counts)
 
     _visit(weights, coarsely, pool)
+    found = None if fine.is_set() else coarse_threshold(counts, wanted)
+    if found is not None:
+        return found
     select = HistogramSelect(coarse_range(counts, wanted), wanted)
 
     def exactly(block: Block, start: int, stop: int) -> None:
@@ -156,6 +173,8 @@ class ThresholdMask:
 
     def _keep_ties(self, above: Flags, equal: Flags) -> int:
         """Put as many of the equal ones into ``above`` as still fit; how many of them score zero."""
+        if not self._ties:
+            return 0
         chosen = np.flatnonzero(equal)[: self._ties]
         self._ties -= chosen.size
         above[chosen] = True
