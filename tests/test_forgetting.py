@@ -270,7 +270,12 @@ def test_results_are_written_with_verdicts_and_curves(toy: tuple[runs.Bench, Pat
     for part in ("not run", "### The sequence", "| fapm | 0.5 |", "| shield | 5@0.4 |"):
         assert part in written
     for picture in re.findall(r"\((.*\.svg)\)", written):
-        assert (folder / picture).read_text().startswith("<svg")
+        drawn = (folder / picture).read_text()
+        assert drawn.startswith("<svg")
+        height = int(re.findall(r'viewBox="0 0 \d+ (\d+)"', drawn)[0])
+        assert (
+            max(map(float, re.findall(r'<text x="[^"]*" y="([^"]*)"', drawn))) < height - 5
+        )  # also the last in the legend
     assert len(max(written.splitlines(), key=len)) < 400
 
 

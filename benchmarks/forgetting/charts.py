@@ -9,6 +9,7 @@ from benchmarks.forgetting.measures import Point, front
 from benchmarks.forgetting.results import Results
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 520, 380, 60, 56, 210
+_ROW = 18  # of the legend
 _COLOURS = (
     "#31688e",
     "#d81b60",
@@ -47,7 +48,7 @@ class Scale:
 def curves(title: str, results: Results, methods: Sequence[str]) -> str:
     """A line per method through its settings, from the untuned model on; means over all runs.
 
-    Colours come back as rings.
+    Colours come back as rings, and then as squares.
     """
     plain = _points(results, "plain")
     lines = {method: _points(results, method) for method in methods if method != "plain"}
@@ -56,9 +57,9 @@ def curves(title: str, results: Results, methods: Sequence[str]) -> str:
     body = _axes(scale) + _line(plain, scale, "plain", "var(--ink)", "plain (learning rates)", 0)
     for number, (method, points) in enumerate(lines.items()):
         css = "ours" if method == "shield" else "curve"
-        ring = number >= len(_COLOURS)
-        body += _line(points, scale, css, _COLOURS[number % len(_COLOURS)], method, number + 1, ring=ring)
-    width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + 50
+        turn, colour = divmod(number, len(_COLOURS))
+        body += _line(points, scale, css, _COLOURS[colour], method, number + 1, turn)
+    width, height = _LEFT + _WIDTH + _RIGHT, _TOP + max(_HEIGHT + 50, 10 + _ROW * (len(lines) + 1))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'<style>{_STYLE}</style><rect class="paper" width="100%" height="100%"/>'
@@ -107,18 +108,24 @@ def _line(
     colour: str,
     name: str,
     row: int,
-    *,
-    ring: bool = False,
+    turn: int = 0,
 ) -> str:
     placed = [scale.at(*point) for point in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     body = f'<polyline class="{css}" stroke="{colour}" points="{path}"/>'
-    mark = f'fill="var(--paper)" stroke="{colour}" stroke-width="2"' if ring else f'fill="{colour}"'
     for (x, y), (new_score, old) in zip(placed, points, strict=True):
-        tooltip = html.escape(f"{name}: new {new_score:.1f}, old {old:.1f}")
-        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {mark}><title>{tooltip}</title></circle>'
-    left, top = _LEFT + _WIDTH + 18, _TOP + 10 + 18 * row
-    return body + f'<circle cx="{left}" cy="{top}" r="4" {mark}/>' + _text(left + 10, top + 4, name)
+        body += _mark(x, y, colour, turn, f"{name}: new {new_score:.1f}, old {old:.1f}")
+    left, top = _LEFT + _WIDTH + 18, _TOP + 10 + _ROW * row
+    return body + _mark(left, top, colour, turn, name) + _text(left + 10, top + 4, name)
+
+
+def _mark(x: float, y: float, colour: str, turn: int, tooltip: str) -> str:
+    """Return a disc; a ring and then a square for colours that come back."""
+    title = f"<title>{html.escape(tooltip)}</title>"
+    if turn > 1:
+        return f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" fill="{colour}">{title}</rect>'
+    fill = f'fill="var(--paper)" stroke="{colour}" stroke-width="2"' if turn else f'fill="{colour}"'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {fill}>{title}</circle>'
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
