@@ -82,7 +82,8 @@ def attempt(name: str, part: Callable[[], list[str]]) -> tuple[list[str], bool]:
 
 def tests() -> str:
     """Run the tests marked ``cuda``; return pytest's last line."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests"]
+    plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # it warns where it is, and warnings are errors
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", *plugins, "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     if done.returncode:
