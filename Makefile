@@ -16,7 +16,7 @@ help:
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make fuzz    thousands of damaged inputs to every command; EXAMPLES=300 per kind of file, SEED=1 for others"
 	@echo "make kills   every command killed before each of its changes of the file system, and on disks that fill up"
-	@echo "make forgetting   the forgetting benchmark at its quick size (half an hour on 2 cores; goes on where it was)"
+	@echo "make forgetting   the forgetting benchmark at its quick size (a quarter of an hour on 2 cores; goes on where it was)"
 	@echo "make dist    build wheel and sdist in dist/, and run the demo from the wheel in an empty environment"
 	@echo "make clean   remove .venv, the demo's files and caches"
 

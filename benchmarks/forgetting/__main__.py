@@ -1,6 +1,6 @@
 """Does it help? A small language model learns new tasks, one or several after the other, with and without protection.
 
-    python -m benchmarks.forgetting quick                    half an hour on 2 cores
+    python -m benchmarks.forgetting quick                    a quarter of an hour on 2 cores
     python -m benchmarks.forgetting full --passes 1          every draw once, each on its own base, then sequences
     python -m benchmarks.forgetting full --minutes 100       several such runs; each goes on where the last one was
     python -m benchmarks.forgetting quick --estimate         what is left, and about how long it takes on this machine

@@ -38,7 +38,8 @@ learn generated tasks: a sign of what a method does, not a promise for large one
 - **Old tasks, probed and not.** Methods that look at old data see {", ".join(PROBED)}; nobody sees
   {", ".join(UNSEEN)}, nor the held-out plain text.
 - **Sequences** draw their tasks from other seeds (+ {SEQUENCE_SHIFT}). Each method learns them at the two settings with
-  the best mean of old and new exact match after one task; the last base has no part in that choice.
+  the best mean of old and new exact match after one task; the last base has no part in that choice. That mean also
+  rewards what learns nothing: see where the untuned base stands (*no training*), and the new beside it.
 - All methods train the matrices of the blocks alone, by AdamW without weight decay. Embeddings and norms stay.
 """
 
