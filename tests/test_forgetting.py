@@ -273,9 +273,8 @@ def test_results_are_written_with_verdicts_and_curves(toy: tuple[runs.Bench, Pat
         drawn = (folder / picture).read_text()
         assert drawn.startswith("<svg")
         height = int(re.findall(r'viewBox="0 0 \d+ (\d+)"', drawn)[0])
-        assert (
-            max(map(float, re.findall(r'<text x="[^"]*" y="([^"]*)"', drawn))) < height - 5
-        )  # also the last in the legend
+        lines = map(float, re.findall(r'<text x="[^"]*" y="([^"]*)"', drawn))
+        assert max(lines) < height - 5  # also the last of the legend
     assert len(max(written.splitlines(), key=len)) < 400
 
 

@@ -59,6 +59,16 @@ PARTS: Mapping[str, tuple[str, str]] = {
 }
 """Two settings of every method that keeps a part of a finished fine-tune."""
 
+MORE: Mapping[str, tuple[str, ...]] = {
+    "shield": ("1.5@1", "1.5@2.5"),
+    "fisher-subspace": ("0.1@1", "0.75@1"),
+    "fapm": ("0.3", "0.7", "0.95"),
+    "wise-ft": ("0.1", "0.8"),
+    "regmean": ("0.1", "1", "10"),
+    "fisher-merge": ("1",),
+}
+"""Settings beside the grid, which a large size runs too."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -89,3 +99,8 @@ def grid(method: str) -> tuple[str, ...]:
     if method in PARTS:
         return PARTS[method]
     return tuple(f"{strength}@{rate}" for strength in STRENGTHS[method] for rate in RATES)
+
+
+def whole_grid(method: str) -> tuple[str, ...]:
+    """Return the settings that a method is compared by, and those beside them."""
+    return (*grid(method), *MORE.get(method, ()))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.forgetting.measures import Cell
 from benchmarks.forgetting.model import Course
-from benchmarks.forgetting.settings import PARTS
+from benchmarks.forgetting.settings import MORE, PARTS, whole_grid
 
 SEQUENCE_SHIFT = 50
 """Sequences draw the tasks of other seeds than the runs of one task from which their settings are chosen."""
@@ -133,13 +133,7 @@ _LONG_COURSES = {
     "lora": ("4@0.4x4", "4@1x4", "16@1x4"),
 }
 _POSTHOC = {method: PARTS[method] for method in ("fapm", "magnitude", "random", "wise-ft", "regmean")}
-_LONG_POSTHOC = {
-    **PARTS,
-    "fapm": ("0.3", "0.5", "0.7", "0.9", "0.95"),
-    "wise-ft": ("0.1", "0.3", "0.6", "0.8"),
-    "regmean": ("0.1", "0.3", "1", "3", "10"),
-    "fisher-merge": ("0.3", "1", "3"),
-}
+_LONG_POSTHOC = {method: whole_grid(method) for method in PARTS}
 
 _MASK_RATIOS = tuple(f"{ratio}@1" for ratio in ("0.05", "0.1", "0.3", "0.6", "0.9"))
 
@@ -198,7 +192,7 @@ SIZES = {
         windows=12,
         passes=3,
         learners=_FULL_LEARNERS,
-        extra={"shield": ("1.5@1", "1.5@2.5"), "fisher-subspace": ("0.1@1", "0.75@1")},
+        extra={method: MORE[method] for method in ("shield", "fisher-subspace")},
         courses=_LONG_COURSES,
         posthoc=_LONG_POSTHOC,
         sequences={"shield-onward": "shield"},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from benchmarks.forgetting import results as figures
 from benchmarks.forgetting.measures import Estimate
 from benchmarks.forgetting.results import Read, Results
-from benchmarks.forgetting.settings import grid
+from benchmarks.forgetting.settings import whole_grid
 from benchmarks.forgetting.sizes import Size
 from benchmarks.forgetting.tables import chosen, finishers, learners, show, table
 
@@ -122,7 +122,6 @@ def _long(*settings: str) -> tuple[str, ...]:
 
 
 _SLOW = _long("-@0.1", "-@0.3")
-_RANKS = (*grid("fisher-subspace"), "0.1@1", "0.75@1")
 _FGGM, _FAPM, _GEMMA = "FGGM", "FAPM", "Gemma 4 Masks"
 CLAIMS: Sequence[Question] = (
     Question("FGGM learns as plain does and keeps more", _FGGM, "fggm", "plain"),
@@ -141,8 +140,8 @@ CLAIMS: Sequence[Question] = (
         "question",
         "fapm",
         "wise-ft",
-        of_ours=("0.3", "0.5", "0.7", "0.9", "0.95"),
-        of_theirs=("0.1", "0.3", "0.6", "0.8"),
+        of_ours=whole_grid("fapm"),
+        of_theirs=whole_grid("wise-ft"),
     ),
     Question("FAPM on LoRA is better than LoRA", _FAPM, "lora+fapm", "lora"),
     Question("FAPM after FGGM adds to it", "question", "fggm+fapm", "fggm"),
@@ -150,7 +149,9 @@ CLAIMS: Sequence[Question] = (
     Question("Scaling layers by their Fisher: the merge's blend", _GEMMA, "layer-scale-merge", "wise-ft"),
     Question("Scaling layers by their Fisher: full fine-tuning", _GEMMA, "layer-scale", "plain"),
     Question("The Fisher's SVD, from prompts alone", _GEMMA, "fisher-subspace", "plain"),
-    Question("The Fisher's SVD at four ranks", _GEMMA, "fisher-subspace", "plain", of_ours=_RANKS),
+    Question(
+        "The Fisher's SVD at four ranks", _GEMMA, "fisher-subspace", "plain", of_ours=whole_grid("fisher-subspace")
+    ),
     Question("The inputs' directions protect better than the Fisher's", "ours", "activation", "fisher-subspace"),
     Question("RegMean is better than interpolation", "ours", "regmean", "wise-ft"),
     Question("EWC: sampled labels are better than the data's", "question", "ewc", "ewc-data"),

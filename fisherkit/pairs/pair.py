@@ -130,9 +130,7 @@ class _TunedCheckpoint:
 
     def load(self, name: str, base: Stored, pool: BlockPool, buffers: BufferPool) -> Stored:
         out = buffers.take("tuned", base.size, STORED[self.code(name)])
-        pool.map(
-            lambda start, stop: self._pairing.read_into(name, self._reader, out[start:stop], start), out.size, 1 << 22
-        )
+        pool.transfer(out, lambda part, start: self._pairing.read_into(name, self._reader, part, start))
         return out
 
     def prefetch(self, name: str) -> None:

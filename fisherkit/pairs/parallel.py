@@ -5,16 +5,15 @@ numpy lets go of the interpreter inside of its loops.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from fisherkit.checkpoint.array_reader import ArrayReader
 from fisherkit.checkpoint.descriptors import cores
-from fisherkit.checkpoint.writer import StreamedWriter
 from fisherkit.floats import Stored
 from fisherkit.kernels.prune_scores import BLOCK, Scratch
 
@@ -60,9 +59,7 @@ class BlockPool:
             while under_way:
                 yield under_way.popleft().result()
         finally:
-            for future in under_way:
-                future.cancel()
-            wait(under_way)
+            _end(under_way)
 
     def _alone(self, function: Callable[[Item], Result], item: Item) -> Result:
         self._local.is_alone = True
@@ -92,20 +89,29 @@ class BlockPool:
         under_way = [self._executor.submit(function, start, min(start + step, count)) for start in starts]
         try:
             return [future.result() for future in under_way]
-        finally:  # after an error, too: nobody reads or writes any more when the caller closes its files
-            for future in under_way:
-                future.cancel()
-            wait(under_way)
+        finally:
+            _end(under_way)
+
+    def transfer(self, data: Stored, move: Callable[[Stored, int], object]) -> None:
+        """Read or write a whole tensor in parts.
+
+        Args:
+            data: [n] its entries, flat.
+            move: called with each part of them and the index of its first entry.
+        """
+        step = max(1, _TRANSFER // max(data.itemsize, 1))
+        self.map(lambda start, stop: move(data[start:stop], start), data.size, step)
 
     def read(self, reader: ArrayReader, name: str, out: Stored) -> None:
         """Fill the flat ``out`` with the whole of a tensor."""
-        step = max(1, _TRANSFER // max(out.itemsize, 1))
-        self.map(lambda start, stop: reader.read_into(name, out[start:stop], start), out.size, step)
+        self.transfer(out, lambda part, start: reader.read_into(name, part, start))
 
-    def write(self, writer: StreamedWriter, name: str, data: Stored) -> None:
-        """Put the whole of a tensor, flat, in its place."""
-        step = max(1, _TRANSFER // max(data.itemsize, 1))
-        self.map(lambda start, stop: writer.write_stored(name, data[start:stop], start), data.size, step)
+
+def _end(futures: Collection[Future[Any]]) -> None:
+    """Return when none of them runs any more: only then may a caller, after an error too, close the files they use."""
+    for future in futures:
+        future.cancel()
+    wait(futures)
 
 
 def block_starts(count: int, step: int = BLOCK) -> range:

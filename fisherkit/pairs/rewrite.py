@@ -140,9 +140,9 @@ class Rewrite:
             yield name
 
     def _store(self, name: str, changed: Changed) -> None:
-        if self._writer is not None:
-            self._tensors.pool.write(self._writer, name, changed.data)
-            self._writer.mark_written([name])
+        if (writer := self._writer) is not None:
+            self._tensors.pool.transfer(changed.data, lambda part, start: writer.write_stored(name, part, start))
+            writer.mark_written([name])
         if self._delta is not None and changed.entries is not None:
             self._delta.add(name, changed.entries)
         with self._lock:

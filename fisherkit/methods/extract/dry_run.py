@@ -1,6 +1,7 @@
 """``extract --dry-run``: what a run would measure, and what it would take, here or on another machine."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from fisherkit.engine.covariance.plan import covariance_bytes, probe_on_meta
@@ -42,7 +43,8 @@ def plan_extract(
     check_rate("flops", flops)
     prepared = prepare(os.fspath(model), prompts, options, say, dry_run=True)
     fit, plan = prepared.fit, prepared.plan
-    need, work = fit.peak(), _workload(prepared)
+    need, made = fit.peak(), _plan_outputs(prepared)
+    work = _workload(prepared, made)
     if not fit.holds:
         say(misfit(fit, prepared.skeleton, prepared.prompts, options, prepared.source.id))
     samples = prepared.prompts.report if prepared.prompts is not None else None
@@ -57,7 +59,7 @@ def plan_extract(
         "layers": len(prepared.skeleton.blocks),
         "targets": len(plan.tensors),
         "parameters": plan.parameters,
-        **_plan_outputs(prepared),
+        **made,
         "groups": len(plan.groups),
         "group_size": len(plan.groups[0]),
         "read_ahead": plan.read_ahead,
@@ -88,8 +90,7 @@ def _plan_outputs(prepared: Prepared) -> dict[str, Any]:
     return ({} if options.statistics == "inputs" else fisher) | {"activation_bytes": nbytes} | bound
 
 
-def _workload(prepared: Prepared) -> Workload:
-    made = _plan_outputs(prepared)
+def _workload(prepared: Prepared, made: Mapping[str, Any]) -> Workload:
     return workload(
         prepared.skeleton,
         prepared.plan,
